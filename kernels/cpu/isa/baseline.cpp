@@ -1,0 +1,1 @@
+namespace visionpulse::cpu::baseline {}

@@ -1,0 +1,58 @@
+"""Build `visionpulse._C` with CMake and lay the packages out; everything else is in pyproject.toml."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+TRITON = ROOT / "kernels" / "triton"
+
+
+class CMakeBuild(build_ext):
+    """Configure, build and copy the one extension; a second run rebuilds only what changed."""
+
+    def build_extension(self, ext: Extension) -> None:
+        import pybind11
+
+        # one tree per interpreter, kept between runs; isolated builds move every tool, so each path is given anew
+        tree = ROOT / "build" / f"cmake-{sysconfig.get_config_var('SOABI') or sys.implementation.cache_tag}"
+        configure = [
+            "cmake", "-S", str(ROOT), "-B", str(tree), "-G", "Ninja",
+            "-DCMAKE_BUILD_TYPE=Release",
+            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DVISIONPULSE_CUDA_ARCHS={os.environ.get('VISIONPULSE_CUDA_ARCHS', '')}",
+        ]  # fmt: skip
+        subprocess.run(configure, check=True)
+        jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", str(os.cpu_count() or 1))
+        subprocess.run(["cmake", "--build", str(tree), "--target", "_C", "-j", jobs], check=True)
+
+        built = tree / Path(self.get_ext_filename("_C")).name
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # unlink first: writing into a library that a running process has mapped would crash it
+        target.unlink(missing_ok=True)
+        shutil.copy2(built, target)
+
+
+def packages() -> list[str]:
+    found = find_packages(str(ROOT), include=["visionpulse", "visionpulse.*"])
+    return [*found, "visionpulse._triton"] if (TRITON / "__init__.py").exists() else found
+
+
+setup(
+    packages=packages(),
+    # The Triton kernels live beside the other kernels, but must not be importable as `kernels.triton`:
+    # a top-level `kernels` would shadow the Hugging Face package of that name, which transformers imports.
+    package_dir={"visionpulse._triton": "kernels/triton"} if (TRITON / "__init__.py").exists() else {},
+    ext_modules=[Extension("visionpulse._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+    zip_safe=False,
+)

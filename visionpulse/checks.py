@@ -1,0 +1,259 @@
+"""The checks of a call's arguments: what was expected, what came, and the way out.
+
+What the structs are made of is checked in struct_checks.py, when they are made. Rank, dtype, device, strides and host numbers are checked always. Values inside tensors are checked
+here only where the tensor is on the CPU, or when a person asks by `kv.validate()`: nothing in a
+decode step may read the device.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .structs import Cache, Selection, VisualTokens
+
+MAX_GROUP = 32
+
+
+def tensor(name: str, value: object, rank: int, shape: str) -> Tensor:
+    """Check that a value is a tensor of a rank; `shape` is what the message says it should be."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor {shape}, got {type(value).__name__}")
+    if value.dim() != rank:
+        raise ValueError(f"{name} must be {shape}, got shape {tuple(value.shape)}")
+    return value
+
+
+def same_device(name: str, value: Tensor, device: torch.device, of: str) -> None:
+    """Check that a tensor lies where another does."""
+    if value.device != device:
+        raise ValueError(
+            f"{name} is on {value.device} but {of} is on {device}; use .to({str(device)!r})"
+        )
+
+
+def unit_stride(name: str, value: Tensor) -> None:
+    """Check that the last dimension is dense; all others may have any stride."""
+    if value.shape[-1] > 1 and value.stride(-1) != 1:
+        raise ValueError(
+            f"the last dimension of {name} must have stride 1, got strides {value.stride()}; "
+            "pass a view that is contiguous per token, or call .contiguous()"
+        )
+
+
+def per_row(name: str, value: Tensor | None, rows: int, device: torch.device) -> None:
+    """Check an optional int32 tensor with one number per row."""
+    if value is None:
+        return
+    tensor(name, value, 1, "int32 [B]")
+    if value.dtype != torch.int32:
+        raise TypeError(f"{name} must be int32, got {value.dtype}; use .to(torch.int32)")
+    if value.shape[0] != rows:
+        raise ValueError(f"{name} must hold one number per row, got {len(value)} for B={rows}")
+    same_device(name, value, device, "the cache")
+    if not value.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got stride {value.stride()}")
+
+
+def in_range(name: str, values: Tensor, low: int, high: int, way_out: str) -> None:
+    """Check the values of a tensor; reads the device."""
+    smallest, largest = (int(value) for value in torch.aminmax(values))
+    if smallest < low or largest > high:
+        raise ValueError(f"{name} must lie in {low}..{high}, got {smallest}..{largest}; {way_out}")
+
+
+def query(q: Tensor, kv: "Cache") -> None:
+    """Check a query against its cache."""
+    tensor("q", q, 3, "[B, H, D]")
+    if q.dtype != kv.dtype:
+        raise TypeError(f"q, K and V must share a dtype, got {q.dtype} and {kv.dtype}")
+    same_device("q", q, kv.device, "the cache")
+    if q.shape[0] != kv.batch:
+        raise ValueError(f"q has {q.shape[0]} rows, the cache {kv.batch}; both are B")
+    if q.shape[2] != kv.head_dim:
+        raise ValueError(f"q has head dim {q.shape[2]}, the cache {kv.head_dim}")
+    heads, kv_heads = q.shape[1], kv.kv_heads
+    if heads == 0 or heads % kv_heads:
+        raise ValueError(
+            f"query heads must be a multiple of KV heads, got H={heads} and G={kv_heads}; "
+            "pass K and V before they are repeated per query head"
+        )
+    if heads // kv_heads > MAX_GROUP:
+        raise ValueError(
+            f"a KV head serves at most {MAX_GROUP} query heads, got {heads // kv_heads}"
+        )
+    unit_stride("q", q)
+
+
+def no_grad(*tensors: Tensor) -> None:
+    """Refuse inputs that need a gradient: the ops are for inference."""
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise ValueError(
+            "the ops have no backward, but an input needs a gradient; "
+            "call them under torch.no_grad() or torch.inference_mode(), or detach the input"
+        )
+
+
+def visual_set(visual: "VisualTokens", rows: int, size: int, device: torch.device) -> None:
+    """Check a visual set against the rows, slots and device it is used with."""
+    if not hasattr(visual, "spans"):
+        raise TypeError(
+            f"visual must be a VisualTokens, got {type(visual).__name__}; "
+            "make one with VisualTokens.from_mask, from_spans or from_ids"
+        )
+    if visual.batch != rows:
+        raise ValueError(f"visual has {visual.batch} rows, the cache {rows}; both are B")
+    if visual.size > size:
+        raise ValueError(
+            f"visual covers {visual.size} positions, the cache has {size} slots; "
+            "cut the mask to the cache"
+        )
+    same_device("visual", visual.spans, device, "the cache")
+
+
+def selection(chosen: "Selection", rows: int, size: int, device: torch.device) -> None:
+    """Check a selection against the rows, slots and device it is used with."""
+    if not hasattr(chosen, "indices"):
+        raise TypeError(
+            f"selection must be a Selection, got {type(chosen).__name__}; "
+            "decode and select give one"
+        )
+    indices = tensor("selection.indices", chosen.indices, 2, "int32 [B, K_max]")
+    if indices.dtype != torch.int32:
+        raise TypeError(f"selection.indices must be int32, got {indices.dtype}")
+    if indices.shape[0] != rows or indices.shape[1] == 0:
+        raise ValueError(
+            f"selection.indices must be [{rows}, K_max >= 1], got {tuple(indices.shape)}"
+        )
+    if not indices.is_contiguous():
+        raise ValueError("selection.indices must be contiguous; call .contiguous()")
+    same_device("selection", indices, device, "the cache")
+    per_row("selection.counts", chosen.counts, rows, device)
+    if not chosen.trusted and device.type == "cpu" and not torch.compiler.is_compiling():
+        _selection_values(indices, chosen.counts, size)
+
+
+def _selection_values(indices: Tensor, counts: Tensor, size: int) -> None:
+    in_range("selection.counts", counts, 0, indices.shape[1], "it counts the indices of a row")
+    inside = torch.arange(indices.shape[1]) < counts[:, None]  # [B, K_max]
+    kept = indices[inside]
+    if kept.numel():
+        in_range("selection.indices", kept, 0, size - 1, "they are positions of the cache")
+    if not (indices.diff(dim=1) > 0)[inside[:, 1:]].all():
+        raise ValueError("selection.indices must be strictly ascending in each row; sort them")
+
+
+def buffer(name: str, value: Tensor | None, shape: tuple[int, ...], like: Tensor) -> None:
+    """Check a tensor that the caller gives to be written."""
+    if value is None:
+        return
+    if not isinstance(value, Tensor) or tuple(value.shape) != shape:
+        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{name} must be a tensor of shape {shape}, got {got}")
+    if value.dtype != like.dtype:
+        raise TypeError(f"{name} must be {like.dtype}, got {value.dtype}")
+    same_device(name, value, like.device, "the query")
+    unit_stride(name, value)
+
+
+def scores_buffer(value: Tensor | None, rows: int, size: int, q: Tensor) -> None:
+    """Check the buffer that `decode` fills with the scores it ranked."""
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    buffer("scores", value, (rows, size), q.new_empty(0, dtype=dtype) if value is not None else q)
+    if value is not None and not value.is_contiguous():
+        raise ValueError("scores must be contiguous; pass torch.empty(B, N)")
+
+
+def ranked(scores: Tensor, mass: Tensor, mass_mean: Tensor | None) -> None:
+    """Check the scores and masses that `select` takes."""
+    tensor("scores", scores, 2, "float32 [B, N]")
+    for name, value in (("scores", scores), ("mass", mass), ("mass_mean", mass_mean)):
+        if value is not None and value.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"{name} must be float32, got {value.dtype}")
+    if not scores.is_contiguous():
+        raise ValueError("scores must be contiguous; call .contiguous()")
+    for name, value in (("mass", mass), ("mass_mean", mass_mean)):
+        if value is None:
+            continue
+        tensor(name, value, 1, "float32 [B]")
+        if value.shape[0] != scores.shape[0]:
+            raise ValueError(f"{name} has {value.shape[0]} rows, scores {scores.shape[0]}")
+        same_device(name, value, scores.device, "scores")
+
+
+def row_cut(name: str, value: Tensor | None, scores: Tensor) -> None:
+    """Check the starts or lengths that cut the candidates of `select`."""
+    per_row(name, value, scores.shape[0], scores.device)
+
+
+def number(name: str, value: Any) -> float:
+    """Check a number given to an op; gives it as a float."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not abs(value) < float("inf"):  # false for NaN as well
+        raise ValueError(f"{name} must be finite, got {value!r}")
+    return float(value)
+
+
+def positive(name: str, value: Any) -> float:
+    """Check a number that must be > 0."""
+    checked = number(name, value)
+    if checked <= 0:
+        raise ValueError(f"{name} must be > 0, got {value!r}; None leaves it out")
+    return checked
+
+
+def mass_for(mass: str) -> None:
+    """Refuse a `select` whose budget follows the mean mass without it."""
+    if mass == "mean":
+        raise ValueError("the config has mass='mean': pass mass_mean, which score() gives last")
+
+
+def both_or_neither(visual: object, selection: object) -> None:
+    """Refuse half of what a follower needs."""
+    if (visual is None) != (selection is None):
+        missing = "visual" if visual is None else "selection"
+        raise ValueError(
+            f"a follower needs visual and selection, got no {missing}; "
+            "pass neither for dense decode"
+        )
+
+
+def bound(value: Any, policy: object) -> int:
+    """Check the host bound of a budget policy."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(
+            f"bound() of {type(policy).__name__} must give an int >= 1, got {value!r}; "
+            "it is the width of the index buffer"
+        )
+    return value
+
+
+def counts(value: Any, n_visual: Tensor, policy: object) -> Tensor:
+    """Check what a budget policy gives on the device; its values are clamped by the kernel."""
+    shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+    if shape != n_visual.shape or dtype != torch.int32:
+        raise ValueError(
+            f"counts() of {type(policy).__name__} must give int32 {tuple(n_visual.shape)}, "
+            f"got {dtype} {shape}; use .to(torch.int32)"
+        )
+    return value  # type: ignore[no-any-return]
+
+
+def cache(kv: object) -> None:
+    """Refuse what is not a cache."""
+    if not hasattr(kv, "is_paged"):
+        raise TypeError(
+            f"kv must be a KVCache or PagedKVCache, got {type(kv).__name__}; "
+            "wrap K and V: KVCache(k, v)"
+        )
+
+
+def window(value: Any) -> int:
+    """Check the window: the last keys that stay visible, the query's own counted."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"window must be a number of keys, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"window must be at least 1 (the query's own key), got {value}")
+    return value

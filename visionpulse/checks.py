@@ -1,8 +1,9 @@
 """The checks of a call's arguments: what was expected, what came, and the way out.
 
-What the structs are made of is checked in struct_checks.py, when they are made. Rank, dtype, device, strides and host numbers are checked always. Values inside tensors are checked
-here only where the tensor is on the CPU, or when a person asks by `kv.validate()`: nothing in a
-decode step may read the device.
+What the structs are made of is checked in struct_checks.py, when they are made. Rank, dtype,
+device, strides and host numbers are checked always. Values inside tensors are checked only where
+the tensor is on the CPU, or when a person asks by `kv.validate()`: nothing in a decode step may
+read the device.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -44,7 +44,8 @@ def visible_keys(
     return visible
 
 
-def _visible(kv: Cache, params: Params) -> Tensor:
+def visible_in(kv: Cache, params: Params) -> Tensor:
+    """The visible slots of a cache; one whose page id lies outside the pool is not."""
     return visible_keys(
         kv.capacity, kv.batch, kv.device, kv.starts, kv.lengths, params.window
     ) & _has_page(kv)
@@ -61,7 +62,8 @@ def _has_page(kv: Cache) -> Tensor:
 
 def logits(q: Tensor, k: Tensor, visible: Tensor, params: Params) -> Tensor:
     """Scaled, capped, masked logits z: [B, H, N], -inf where not visible."""
-    z = params.scale * (k @ q.to(k.dtype)[..., None])[..., 0]
+    # a product and a sum per key, not a matmul: equal keys must give equal bits anywhere
+    z = params.scale * (q.to(k.dtype)[:, :, None] * k).sum(-1)
     if params.softcap:
         z = params.softcap * torch.tanh(z / params.softcap)
     return z.masked_fill(~visible[:, None], -torch.inf)
@@ -79,17 +81,22 @@ def weigh(z: Tensor, v: Tensor, attended: Tensor, dtype: torch.dtype) -> Tensor:
     return (p[:, :, None] @ v)[:, :, 0].to(dtype)
 
 
+def mean_of_heads(t: Tensor) -> Tensor:
+    """Mean over the heads of [B, H, N], summed in the same order at every position."""
+    return t.transpose(1, 2).contiguous().mean(-1)
+
+
 def score_of(z: Tensor, candidate: Tensor, params: Params) -> tuple[Tensor, Tensor, Tensor]:
     """Scores [B, N] and the two masses [B] from logits."""
     p_tau = softmax(z / params.tau)
     per_head = p_tau.masked_fill(~candidate[:, None], 0.0).sum(-1)  # [B, H]
     mass, mass_mean = per_head.amax(1), per_head.mean(1)  # a NaN in any head makes both NaN
     if params.score == "logit":
-        scores = z.mean(1)
+        scores = mean_of_heads(z)
     elif params.score == "prob":
-        scores = softmax(z).mean(1)
+        scores = mean_of_heads(softmax(z))
     else:
-        scores = p_tau.mean(1)
+        scores = mean_of_heads(p_tau)
     return scores.masked_fill(~candidate, -torch.inf), mass, mass_mean
 
 
@@ -143,7 +150,7 @@ def attended_keys(visible: Tensor, visual: VisualTokens, selection: Selection) -
 def score(q: Tensor, kv: Cache, visual: VisualTokens, params: Params) -> tuple[Tensor, ...]:
     """Scores, masses, and the dense output: [B, N], [B], [B], [B, H, D]."""
     k, v = keys_and_values(kv, q.shape[1])
-    visible = _visible(kv, params)
+    visible = visible_in(kv, params)
     z = logits(q, k, visible, params)
     candidate = visible & visual.mask(kv.capacity)
     return *score_of(z, candidate, params), weigh(z, v, visible, q.dtype)
@@ -173,7 +180,7 @@ def attend(
 ) -> Tensor:
     """Attention over text and selected keys, or over all of them: [B, H, D]."""
     k, v = keys_and_values(kv, q.shape[1])
-    visible = _visible(kv, params)
+    visible = visible_in(kv, params)
     attended = visible
     if visual is not None and selection is not None:
         attended = attended_keys(visible, visual, selection)
@@ -185,7 +192,7 @@ def decode(
 ) -> tuple[Tensor, Selection, Tensor]:
     """One step at the anchor: output [B, H, D], selection, and the scores [B, N] it ranked."""
     k, v = keys_and_values(kv, q.shape[1])
-    visible = _visible(kv, params)
+    visible = visible_in(kv, params)
     candidate = visible & visual.mask(kv.capacity)
     z = logits(q, k, visible, params)
     scores, mass, mass_mean = score_of(z, candidate, params)

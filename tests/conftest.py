@@ -1,0 +1,59 @@
+"""Options and fixtures of the whole suite."""
+
+import pytest
+import torch
+
+from visionpulse.backends import get, names
+
+
+def pytest_addoption(parser):
+    parser.addoption("--backends", default="", help="test these backends only, by comma")
+    parser.addoption(
+        "--require-backends",
+        default="",
+        help="fail where one of these cannot run, so that a skip hides nothing",
+    )
+
+
+def _listed(config, option):
+    return [name for name in config.getoption(option).split(",") if name]
+
+
+def pytest_sessionstart(session):
+    for name in _listed(session.config, "--require-backends"):
+        reason = get(name).unavailable()
+        if reason:
+            pytest.exit(f"backend {name!r} must run here but cannot: {reason}", returncode=3)
+
+
+def pytest_generate_tests(metafunc):
+    if "backend" in metafunc.fixturenames:
+        chosen = _listed(metafunc.config, "--backends") or names()
+        marks = []
+        for name in chosen:
+            reason = get(name).unavailable()
+            skip = [pytest.mark.skip(reason=f"backend {name}: {reason}")] if reason else []
+            marks.append(pytest.param(name, id=name, marks=skip))
+        metafunc.parametrize("backend", marks)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """These machines are shared: a second thread waits for its neighbours more than it helps."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Fresh memory holds NaN, so that a slot nobody writes is seen."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def device(backend):
+    """Where the tensors of a backend live in these tests."""
+    kinds = get(backend).auto_devices or ("cpu",)
+    return "cpu" if "cpu" in kinds or not torch.cuda.is_available() else "cuda"

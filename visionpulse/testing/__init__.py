@@ -1,0 +1,19 @@
+"""What tests and benchmarks share: named cases, the tolerance table, properties, timing."""
+
+from .cases import CASES, Case, Problem
+from .compare import (
+    assert_masses,
+    assert_output,
+    assert_scores,
+    assert_valid_selection,
+)
+
+__all__ = [
+    "CASES",
+    "Case",
+    "Problem",
+    "assert_masses",
+    "assert_output",
+    "assert_scores",
+    "assert_valid_selection",
+]

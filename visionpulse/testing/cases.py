@@ -1,0 +1,212 @@
+"""Named problems that every backend must solve: data, few and telling."""
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..config import PulseConfig
+from ..structs import Cache, KVCache, PagedKVCache, VisualTokens
+
+Spans = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem in words; `build` makes its tensors."""
+
+    name: str
+    visual: tuple[Spans, ...]  # runs of visual tokens, per row
+    size: int = 96  # slots of a row, N
+    heads: int = 8
+    kv_heads: int = 2
+    head_dim: int = 64
+    lengths: tuple[int, ...] | None = None
+    starts: tuple[int, ...] | None = None
+    values: str = "normal"  # normal, ties, equal, huge, minus_zero, nan_text, nan_visual
+    layout: str = "plain"  # plain, token_major, unaligned, NHD, HND
+    page: int = 16  # slots of a page, in the layouts NHD and HND
+    options: dict[str, Any] = field(default_factory=dict)  # scale, softcap, window
+    config: PulseConfig = field(default_factory=lambda: PulseConfig(tau=0.4, ratio=(0.05, 0.5)))
+
+    @property
+    def rows(self) -> int:
+        """B."""
+        return len(self.visual)
+
+    def build(
+        self,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+    ) -> "Problem":
+        """Make the tensors; slots that no step may see hold NaN."""
+        generator = torch.Generator().manual_seed(seed)
+        q = torch.randn(self.rows, self.heads, self.head_dim, generator=generator)
+        shape = (self.rows, self.kv_heads, self.size, self.head_dim)
+        k = torch.randn(shape, generator=generator)
+        v = torch.randn(shape, generator=generator)
+        k, v = self._plant(q, k, v)
+        hidden = ~self.visible()
+        k[hidden[:, None].expand_as(k[..., 0])] = torch.nan
+        v[hidden[:, None].expand_as(v[..., 0])] = torch.nan
+        q, k, v = (tensor.to(dtype).to(device) for tensor in (q, k, v))
+        visual = VisualTokens.from_spans(self.visual, device=device)
+        return Problem(self, self._query(q), self._cache(k, v), visual, self.config)
+
+    def visible(self) -> Tensor:
+        """Which slots a step may see: bool [B, N], straight from the contract."""
+        n = torch.arange(self.size)
+        rows = []
+        for b in range(self.rows):
+            length = self.size if self.lengths is None else self.lengths[b]
+            start = 0 if self.starts is None else self.starts[b]
+            window = self.options.get("window") or self.size
+            rows.append((n >= start) & (n < length) & (n > length - 1 - window))
+        return torch.stack(rows)
+
+    def _plant(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if self.values == "ties":  # three keys in turn: whole classes of equal logits
+            k = k[:, :, torch.arange(self.size) % 3]
+        elif self.values == "equal":
+            k = k[:, :, :1].expand_as(k).clone()
+        elif self.values == "huge":
+            k = k * 40
+        elif self.values == "minus_zero":  # logits are +0.0 or -0.0 and must tie
+            signs = torch.where(torch.arange(self.size) % 2 == 0, 0.0, -0.0)
+            k = signs[None, None, :, None].expand_as(k).clone()
+        elif self.values == "nan_text":
+            k[0, 0, 0] = torch.nan
+        elif self.values == "nan_visual":
+            for b, spans in enumerate(self.visual):
+                k[b, 0, spans[0][0] + 1] = torch.nan
+        return k, v
+
+    def _query(self, q: Tensor) -> Tensor:
+        if self.layout == "plain":
+            return q
+        wide = q.new_full((q.shape[0], q.shape[1], q.shape[2] + 3), torch.nan)
+        wide[:, :, 1:-2] = q
+        return wide[:, :, 1:-2]
+
+    def _cache(self, k: Tensor, v: Tensor) -> Cache:
+        device = k.device
+        lengths, starts = (
+            None if rows is None else torch.tensor(rows, dtype=torch.int32, device=device)
+            for rows in (self.lengths, self.starts)
+        )
+        if self.layout in ("NHD", "HND"):
+            if lengths is None:
+                lengths = torch.full((self.rows,), self.size, dtype=torch.int32, device=device)
+            return _paged(k, v, lengths, starts, self.layout, self.page)
+        place = {"plain": _same, "token_major": _token_major, "unaligned": _unaligned}
+        return KVCache(place[self.layout](k), place[self.layout](v), lengths, starts)
+
+
+class Problem(NamedTuple):
+    """The tensors of a case, ready for the ops."""
+
+    case: Case
+    q: Tensor
+    kv: Cache
+    visual: VisualTokens
+    config: PulseConfig
+
+    def __repr__(self) -> str:
+        return f"Problem({self.case.name}, {self.q.dtype})"
+
+
+def _same(t: Tensor) -> Tensor:
+    return t
+
+
+def _token_major(t: Tensor) -> Tensor:
+    """[B, N, G, D] in memory, seen as [B, G, N, D], with NaN between the rows."""
+    b, g, n, d = t.shape
+    memory = t.new_full((b, n + 1, g, d), torch.nan)
+    view = memory[:, :n].transpose(1, 2)
+    view.copy_(t)
+    return view
+
+
+def _unaligned(t: Tensor) -> Tensor:
+    """Rows that start one element past a boundary, with NaN around each."""
+    memory = t.new_full((*t.shape[:3], t.shape[3] + 5), torch.nan)
+    memory[..., 1:-4] = t
+    return memory[..., 1:-4]
+
+
+def _paged(
+    k: Tensor, v: Tensor, lengths: Tensor, starts: Tensor | None, layout: str, page: int
+) -> PagedKVCache:
+    """Pages in shuffled order among NaN pages; table entries that no key needs hold -1."""
+    b, g, n, d = k.shape
+    per_row = -(-n // page)
+    order = torch.randperm(2 * b * per_row, generator=torch.Generator().manual_seed(1))
+    table = order[: b * per_row].view(b, per_row).to(torch.int32)
+    pools = []
+    for t in (k, v):
+        whole = torch.nn.functional.pad(t, (0, 0, 0, per_row * page - n), value=torch.nan)
+        pages = whole.view(b, g, per_row, page, d).transpose(1, 2)  # [B, pages, G, page, D]
+        pool = t.new_full((2 * b * per_row, g, page, d), torch.nan)
+        pool[table.flatten().long()] = pages.flatten(0, 1)
+        pools.append(pool if layout == "HND" else pool.transpose(1, 2).contiguous())
+    first = torch.arange(per_row) * page
+    unused = first >= lengths.cpu()[:, None]
+    if starts is not None:
+        unused |= first + page <= starts.cpu()[:, None]
+    table = table.masked_fill(unused, -1).to(k.device)
+    return PagedKVCache(pools[0], pools[1], table, lengths, starts, layout)
+
+
+_TWO_IMAGES: Spans = ((4, 30), (37, 80))
+_LOGIT = PulseConfig(score="logit", ratio=(0.05, 0.3))
+_KEEP_ALL = PulseConfig(ratio=(1.0, 1.0))
+
+CASES = {
+    case.name: case
+    for case in (
+        Case("grouped", (_TWO_IMAGES, ((10, 90),))),
+        Case("group1", (_TWO_IMAGES,), heads=3, kv_heads=3, head_dim=32),
+        Case("group5", (_TWO_IMAGES,), heads=10, kv_heads=2, head_dim=80),
+        Case("group7", (_TWO_IMAGES, ((0, 3),)), heads=14, kv_heads=2, head_dim=128),
+        Case("group32", (_TWO_IMAGES,), heads=32, kv_heads=1, head_dim=16),
+        Case("d72", (_TWO_IMAGES,), head_dim=72),
+        Case("d96", (_TWO_IMAGES,), head_dim=96, heads=6, kv_heads=2),
+        Case("d192", (_TWO_IMAGES,), head_dim=192, heads=4),
+        Case("d256", (_TWO_IMAGES,), head_dim=256, heads=4),
+        Case("ragged", (_TWO_IMAGES, _TWO_IMAGES, _TWO_IMAGES), lengths=(96, 41, 5)),
+        Case("left-padding", (_TWO_IMAGES, ((30, 80),)), lengths=(96, 90), starts=(7, 29)),
+        Case("no-visual", ((), _TWO_IMAGES)),
+        Case("no-visual-at-all", ((), ())),
+        Case("all-visual", (((0, 96),),)),
+        Case("one-token", (((0, 1),), ()), size=1),
+        Case("one-visible", (((40, 41),), ((0, 40),)), lengths=(41, 41), starts=(40, 40)),
+        Case("nothing-visible", (_TWO_IMAGES, _TWO_IMAGES), lengths=(0, 20), starts=(0, 20)),
+        Case("visual-not-visible", (((60, 90),), ((0, 10),)), lengths=(50, 96), starts=(0, 20)),
+        Case("single-tokens", (tuple((i, i + 1) for i in range(1, 90, 2)), ((95, 96),)), heads=4),
+        Case("ties", (_TWO_IMAGES, ((3, 96),)), values="ties"),
+        Case("ties-logit", (_TWO_IMAGES, ((3, 96),)), values="ties", config=_LOGIT),
+        Case("all-equal", (_TWO_IMAGES, ((3, 96),)), values="equal"),
+        Case("minus-zero", (_TWO_IMAGES,), values="minus_zero", config=_LOGIT),
+        Case("huge-logits", (_TWO_IMAGES, ((10, 90),)), values="huge"),
+        Case("nan-text", (_TWO_IMAGES, _TWO_IMAGES), values="nan_text"),
+        Case("nan-visual", (_TWO_IMAGES, ((10, 90),)), values="nan_visual", config=_LOGIT),
+        Case("keep-all", (_TWO_IMAGES, ((10, 90),)), config=_KEEP_ALL),
+        Case("softcap", (_TWO_IMAGES, ((10, 90),)), options={"softcap": 2.0, "scale": 0.5}),
+        Case(
+            "softcap-logit", (_TWO_IMAGES,), options={"softcap": 2.0, "scale": 0.5}, config=_LOGIT
+        ),
+        Case("window", (_TWO_IMAGES, ((10, 90),)), lengths=(96, 70), options={"window": 33}),
+        Case("token-major", (_TWO_IMAGES, ((10, 90),)), layout="token_major", lengths=(96, 77)),
+        Case("unaligned", (_TWO_IMAGES, ((10, 90),)), layout="unaligned", lengths=(96, 77)),
+        Case("paged-nhd", (_TWO_IMAGES, ((10, 90),)), layout="NHD", lengths=(96, 50)),
+        Case(
+            "paged-hnd", (_TWO_IMAGES, ((9, 70),)), layout="HND", lengths=(96, 77), starts=(0, 33)
+        ),
+        Case("page-of-one", (_TWO_IMAGES,), layout="NHD", page=1, lengths=(90,)),
+        Case("odd-page", (_TWO_IMAGES, ((10, 90),)), layout="HND", page=7, lengths=(91, 50)),
+        Case("long", (((20, 700), (730, 1400)), ((5, 300),)), size=1500, lengths=(1500, 611)),
+    )
+}

@@ -105,7 +105,8 @@ def visual_set(visual: "VisualTokens", rows: int, size: int, device: torch.devic
         )
     if visual.batch != rows:
         raise ValueError(f"visual has {visual.batch} rows, the cache {rows}; both are B")
-    if visual.size > size:
+    # not in a graph: a guard on the size of one prompt would compile anew for the next
+    if not torch.compiler.is_compiling() and visual.size > size:
         raise ValueError(
             f"visual covers {visual.size} positions, the cache has {size} slots; "
             "cut the mask to the cache"
@@ -115,7 +116,7 @@ def visual_set(visual: "VisualTokens", rows: int, size: int, device: torch.devic
 
 def selection(chosen: "Selection", rows: int, size: int, device: torch.device) -> None:
     """Check a selection against the rows, slots and device it is used with."""
-    if not hasattr(chosen, "indices"):
+    if not hasattr(chosen, "mass_mean"):
         raise TypeError(
             f"selection must be a Selection, got {type(chosen).__name__}; "
             "decode and select give one"

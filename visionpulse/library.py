@@ -15,7 +15,7 @@ from .backends import Backend, mass_dtype, resolve
 from .structs import Cache, KVCache, PagedKVCache, Params, Selection, VisualTokens
 
 _CACHE = "Tensor k, Tensor v, Tensor? block_table, Tensor? lengths, Tensor? starts, str layout"
-_VISUAL = "Tensor spans, Tensor offsets, Tensor visual_counts, SymInt max_count, SymInt size"
+_VISUAL = "Tensor spans, Tensor offsets, Tensor visual_counts, SymInt max_count"
 _MATH = "float scale, float softcap, SymInt window"
 _SCORING = f"{_MATH}, float tau, str score, str anchor_output"
 _BUDGET = "float r_min, float r_max, str mass_of, SymInt k_max, Tensor? ratio, Tensor? wanted"
@@ -51,7 +51,7 @@ def cache_fields(kv: Cache) -> tuple[Any, ...]:
 
 def visual_fields(visual: VisualTokens) -> tuple[Any, ...]:
     """The visual set as the schemas take it."""
-    return visual.spans, visual.offsets, visual.counts, visual.max_count, visual.size
+    return visual.spans, visual.offsets, visual.counts, visual.max_count
 
 
 def _cache(fields: Sequence[Any]) -> Cache:
@@ -59,6 +59,10 @@ def _cache(fields: Sequence[Any]) -> Cache:
     if table is None:
         return KVCache(k, v, lengths, starts)
     return PagedKVCache(k, v, table, lengths, starts, layout)
+
+
+def _visual(fields: Sequence[Any]) -> VisualTokens:
+    return VisualTokens(*fields, size=0)  # the size is for checks, which the caller has made
 
 
 def _new_out(q: Tensor) -> Tensor:
@@ -76,15 +80,15 @@ def _resolve(
 
 
 def _decode(q: Tensor, *fields: Any) -> tuple[Tensor, ...]:
-    kv, visual = _cache(fields[:6]), VisualTokens(*fields[6:11])
-    scale, softcap, window, tau, score, anchor_output = fields[11:17]
-    r_min, r_max, mass_of, k_max, ratio, wanted = fields[17:23]
+    kv, visual = _cache(fields[:6]), _visual(fields[6:10])
+    scale, softcap, window, tau, score, anchor_output = fields[10:16]
+    r_min, r_max, mass_of, k_max, ratio, wanted = fields[16:22]
     params = Params(
         scale, softcap, window, tau, r_min, r_max, mass_of, score, anchor_output, k_max, ratio,
         wanted,
     )  # fmt: skip
     out = _new_out(q)
-    backend = _resolve(fields[23], q, kv, visual, params)
+    backend = _resolve(fields[22], q, kv, visual, params)
     selection = backend.decode(
         q, kv, visual, params, scores=None, out=out, workspace=workspace.default(q.device)
     )
@@ -92,11 +96,11 @@ def _decode(q: Tensor, *fields: Any) -> tuple[Tensor, ...]:
 
 
 def _score(q: Tensor, *fields: Any) -> tuple[Tensor, ...]:
-    kv, visual = _cache(fields[:6]), VisualTokens(*fields[6:11])
-    scale, softcap, window, tau, score, anchor_output = fields[11:17]
+    kv, visual = _cache(fields[:6]), _visual(fields[6:10])
+    scale, softcap, window, tau, score, anchor_output = fields[10:16]
     params = Params(scale, softcap, window, tau, score=score, anchor_output=anchor_output)
     scores, _, _, out = _score_like(q, *fields)
-    backend = _resolve(fields[17], q, kv, visual, params)
+    backend = _resolve(fields[16], q, kv, visual, params)
     mass, mass_mean = backend.score(
         q,
         kv,
@@ -110,8 +114,8 @@ def _score(q: Tensor, *fields: Any) -> tuple[Tensor, ...]:
 
 
 def _select(scores: Tensor, mass: Tensor, mass_mean: Tensor, *fields: Any) -> tuple[Tensor, ...]:
-    visual = VisualTokens(*fields[:5])
-    starts, lengths, window, r_min, r_max, mass_of, k_max, ratio, wanted, name = fields[5:]
+    visual = _visual(fields[:4])
+    starts, lengths, window, r_min, r_max, mass_of, k_max, ratio, wanted, name = fields[4:]
     params = Params(
         scale=1.0, window=window, r_min=r_min, r_max=r_max, mass=mass_of, k_max=k_max,
         ratio=ratio, counts=wanted,
@@ -131,8 +135,8 @@ def _select(scores: Tensor, mass: Tensor, mass_mean: Tensor, *fields: Any) -> tu
 
 
 def _attend(q: Tensor, *fields: Any) -> Tensor:
-    kv, visual = _cache(fields[:6]), VisualTokens(*fields[6:11])
-    indices, counts, scale, softcap, window, name = fields[11:]
+    kv, visual = _cache(fields[:6]), _visual(fields[6:10])
+    indices, counts, scale, softcap, window, name = fields[10:]
     mass = _per_row(q, mass_dtype(q))  # followers never look at it
     selection = Selection(indices, counts, mass, mass, trusted=True)
     params = Params(scale, softcap, window)
@@ -153,7 +157,7 @@ def _attend_dense(q: Tensor, *fields: Any) -> Tensor:
 
 
 def _decode_like(q: Tensor, *fields: Any) -> tuple[Tensor, ...]:
-    k_max = fields[20]
+    k_max = fields[19]
     indices = torch.empty((q.shape[0], k_max), dtype=torch.int32, device=q.device)
     dtype = mass_dtype(q)
     return (
@@ -167,12 +171,12 @@ def _score_like(q: Tensor, *fields: Any) -> tuple[Tensor, ...]:
     dtype = mass_dtype(q)
     scores = torch.empty((q.shape[0], size), dtype=dtype, device=q.device)
     # the dense output comes with the scores; where none is made the result is empty
-    out = _new_out(q) if fields[16] == "dense" else q.new_empty(0)
+    out = _new_out(q) if fields[15] == "dense" else q.new_empty(0)
     return scores, _per_row(q, dtype), _per_row(q, dtype), out
 
 
 def _select_like(scores: Tensor, *fields: Any) -> tuple[Tensor, ...]:
-    k_max = fields[13]
+    k_max = fields[12]
     indices = torch.empty((scores.shape[0], k_max), dtype=torch.int32, device=scores.device)
     return indices, _per_row(scores, torch.int32)
 

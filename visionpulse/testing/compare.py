@@ -87,7 +87,7 @@ class Exact:
 
     @property
     def largest_logit(self) -> Tensor:
-        """max |z| of each row."""
+        """Max |z| of each row."""
         return self.z.nan_to_num(0.0, 0.0, 0.0).abs().amax((1, 2))
 
     def slack(self, tau: float) -> Tensor:

@@ -1,0 +1,138 @@
+"""The ops under torch.library: schemas, fakes, one graph, and the cost of a call in eager mode."""
+
+import pytest
+import torch
+
+import visionpulse as vp
+from visionpulse import library
+from visionpulse.testing import CASES
+
+NAMES = ("grouped", "left-padding", "paged-hnd", "no-visual-at-all")
+
+
+@pytest.fixture(params=NAMES)
+def problem(request):
+    return CASES[request.param].build(torch.float32)
+
+
+def fields_of(problem):
+    return library.cache_fields(problem.kv), library.visual_fields(problem.visual)
+
+
+MATH = (0.125, 0.0, 0)
+BUDGET = (0.05, 0.5, "max", 43, None, None)
+
+
+@pytest.mark.parametrize("output", ("pruned", "dense"))
+def test_opcheck_decode_and_score(problem, backend, output):
+    cache, visual = fields_of(problem)
+    scoring = (*MATH, 0.4, "prob", output)
+    ops = torch.ops.visionpulse
+    torch.library.opcheck(ops.decode, (problem.q, *cache, *visual, *scoring, *BUDGET, backend))
+    torch.library.opcheck(ops.score, (problem.q, *cache, *visual, *scoring, backend))
+
+
+def test_opcheck_select_and_attend(problem, backend):
+    cache, visual = fields_of(problem)
+    ops = torch.ops.visionpulse
+    scores = torch.rand(problem.kv.batch, problem.kv.capacity)
+    mass = torch.rand(problem.kv.batch)
+    cut = (problem.kv.starts, problem.kv.lengths, 0)
+    arguments = (scores, mass, mass.clone(), *visual, *cut, *BUDGET, backend)
+    torch.library.opcheck(ops.select, arguments)
+    indices, counts = ops.select(*arguments)
+    torch.library.opcheck(ops.attend, (problem.q, *cache, *visual, indices, counts, *MATH, backend))
+    torch.library.opcheck(ops.attend_dense, (problem.q, *cache, *MATH, backend))
+
+
+def step(q, kv, visual, config, backend):
+    """An anchor and a follower, as a model runs them."""
+    out, selection = vp.decode(q, kv, visual, config, backend=backend)
+    follow = vp.attend(q, kv, visual, selection, backend=backend)
+    dense = vp.attend(q, kv, backend=backend)
+    return out, follow, dense, selection.indices, selection.counts, selection.mass
+
+
+class Half:
+    """A policy that runs between score and select."""
+
+    def bound(self, n_visual):
+        return max(1, n_visual // 2)
+
+    def counts(self, mass, n_visual, scores):
+        return n_visual // 2
+
+
+CONFIGS = {
+    "pruned": vp.PulseConfig(),
+    "dense": vp.PulseConfig(anchor_output="dense", score="logit"),
+    "fixed": vp.PulseConfig(budget=vp.Fixed(0.3)),
+    "top-k": vp.PulseConfig(budget=vp.TopK(7)),
+    "top-p": vp.PulseConfig(budget=vp.TopP(0.5)),
+    "unfused": vp.PulseConfig(budget=Half(), anchor_output="dense"),
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_one_graph_gives_the_eager_bits(problem, backend, config):
+    torch._dynamo.reset()
+
+    def run(q, kv, visual):
+        return step(q, kv, visual, config, backend)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    wanted = run(problem.q, problem.kv, problem.visual)
+    for got, expected in zip(compiled(problem.q, problem.kv, problem.visual), wanted, strict=True):
+        assert torch.equal(got.nan_to_num(7), expected.nan_to_num(7))
+
+
+def test_a_cache_made_inside_the_graph_serves_three_prompts(backend):
+    """With a capacity no shape depends on the prompt: one graph, compiled once."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def run(q, k, v, lengths, visual):
+        return step(q, vp.KVCache(k, v, lengths), visual, vp.PulseConfig(), backend)
+
+    compiled = torch.compile(run, fullgraph=True, backend=count)
+    generator = torch.Generator().manual_seed(0)
+    k, v = (torch.randn(1, 2, 64, 32, generator=generator) for _ in range(2))
+    for spans, length in (([(1, 9)], 30), ([(1, 9), (12, 40)], 50), ([], 64)):
+        q = torch.randn(1, 4, 32, generator=generator)
+        visual = vp.VisualTokens.from_spans([spans], capacity=40)
+        lengths = torch.tensor([length], dtype=torch.int32)
+        wanted = run(q, k, v, lengths, visual)
+        got = compiled(q, k, v, lengths, visual)
+        assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+    assert len(graphs) == 1
+
+
+def test_a_given_output_is_filled_under_compile(backend):
+    problem = CASES["grouped"].build(torch.float32)
+    q, kv, visual = problem.q, problem.kv, problem.visual
+
+    def run(q, out, scores):
+        return vp.decode(q, kv, visual, out=out, scores=scores, backend=backend)[1].counts
+
+    wanted_out, wanted_scores = torch.empty_like(q), torch.empty(kv.batch, kv.capacity)
+    counts = run(q, wanted_out, wanted_scores)
+    out, scores = torch.empty_like(q), torch.empty(kv.batch, kv.capacity)
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(q, out, scores), counts)
+    torch.testing.assert_close(out, wanted_out, rtol=1e-5, atol=1e-6)
+    assert torch.equal(scores, wanted_scores)
+
+
+def test_eager_calls_do_not_pass_through_the_dispatcher(backend, monkeypatch):
+    problem = CASES["grouped"].build(torch.float32)
+
+    class Loud:
+        def __getattr__(self, name):
+            raise AssertionError(f"torch.ops.visionpulse.{name} was used in eager mode")
+
+    monkeypatch.setattr(torch.ops, "visionpulse", Loud())
+    step(problem.q, problem.kv, problem.visual, vp.PulseConfig(), backend)

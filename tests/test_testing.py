@@ -1,0 +1,111 @@
+"""The properties that judge a backend are themselves judged: right passes, wrong fails."""
+
+import pytest
+import torch
+
+import visionpulse as vp
+from visionpulse.structs import Params
+from visionpulse.testing import CASES, assert_masses, assert_output, assert_valid_selection
+from visionpulse.testing.compare import Exact, assert_counts
+
+SCORES = torch.tensor([[0.1, 0.9, 0.5, 0.5, 0.5, 0.2, torch.nan, 0.0]])
+CANDIDATE = torch.tensor([[True, True, True, True, True, True, True, False]])
+NOTHING = torch.zeros(1)
+
+
+def selection(indices, count):
+    row = torch.tensor([indices], dtype=torch.int32)
+    return vp.Selection(row, torch.tensor([count], dtype=torch.int32), NOTHING, NOTHING)
+
+
+@pytest.mark.parametrize(
+    "indices, count",
+    [
+        ([1, 2, 3, -1], 3),
+        ([1, -1], 1),
+        ([0, 1, 2, 3, 4, 5, 6], 7),
+        ([-1], 0),
+        ([0, 1, 2, 3, 4, 5], 6),
+    ],
+)
+def test_a_right_selection_passes(indices, count):
+    assert_valid_selection(selection(indices, count), SCORES, CANDIDATE)
+
+
+@pytest.mark.parametrize(
+    "indices, count, why",
+    [
+        ([1, 2, 4, -1], 3, "ties"),
+        ([2, 1, 3], 3, "ascending"),
+        ([1, 1, 2], 3, "ascending"),
+        ([0, 1, 2], 3, "below a dropped one"),
+        ([1, 2, 7], 3, "only visible visual"),
+        ([1, 2, 0], 2, "padding"),
+        ([1, 2, 8], 3, "positions"),
+        ([1, 2, 6], 3, "NaN kept"),
+        ([1, 2], 3, "outside"),
+    ],
+)
+def test_a_wrong_selection_fails(indices, count, why):
+    with pytest.raises(AssertionError, match=why):
+        assert_valid_selection(selection(indices, count), SCORES, CANDIDATE)
+
+
+def exact_of(name, dtype=torch.bfloat16):
+    problem = CASES[name].build(dtype)
+    params = Params(problem.q.shape[2] ** -0.5, tau=0.4)
+    return problem, Exact(problem.q, problem.kv, problem.visual, params)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+def test_an_output_a_little_off_fails(dtype):
+    """In one place, the largest, by a few more ulps than torch's own error."""
+    problem, exact = exact_of("grouped", dtype)
+    out = vp.attend(problem.q, problem.kv, backend="reference")
+    assert_output(out, exact, None)
+    place = out.abs().argmax()
+    out.view(-1)[place] *= 1 + (64 if dtype == torch.float32 else 8) * torch.finfo(dtype).eps
+    with pytest.raises(AssertionError, match="error"):
+        assert_output(out, exact, None)
+
+
+def test_a_nan_in_the_output_fails():
+    problem, exact = exact_of("grouped")
+    out = vp.attend(problem.q, problem.kv, backend="reference")
+    out[0, 0, 0] = torch.nan
+    with pytest.raises(AssertionError, match="NaN in other places"):
+        assert_output(out, exact, None)
+
+
+def test_a_mass_a_little_off_fails():
+    _, exact = exact_of("grouped")
+    mass, mean = exact.mass.float(), exact.mass_mean.float()
+    assert_masses(mass, mean, exact)
+    with pytest.raises(AssertionError, match="mass"):
+        assert_masses(mass * 1.001, mean, exact)
+    with pytest.raises(AssertionError, match="mass_mean"):
+        assert_masses(mass, mean * 0.999, exact)
+
+
+def test_a_count_off_by_one_fails():
+    counts = torch.tensor([10], dtype=torch.int32)
+    mass = torch.tensor([0.1])
+    params = Params(1.0, r_min=0.0, r_max=1.0)
+    right = vp.Selection(counts, counts, mass, mass)
+    assert_counts(right, torch.tensor([100], dtype=torch.int32), params)
+    with pytest.raises(AssertionError, match="asks for"):
+        assert_counts(
+            vp.Selection(counts, counts - 1, mass, mass),
+            torch.tensor([100], dtype=torch.int32),
+            params,
+        )
+
+
+def test_hidden_slots_hold_nan():
+    problem = CASES["left-padding"].build()
+    hidden = ~CASES["left-padding"].visible()
+    assert hidden.any() and problem.kv.k.transpose(1, 2)[hidden].isnan().all()
+
+
+def test_fresh_memory_is_poisoned():
+    assert torch.empty(1000).isnan().all()

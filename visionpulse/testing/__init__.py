@@ -2,6 +2,7 @@
 
 from .cases import CASES, Case, Problem
 from .compare import (
+    assert_clear_error,
     assert_masses,
     assert_output,
     assert_scores,
@@ -12,6 +13,7 @@ __all__ = [
     "CASES",
     "Case",
     "Problem",
+    "assert_clear_error",
     "assert_masses",
     "assert_output",
     "assert_scores",

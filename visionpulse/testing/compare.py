@@ -1,5 +1,6 @@
 """How close is close: one table, and properties where the contract is exact."""
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -94,6 +95,19 @@ class Exact:
         """The relative error that a share of the softmax at `tau` may have, per row."""
         tolerance, eps = TOLERANCES[self.dtype], torch.finfo(torch.float32).eps
         return tolerance.relative + tolerance.per_logit * eps * self.largest_logit / tau
+
+
+def assert_clear_error(
+    call: Callable[[], object], kind: type[Exception], words: Sequence[str]
+) -> None:
+    """A call fails with this kind of error, and its message says each of the words."""
+    try:
+        call()
+    except kind as error:
+        missing = [word for word in words if word not in str(error)]
+        assert not missing, f"{missing} not in: {error}"
+        return
+    raise AssertionError(f"no {kind.__name__} was raised")
 
 
 def _assert_same_nan(got: Tensor, wanted: Tensor, what: str) -> None:

@@ -1,0 +1,47 @@
+# The commands of every day. Each makes what it needs: `make test` works in a fresh clone.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# Backends that must run, so that a skip cannot hide a loss.
+REQUIRED := reference,cpu
+CPP := $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' 2>/dev/null)
+
+.PHONY: demo test lint format bench gpu-check clean
+
+demo: $(READY)
+	$(BIN)/visionpulse demo
+
+test: $(READY)
+	$(BIN)/pytest --require-backends $(REQUIRED) $(PYTEST_ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+bench: $(READY)
+	$(BIN)/python benchmarks/bench_stages.py $(BENCH_ARGS)
+
+clean:
+	rm -rf build dist *.egg-info visionpulse/*.so $(VENV)
+
+# The environment and the kernels: anew when a pin or the build changed, kernels when a source did.
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+$(VENV)/.deps: requirements-dev.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	touch $@
+
+$(READY): $(VENV)/.deps pyproject.toml setup.py CMakeLists.txt $(CPP)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	touch $@

@@ -1,0 +1,63 @@
+"""Every Python block of the README runs, and its definition of the stages is the truth."""
+
+import contextlib
+import io
+import math
+import re
+from pathlib import Path
+
+import torch
+
+import visionpulse as vp
+
+README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+
+
+def blocks(heading):
+    section = README.split(f"## {heading}\n")[1].split("\n## ")[0]
+    return re.findall(r"```python\n(.*?)```", section, re.S)
+
+
+def test_the_quickstart_runs():
+    (code,) = blocks("Use it on tensors")
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(code, "README.md", "exec"), {})
+    assert "->" in printed.getvalue()
+
+
+def test_the_three_stages_are_the_decode_op():
+    (code,) = blocks("The three stages, in PyTorch")
+    generator = torch.Generator().manual_seed(0)
+    heads, size, dim = 4, 90, 16
+    q = torch.randn(heads, dim, generator=generator)
+    k, v = (torch.randn(size, dim, generator=generator) for _ in range(2))
+    visual = torch.zeros(size).bool()
+    visual[5:70] = True
+    config = vp.PulseConfig(tau=0.4, ratio=(0.05, 0.3))
+    names = {
+        "torch": torch,
+        "floor": math.floor,
+        "z": dim**-0.5 * q @ k.T,
+        "v": v,
+        "V": visual.nonzero().flatten(),
+        "text": (~visual).nonzero().flatten(),
+        "tau": config.tau,
+        "r_min": config.ratio[0],
+        "r_max": config.ratio[1],
+    }
+    exec(compile(code, "README.md", "exec"), names)
+    kv = vp.KVCache(k[None, None], v[None, None])
+    out, selection = vp.decode(
+        q[None], kv, vp.VisualTokens.from_mask(visual[None]), config, backend="reference"
+    )
+    assert names["kept"].tolist() == selection.indices[0, : selection.counts[0]].tolist()
+    torch.testing.assert_close(names["out"], out[0])
+    torch.testing.assert_close(names["M"], selection.mass[0])
+
+
+def test_the_presets_are_those_of_the_table():
+    for name, config in vp.PRESETS.items():
+        low, high = (f"{100 * ratio:g} %" for ratio in config.ratio)
+        row = rf'\| `"{name}"`[^|]*\| {config.tau} \| {low} to {high} \|'
+        assert re.search(row, README), row

@@ -20,6 +20,7 @@ from ..structs import Cache, Params, Selection, VisualTokens
 from ..workspace import Workspace
 
 _CLASSES = {
+    "cpu": "CpuBackend",
     "reference": "ReferenceBackend",
 }
 _config.BACKENDS.extend(_CLASSES)

@@ -1,0 +1,59 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "csrc/cpu/dispatch.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+
+namespace visionpulse::cpu {
+namespace {
+
+constexpr const char* kVariable = "VISIONPULSE_CPU_ISA";
+
+std::atomic<const Kernels*> in_use{nullptr};
+
+const Kernels& find(const std::string& name, const std::string& asked_by) {
+  std::string names;
+  for (const Kernels* kernels : available()) {
+    if (name == kernels->name) return *kernels;
+    names += (names.empty() ? "" : ", ") + std::string(kernels->name);
+  }
+  throw std::invalid_argument(asked_by + " asks for the instruction set '" + name +
+                              "', but this build on this CPU has: " + names);
+}
+
+}  // namespace
+
+std::vector<const Kernels*> available() {
+  std::vector<const Kernels*> found;
+#if defined(VP_HAVE_AVX2)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("bmi2");
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(&kAvx512Bf16);
+  if (avx512) found.push_back(&kAvx512);
+  if (avx2) found.push_back(&kAvx2);
+#endif
+#if defined(VP_HAVE_NEON)
+  found.push_back(&kNeon);
+#endif
+  found.push_back(&kBaseline);
+  return found;
+}
+
+const Kernels& current() {
+  const Kernels* kernels = in_use.load(std::memory_order_acquire);
+  if (kernels == nullptr) {
+    const char* name = std::getenv(kVariable);
+    kernels = name != nullptr && *name != '\0' ? &find(name, kVariable) : available().front();
+    in_use.store(kernels, std::memory_order_release);
+  }
+  return *kernels;
+}
+
+void use(const std::string& name) { in_use.store(&find(name, "the call"), std::memory_order_release); }
+
+}  // namespace visionpulse::cpu

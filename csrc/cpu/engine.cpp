@@ -1,0 +1,299 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "csrc/cpu/engine.h"
+
+#include <algorithm>
+#include <limits>
+
+#include "csrc/cpu/pool.h"
+#include "kernels/common/split.h"
+
+namespace visionpulse::cpu {
+namespace {
+
+// 128 parts of a row keep 64 threads busy; a part of 256 keys costs 20 times its set-up and merge.
+constexpr SplitRule kRule = {128, 256, 4096, kBlock};
+
+// No cut of up to `keys` keys has more parts than this.
+int64_t most_splits(int32_t keys, int32_t kv_heads) {
+  const int64_t by_shortest = split_count(keys, kRule.shortest);
+  const int64_t by_rule = (kRule.wanted + kv_heads - 1) / kv_heads + 1;
+  return std::max<int64_t>(std::min(by_shortest, by_rule), split_count(keys, kRule.longest));
+}
+
+// Hands out aligned pieces of the scratch memory, or only counts them where there is none.
+class Arena {
+ public:
+  explicit Arena(void* bytes) : bytes_(static_cast<char*>(bytes)) {}
+
+  template <class T>
+  T* take(int64_t count) {
+    const int64_t at = used_;
+    used_ += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+    return bytes_ == nullptr ? nullptr : reinterpret_cast<T*>(bytes_ + at);
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* bytes_;
+  int64_t used_ = 0;
+};
+
+// What a call needs scratch memory for.
+struct Needs {
+  bool logits = false;  // logits and statistics of the heads
+  bool stream = false;  // parts of a pass over all visible keys
+  bool kept = false;    // positions of text and selected keys, and parts of a pass over them
+  bool chosen = false;  // keys of the radix select
+  bool scores = false;  // scores of the visible keys
+  int32_t k_max = 0;
+};
+
+struct Plan {
+  Row* rows;
+  Cut *all, *kept;
+  int32_t* chunks;  // [B + 1] score tasks of the rows before
+  int32_t all_parts, n_chunks;
+};
+
+Row row_of(const Call& c, int b) {
+  Row row = {};
+  const CacheArgs& a = c.cache;
+  row.visible = visible_range(a.starts != nullptr ? a.starts[b] : 0,
+                              a.lengths != nullptr ? a.lengths[b] : a.capacity, a.capacity, c.score.window);
+  row.padded = (row.visible.end - row.visible.begin + kBlock - 1) / kBlock * kBlock;
+  if (c.visual.spans != nullptr) {
+    const int32_t s = c.visual.spans_per_row;
+    const int32_t* spans = c.visual.spans + int64_t{b} * s * 2;
+    const int32_t* offsets = c.visual.offsets + int64_t{b} * (s + 1);
+    row.n_visual = visual_before(spans, offsets, s, row.visible.end) -
+                   visual_before(spans, offsets, s, row.visible.begin);
+  }
+  return row;
+}
+
+Cut cut_of(const int32_t* kept, int32_t begin, int32_t keys, int32_t kv_heads) {
+  Cut cut = {kept, begin, keys, 0, 0, 0};
+  if (keys > 0) {
+    cut.split = split_length(kRule, keys, kv_heads);
+    cut.splits = split_count(keys, cut.split);
+  }
+  return cut;
+}
+
+void lay_out(const Kernels& kernels, Call& c, const Needs& needs, Arena& arena, Plan& plan) {
+  const int group = c.H / c.G, heads = padded_heads(group);
+  plan = {arena.take<Row>(c.B), arena.take<Cut>(c.B), arena.take<Cut>(c.B),
+          arena.take<int32_t>(c.B + 1), 0, 0};
+  int64_t kept_parts = 0;
+  for (int b = 0; b < c.B; ++b) {
+    Row row = row_of(c, b);
+    const int32_t visible = row.visible.end - row.visible.begin;
+    if (needs.logits) row.logits = arena.take<float>(int64_t{c.G} * row.padded * heads);
+    if (needs.scores) row.scores = arena.take<float>(row.padded);
+    row.scores_begin = row.visible.begin;
+    if (needs.kept) {
+      const int32_t most = std::min(visible, visible - row.n_visual + std::min(needs.k_max, row.n_visual));
+      row.kept = arena.take<int32_t>(most);
+      kept_parts += c.G * most_splits(most, c.G);
+    }
+    if (needs.chosen) {
+      row.keys = arena.take<uint32_t>(row.n_visual + kLanes);
+      row.digits = arena.take<uint32_t>(row.n_visual + kLanes);
+    }
+    Cut cut = cut_of(nullptr, row.visible.begin, visible, c.G);
+    cut.first = plan.all_parts;
+    plan.all_parts += needs.stream ? c.G * cut.splits : 0;
+    if (plan.rows != nullptr) {
+      plan.rows[b] = row;
+      plan.all[b] = cut;
+      plan.chunks[b] = plan.n_chunks;
+    }
+    plan.n_chunks += (visible + kScoreChunk - 1) / kScoreChunk;
+  }
+  if (plan.rows != nullptr) plan.chunks[c.B] = plan.n_chunks;
+  c.rows = plan.rows;
+  c.part_floats = (4 * heads + kLanes - 1) / kLanes * kLanes + int64_t{group} * padded_dim(c.D, kernels.unit);
+  c.parts = arena.take<float>(std::max<int64_t>(plan.all_parts, kept_parts) * c.part_floats);
+  const int64_t lanes = needs.logits ? int64_t{c.B} * c.G * head_tiles(group) * kLanes : 0;
+  c.head_max = arena.take<float>(lanes);
+  c.head_weight = arena.take<float>(lanes);
+}
+
+// Plans with the scratch given; the bytes that lack, or 0.
+int64_t plan_call(const Kernels& kernels, Call& c, const Needs& needs, const Scratch& scratch, Plan& plan) {
+  // room to align the base by hand
+  constexpr int64_t kAlign = 64;
+  Arena measure(nullptr);
+  lay_out(kernels, c, needs, measure, plan);
+  if (measure.used() + kAlign > scratch.size) return measure.used() + kAlign;
+  const auto base = (reinterpret_cast<uintptr_t>(scratch.bytes) + kAlign - 1) / kAlign * kAlign;
+  Arena arena(reinterpret_cast<void*>(base));
+  lay_out(kernels, c, needs, arena, plan);
+  return 0;
+}
+
+// The row of a task, where row b has the tasks first(b) .. first(b + 1) - 1.
+template <class First>
+int row_of_task(int rows, int task, First first) {
+  int low = 0, high = rows - 1;
+  while (low < high) {
+    const int mid = (low + high + 1) / 2;
+    if (first(mid) <= task) {
+      low = mid;
+    } else {
+      high = mid - 1;
+    }
+  }
+  return low;
+}
+
+using PartEntry = void (*)(const Call&, int32_t, int32_t, int32_t);
+
+void run_parts(const Call& c, int parts, int threads, PartEntry entry) {
+  parallel(parts, threads, [&](int task) {
+    const int row = row_of_task(c.B, task, [&](int b) { return c.cuts[b].first; });
+    const Cut& cut = c.cuts[row];
+    entry(c, row, (task - cut.first) / cut.splits, (task - cut.first) % cut.splits);
+  });
+}
+
+void finish(const Kernels& kernels, const Call& c, int threads) {
+  const auto entry = kernels.finish[static_cast<int>(c.dtype)];
+  parallel(c.B * c.G, threads, [&](int task) { entry(c, task / c.G, task % c.G); });
+}
+
+void stream(const Kernels& kernels, Call& c, const Plan& plan, int threads) {
+  c.cuts = plan.all;
+  run_parts(c, plan.all_parts, threads, kernels.stream[static_cast<int>(c.dtype)]);
+}
+
+// Text keys and the selected ones among the visible, ascending. What is not a visible visual position
+// after the one before it is passed over: no index leads outside the cache.
+int32_t keep_positions(const Call& c, const Row& row, int b) {
+  const int32_t* indices = c.selection.indices + int64_t{b} * c.selection.k_max;
+  const int32_t count = std::min(std::max(c.selection.counts[b], 0), c.selection.k_max);
+  const int32_t* spans = c.visual.spans + int64_t{b} * c.visual.spans_per_row * 2;
+  int32_t* out = row.kept;
+  int32_t text = row.visible.begin, at = 0;
+  for (int32_t s = span_after(spans, c.visual.spans_per_row, text);; ++s) {
+    const bool last = s == c.visual.spans_per_row || spans[2 * s] >= row.visible.end;
+    const int32_t begin = last ? row.visible.end : std::max(spans[2 * s], row.visible.begin);
+    while (text < begin) *out++ = text++;
+    if (last) break;
+    const int32_t end = std::min(spans[2 * s + 1], row.visible.end);
+    for (int32_t next = begin; at < count && indices[at] < end; ++at) {
+      if (indices[at] < next) continue;
+      next = indices[at] + 1;
+      *out++ = indices[at];
+    }
+    text = end;
+  }
+  return static_cast<int32_t>(out - row.kept);
+}
+
+// Cuts text and selected keys of every row; gives the parts.
+int keep(Call& c, const Plan& plan, int threads) {
+  parallel(c.B, threads, [&](int b) {
+    plan.kept[b] = cut_of(c.rows[b].kept, 0, keep_positions(c, c.rows[b], b), c.G);
+  });
+  int parts = 0;
+  for (int b = 0; b < c.B; ++b) {
+    plan.kept[b].first = parts;
+    parts += c.G * plan.kept[b].splits;
+  }
+  c.cuts = plan.kept;
+  return parts;
+}
+
+// From kept logits to masses and scores.
+void rank(const Kernels& kernels, Call& c, const Plan& plan, float* scores, int threads) {
+  c.fill_scores = scores != nullptr;
+  parallel(c.B, threads, [&](int b) {
+    Row& row = plan.rows[b];
+    if (scores != nullptr) {
+      float* all = scores + int64_t{b} * c.cache.capacity;
+      std::fill(all, all + row.visible.begin, -std::numeric_limits<float>::infinity());
+      std::fill(all + row.visible.end, all + c.cache.capacity, -std::numeric_limits<float>::infinity());
+      row.scores = all;
+      row.scores_begin = 0;
+    }
+    kernels.statistics(c, b);
+  });
+  parallel(plan.n_chunks, threads, [&](int task) {
+    const int row = row_of_task(c.B, task, [&](int b) { return plan.chunks[b]; });
+    kernels.score(c, row, task - plan.chunks[row]);
+  });
+}
+
+}  // namespace
+
+int64_t attend(const Kernels& kernels, Call c, const Scratch& scratch) {
+  const bool sparse = c.selection.indices != nullptr;
+  Needs needs;
+  needs.stream = !sparse;
+  needs.kept = sparse;
+  needs.k_max = c.selection.k_max;
+  Plan plan;
+  if (const int64_t lacking = plan_call(kernels, c, needs, scratch, plan)) return lacking;
+  c.with_values = true;
+  if (sparse) {
+    const int parts = keep(c, plan, scratch.threads);
+    run_parts(c, parts, scratch.threads, kernels.stream[static_cast<int>(c.dtype)]);
+  } else {
+    stream(kernels, c, plan, scratch.threads);
+  }
+  finish(kernels, c, scratch.threads);
+  return 0;
+}
+
+int64_t score(const Kernels& kernels, Call c, float* scores, const Scratch& scratch) {
+  Needs needs;
+  needs.logits = needs.stream = true;
+  Plan plan;
+  if (const int64_t lacking = plan_call(kernels, c, needs, scratch, plan)) return lacking;
+  c.keep_logits = true;
+  c.with_values = c.out != nullptr;
+  stream(kernels, c, plan, scratch.threads);
+  rank(kernels, c, plan, scores, scratch.threads);
+  if (c.with_values) finish(kernels, c, scratch.threads);
+  return 0;
+}
+
+int64_t choose(const Kernels& kernels, Call c, const float* scores, const Scratch& scratch) {
+  Needs needs;
+  needs.chosen = true;
+  Plan plan;
+  if (const int64_t lacking = plan_call(kernels, c, needs, scratch, plan)) return lacking;
+  parallel(c.B, scratch.threads, [&](int b) {
+    plan.rows[b].scores = const_cast<float*>(scores) + int64_t{b} * c.cache.capacity;
+    plan.rows[b].scores_begin = 0;
+    kernels.choose(c, b);
+  });
+  return 0;
+}
+
+int64_t decode(const Kernels& kernels, Call c, bool dense, float* scores, const Scratch& scratch) {
+  Needs needs;
+  needs.logits = needs.stream = needs.chosen = true;
+  needs.scores = scores == nullptr;
+  needs.kept = !dense;
+  needs.k_max = c.score.k_max;
+  Plan plan;
+  if (const int64_t lacking = plan_call(kernels, c, needs, scratch, plan)) return lacking;
+  c.keep_logits = true;
+  c.all_logits = !dense;
+  c.with_values = dense;
+  stream(kernels, c, plan, scratch.threads);
+  rank(kernels, c, plan, scores, scratch.threads);
+  if (dense) finish(kernels, c, scratch.threads);
+  parallel(c.B, scratch.threads, [&](int b) { kernels.choose(c, b); });
+  if (dense) return 0;
+  c.selection = {c.indices, c.counts, c.score.k_max};
+  c.with_values = true;
+  const int parts = keep(c, plan, scratch.threads);
+  run_parts(c, parts, scratch.threads, kernels.weigh[static_cast<int>(c.dtype)]);
+  finish(kernels, c, scratch.threads);
+  return 0;
+}
+
+}  // namespace visionpulse::cpu

@@ -1,0 +1,152 @@
+// SPDX-License-Identifier: Apache-2.0
+// From kept logits to scores: the row's final statistics first, then one small pass over logits only.
+#pragma once
+
+#include "kernels/cpu/attend.inl.h"
+
+namespace visionpulse::cpu::VP_ISA {
+
+// Head sums of a whole row at 1 and at 1 / tau, parts taken in order.
+struct HeadSums {
+  float m, l, text, visual;
+};
+
+VP_INLINE HeadSums sum_of_parts(const Call& c, const Cut& cut, int kv_head, int h) {
+  const int64_t first = part_index(cut, kv_head, 0);
+  const float inv_tau = 1.0f / c.score.tau;
+  HeadSums of = {minus_infinity(), 0.0f, 0.0f, 0.0f};
+  for (int s = 0; s < cut.splits; ++s) {
+    const float m = part_at(c, first + s).m[h];
+    of.m = m > of.m ? m : of.m;
+  }
+  for (int s = 0; s < cut.splits; ++s) {
+    const Part part = part_at(c, first + s);
+    const float exponent = rescale_exponent(part.m[h], of.m);
+    const float w = exp2_one(exponent), w_tau = exp2_one(exponent * inv_tau);
+    of.l += w * part.l[h];
+    of.text += w_tau * part.text[h];
+    of.visual += w_tau * part.visual[h];
+  }
+  return of;
+}
+
+static void row_statistics(const Call& c, int row) {
+  const int group = c.H / c.G, heads = padded_heads(group), tiles = head_tiles(group);
+  const int tile = tile_heads(group);
+  float mass[kMaxGroup], sum = 0.0f, largest = 0.0f;
+  for (int g = 0; g < c.G; ++g) {
+    const int64_t at = (int64_t{row} * c.G + g) * tiles * kLanes;
+    for (int h = 0; h < heads; ++h) {
+      const HeadSums of = sum_of_parts(c, c.cuts[row], g, h);
+      const float all = of.text + of.visual;
+      if (h < group) mass[h] = c.rows[row].n_visual == 0 || all == 0.0f ? 0.0f : of.visual / all;
+      const float denominator = c.score.kind == ScoreKind::kProbTau ? all : of.l;
+      float weight = 0.0f;
+      if (h < group && denominator != 0.0f) weight = 1.0f / (denominator * static_cast<float>(c.H));
+      for (int i = h % tile; i < kLanes; i += tile) {
+        c.head_max[at + h / tile * kLanes + i] = safe_max(of.m);
+        c.head_weight[at + h / tile * kLanes + i] = weight;
+      }
+    }
+    const Masses of = masses_of_heads(mass, group);
+    // a NaN must reach both: !(a <= b) takes it, and nothing replaces it
+    if (largest == largest && !(of.max <= largest)) largest = of.max;
+    sum += of.mean;
+  }
+  c.mass[row] = largest;
+  c.mass_mean[row] = sum / static_cast<float>(c.G);
+}
+
+// Head sums of kTiles tiles of keys: lanes of acc [kTiles, kLanes].
+template <int HT, ScoreKind KIND>
+VP_INLINE void rank_tiles(const Call& c, const Row& row, int row_index, int first_tile, int count,
+                          float* acc) {
+  constexpr int kTiles = 4, kTileKeys = kLanes / HT;
+  const int tiles = head_tiles(c.H / c.G);
+  const Vec inv_tau = vset(1.0f / c.score.tau);
+  Vec sum[kTiles * kParts];
+  for (int i = 0; i < kTiles * kParts; ++i) sum[i] = vzero();
+  for (int g = 0; g < c.G; ++g) {
+    const float* x = row.logits +
+                     ((int64_t{g} * (row.padded / kTileKeys) + first_tile) * tiles) * kLanes;
+    const int64_t at = (int64_t{row_index} * c.G + g) * tiles * kLanes;
+    for (int t = 0; t < tiles; ++t) {
+      for (int i = 0; i < count * kParts; ++i) {
+        const int lane = i % kParts * kWidth;
+        const Vec z = vload(x + (i / kParts * tiles + t) * kLanes + lane);
+        if (KIND == ScoreKind::kLogit) {
+          sum[i] = vadd(sum[i], z);
+          continue;
+        }
+        Vec e = vsub(z, vload(c.head_max + at + t * kLanes + lane));
+        if (KIND == ScoreKind::kProbTau) e = vmul(e, inv_tau);
+        sum[i] = vfma(exp2_full(e), vload(c.head_weight + at + t * kLanes + lane), sum[i]);
+      }
+    }
+  }
+  for (int i = 0; i < count * kParts; ++i) vstore(acc + i * kWidth, sum[i]);
+}
+
+// Scores of one block of keys.
+template <int HT, ScoreKind KIND>
+VP_INLINE void rank_block(const Call& c, const Row& row, int row_index, int first, int keys,
+                          float* score /* [kBlock] */) {
+  constexpr int kTileKeys = kLanes / HT;
+  alignas(64) float acc[kBlock * HT];
+  const int tiles = (keys + kTileKeys - 1) / kTileKeys;
+  for (int i = 0; i < tiles; i += 4) {
+    // a constant count unrolls; only the last block of a row takes the other
+    if (tiles - i >= 4) {
+      rank_tiles<HT, KIND>(c, row, row_index, first / kTileKeys + i, 4, acc + i * kLanes);
+    } else {
+      rank_tiles<HT, KIND>(c, row, row_index, first / kTileKeys + i, tiles - i, acc + i * kLanes);
+    }
+  }
+  const float mean = KIND == ScoreKind::kLogit ? kLn2 / static_cast<float>(c.H) : 1.0f;
+  for (int i = 0; i < keys; ++i) {
+    float s = acc[i * HT];
+    if (HT == 2) s += acc[i * HT + HT / 2];
+    if (HT == 4) s = (s + acc[i * HT + HT / 4]) + (acc[i * HT + HT / 2] + acc[i * HT + HT - 1]);
+    score[i] = s * mean;
+  }
+}
+
+template <int HT, ScoreKind KIND>
+static void rank_chunk(const Call& c, int row_index, int chunk) {
+  const Row& row = c.rows[row_index];
+  const int32_t* spans = c.visual.spans + int64_t{row_index} * c.visual.spans_per_row * 2;
+  const int count = c.visual.spans_per_row, visible = row.visible.end - row.visible.begin;
+  const int begin = chunk * kScoreChunk;
+  const int end = begin + kScoreChunk < visible ? begin + kScoreChunk : visible;
+  int span = span_after(spans, count, row.visible.begin + begin);
+  for (int first = begin; first < end; first += kBlock) {
+    const int keys = end - first < kBlock ? end - first : kBlock;
+    const int from = row.visible.begin + first, to = from + keys;
+    float* out = row.scores + (from - row.scores_begin);
+    if (c.fill_scores)
+      for (int i = 0; i < keys; ++i) out[i] = minus_infinity();
+    while (span < count && spans[2 * span + 1] <= from) ++span;
+    if (span == count || spans[2 * span] >= to) continue;
+    alignas(64) float score[kBlock];
+    rank_block<HT, KIND>(c, row, row_index, first, keys, score);
+    for (int s = span; s < count && spans[2 * s] < to; ++s) {
+      const int low = spans[2 * s] > from ? spans[2 * s] - from : 0;
+      const int high = (spans[2 * s + 1] < to ? spans[2 * s + 1] : to) - from;
+      for (int i = low; i < high; ++i) out[i] = score[i];
+    }
+  }
+}
+
+template <int HT>
+static void rank_kind(const Call& c, int row, int chunk) {
+  switch (c.score.kind) {
+    case ScoreKind::kProb:
+      return rank_chunk<HT, ScoreKind::kProb>(c, row, chunk);
+    case ScoreKind::kLogit:
+      return rank_chunk<HT, ScoreKind::kLogit>(c, row, chunk);
+    case ScoreKind::kProbTau:
+      return rank_chunk<HT, ScoreKind::kProbTau>(c, row, chunk);
+  }
+}
+
+}  // namespace visionpulse::cpu::VP_ISA

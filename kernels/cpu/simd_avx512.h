@@ -1,0 +1,143 @@
+// SPDX-License-Identifier: Apache-2.0
+// AVX-512 (F, BW, DQ, VL), and with VP_NATIVE_BF16 the dot product of bfloat16 pairs.
+#pragma once
+
+#include <immintrin.h>
+
+#include "kernels/cpu/types.h"
+
+namespace visionpulse::cpu::VP_ISA {
+
+constexpr int kWidth = 16;    // floats in a register
+constexpr int kDotVecs = 1;   // registers of logits that one dot tile yields
+constexpr int kValueUnits = 2;  // units of 2 * kWidth columns that one value tile accumulates
+
+using Vec = __m512;
+
+VP_INLINE Vec vzero() { return _mm512_setzero_ps(); }
+VP_INLINE Vec vset(float x) { return _mm512_set1_ps(x); }
+VP_INLINE Vec vload(const float* p) { return _mm512_loadu_ps(p); }
+VP_INLINE void vstore(float* p, Vec x) { _mm512_storeu_ps(p, x); }
+VP_INLINE Vec vadd(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+VP_INLINE Vec vsub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
+VP_INLINE Vec vmul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+VP_INLINE Vec vdiv(Vec a, Vec b) { return _mm512_div_ps(a, b); }
+// a * b + c
+VP_INLINE Vec vfma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+// The larger; `so_far` where x is NaN.
+VP_INLINE Vec vmax_number(Vec x, Vec so_far) { return _mm512_max_ps(x, so_far); }
+VP_INLINE Vec vround(Vec x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT); }
+VP_INLINE Vec vabs(Vec x) { return _mm512_abs_ps(x); }
+VP_INLINE Vec vcopysign(Vec size, Vec sign) {
+  const __m512i bit = _mm512_set1_epi32(static_cast<int>(0x80000000u));
+  return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(bit, _mm512_castps_si512(sign),
+                                                       _mm512_castps_si512(size), 0xca));
+}
+VP_INLINE Vec vless(Vec a, Vec b, Vec then, Vec otherwise) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), otherwise, then);
+}
+// p * 2^n, or 0 where x < -126; a NaN stays one.
+VP_INLINE Vec vscale(Vec x, Vec p, Vec n) {
+  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ), p, n);
+}
+VP_INLINE Vec vand_bits(Vec x, const uint32_t* mask) {
+  return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(x), _mm512_loadu_si512(mask)));
+}
+
+// Lane i becomes the sum of acc[i], by the same tree for every i: equal rows get equal logits wherever
+// they lie in a tile.
+VP_INLINE Vec vreduce(const Vec* acc) {
+  Vec quad[4];
+  for (int i = 0; i < 4; ++i) {
+    const Vec* a = acc + 4 * i;
+    const Vec lo = vadd(_mm512_unpacklo_ps(a[0], a[1]), _mm512_unpackhi_ps(a[0], a[1]));
+    const Vec hi = vadd(_mm512_unpacklo_ps(a[2], a[3]), _mm512_unpackhi_ps(a[2], a[3]));
+    const __m512d x = _mm512_castps_pd(lo), y = _mm512_castps_pd(hi);
+    quad[i] = vadd(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+  }
+  const Vec a = vadd(_mm512_shuffle_f32x4(quad[0], quad[1], 0x44), _mm512_shuffle_f32x4(quad[0], quad[1], 0xee));
+  const Vec b = vadd(_mm512_shuffle_f32x4(quad[2], quad[3], 0x44), _mm512_shuffle_f32x4(quad[2], quad[3], 0xee));
+  return vadd(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+}
+
+// A unit is 2 * kWidth elements. Both halves hold them in an order of the type's own (bfloat16: even
+// elements, then odd ones); q, k and the output accumulators share it.
+VP_INLINE void load_unit(const float* p, Vec& a, Vec& b) {
+  a = _mm512_loadu_ps(p);
+  b = _mm512_loadu_ps(p + 16);
+}
+VP_INLINE void split_pairs(__m512i pairs, Vec& a, Vec& b) {
+  a = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+  b = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+VP_INLINE void load_unit(const bf16* p, Vec& a, Vec& b) { split_pairs(_mm512_loadu_si512(p), a, b); }
+VP_INLINE void load_unit(const f16* p, Vec& a, Vec& b) {
+  a = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  b = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 16)));
+}
+
+// The first n elements of a unit, zeros behind; reads no byte past them.
+VP_INLINE void load_tail(const float* p, int n, Vec& a, Vec& b) {
+  const uint32_t mask = (1u << n) - 1;
+  a = _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask & 0xffff), p);
+  b = mask >> 16 ? _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask >> 16), p + 16) : vzero();
+}
+VP_INLINE __m512i load_tail_pairs(const void* p, int n) {
+  return _mm512_maskz_loadu_epi16((1u << n) - 1, p);
+}
+VP_INLINE void load_tail(const bf16* p, int n, Vec& a, Vec& b) { split_pairs(load_tail_pairs(p, n), a, b); }
+VP_INLINE void load_tail(const f16* p, int n, Vec& a, Vec& b) {
+  const __m512i halves = load_tail_pairs(p, n);
+  a = _mm512_cvtph_ps(_mm512_castsi512_si256(halves));
+  b = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1));
+}
+
+#if defined(VP_NATIVE_BF16)
+#define VP_HAS_PAIR_DOT 1
+struct Pairs {
+  __m512bh x;
+};
+VP_INLINE Pairs load_pairs(const bf16* p) { return {(__m512bh)_mm512_loadu_si512(p)}; }
+VP_INLINE Pairs load_pairs_tail(const bf16* p, int n) { return {(__m512bh)load_tail_pairs(p, n)}; }
+VP_INLINE Vec dot_pairs(Vec acc, Pairs q, Pairs k) { return _mm512_dpbf16_ps(acc, q.x, k.x); }
+#endif
+
+// Writes base + i of the keys above the pivot and of the first `ties` equal to it; gives their count.
+VP_INLINE int emit_kept(const uint32_t* keys, int n, int32_t base, uint32_t pivot, int& ties,
+                        int32_t* out) {
+  const __m512i step = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i want = _mm512_set1_epi32(static_cast<int>(pivot));
+  int written = 0;
+  for (int i = 0; i < n; i += 16) {
+    const __mmask16 in = static_cast<__mmask16>(n - i >= 16 ? 0xffff : (1u << (n - i)) - 1);
+    const __m512i key = _mm512_maskz_loadu_epi32(in, keys + i);
+    uint32_t kept = _mm512_mask_cmpgt_epu32_mask(in, key, want);
+    uint32_t equal = ties > 0 ? _mm512_mask_cmpeq_epu32_mask(in, key, want) : 0;
+    for (; equal != 0 && ties > 0; equal &= equal - 1, --ties) kept |= equal & (0u - equal);
+    if (kept == 0) continue;
+    const __m512i at = _mm512_add_epi32(step, _mm512_set1_epi32(base + i));
+    const int count = __builtin_popcount(kept);
+    // compressed in a register: compressing stores are microcoded on some CPUs
+    _mm512_mask_storeu_epi32(out + written, static_cast<__mmask16>((1u << count) - 1),
+                             _mm512_maskz_compress_epi32(static_cast<__mmask16>(kept), at));
+    written += count;
+  }
+  return written;
+}
+
+// Copies the keys whose top bits (key >> shift) equal `digit`; gives their count. `out` has n + 16 slots.
+VP_INLINE int keep_digit(const uint32_t* keys, int n, int shift, uint32_t digit, uint32_t* out) {
+  const __m512i want = _mm512_set1_epi32(static_cast<int>(digit));
+  const __m128i by = _mm_cvtsi32_si128(shift);
+  int written = 0;
+  for (int i = 0; i < n; i += 16) {
+    const __mmask16 in = static_cast<__mmask16>(n - i >= 16 ? 0xffff : (1u << (n - i)) - 1);
+    const __m512i key = _mm512_maskz_loadu_epi32(in, keys + i);
+    const __mmask16 equal = _mm512_mask_cmpeq_epi32_mask(in, _mm512_srl_epi32(key, by), want);
+    _mm512_storeu_si512(out + written, _mm512_maskz_compress_epi32(equal, key));
+    written += __builtin_popcount(equal);
+  }
+  return written;
+}
+
+}  // namespace visionpulse::cpu::VP_ISA

@@ -1,0 +1,344 @@
+// SPDX-License-Identifier: Apache-2.0
+// The device layer: every instruction that plain CUDA C++ has no word for, once, with the meaning
+// that the host simulation of tests/cusim gives it beside it. Kernels above this file hold no PTX.
+#pragma once
+
+#include "kernels/common/macros.h"
+
+#if defined(__CUDACC__)
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#define VP_DEVICE static __device__ __forceinline__
+#define VP_UNROLL _Pragma("unroll")
+#define VP_UNROLL_1 _Pragma("unroll 1")
+#define VP_KERNEL(threads) extern "C++" __global__ void __launch_bounds__(threads)
+#define VP_ARGS(type) const __grid_constant__ type
+#define VP_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+#else
+#include "cusim.h"
+#include "warp_matrix.h"
+
+#define VP_DEVICE static inline
+#define VP_UNROLL
+#define VP_UNROLL_1
+#define VP_KERNEL(threads) void
+// by reference, so that one pointer calls every kernel
+#define VP_ARGS(type) const type&
+#define VP_SHARED(name) \
+  auto* name = reinterpret_cast<unsigned char*>(cusim::machine.current->block->shared)
+#endif
+
+namespace visionpulse::cuda {
+
+constexpr uint32_t kWarp = 0xffffffffu;
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+// --- Numbers ------------------------------------------------------------------------------------
+
+#if defined(__CUDACC__)
+
+VP_DEVICE float bits_float(uint32_t bits) { return __uint_as_float(bits); }
+VP_DEVICE uint32_t float_word(float x) { return __float_as_uint(x); }
+// Results below 2^-126 become 0: such a share of a softmax is below its rounding.
+VP_DEVICE float fast_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+VP_DEVICE float precise_exp2(float x) { return exp2f(x); }
+VP_DEVICE float precise_log2(float x) { return log2f(x); }
+
+#else
+
+VP_DEVICE float bits_float(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+VP_DEVICE uint32_t float_word(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+VP_DEVICE float fast_exp2(float x) { return exp2f(x); }
+VP_DEVICE float precise_exp2(float x) { return exp2f(x); }
+VP_DEVICE float precise_log2(float x) { return log2f(x); }
+
+#endif
+
+// One element to float32 and back; two in a word, the lower half first.
+template <class T>
+struct Element;
+
+template <>
+struct Element<float> {
+  static constexpr int kChunk = 4;  // elements in 16 bytes
+  static constexpr bool kTensorCores = false;
+  VP_HD float load(float x) { return x; }
+  VP_HD float store(float x) { return x; }
+};
+
+template <>
+struct Element<BFloat16> {
+  static constexpr int kChunk = 8;
+  static constexpr bool kTensorCores = true;
+#if defined(__CUDACC__)
+  VP_DEVICE float load(BFloat16 x) { return bits_float(static_cast<uint32_t>(x.bits) << 16); }
+  VP_DEVICE BFloat16 store(float x) { return {__bfloat16_as_ushort(__float2bfloat16_rn(x))}; }
+  VP_DEVICE uint32_t pack(float low, float high) {
+    uint32_t word;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    return word;
+  }
+#else
+  static float load(BFloat16 x) { return bits_float(static_cast<uint32_t>(x.bits) << 16); }
+  static BFloat16 store(float x) {
+    const uint32_t u = float_word(x);
+    if ((u & 0x7fffffffu) > 0x7f800000u) return {0x7fff};
+    return {static_cast<uint16_t>((u + 0x7fff + (u >> 16 & 1)) >> 16)};
+  }
+  static uint32_t pack(float low, float high) {
+    return store(low).bits | static_cast<uint32_t>(store(high).bits) << 16;
+  }
+#endif
+  VP_DEVICE void unpack(uint32_t word, float* two) {
+    two[0] = bits_float(word << 16);
+    two[1] = bits_float(word & 0xffff0000u);
+  }
+};
+
+template <>
+struct Element<Float16> {
+  static constexpr int kChunk = 8;
+  static constexpr bool kTensorCores = true;
+#if defined(__CUDACC__)
+  VP_DEVICE float load(Float16 x) { return __half2float(__ushort_as_half(x.bits)); }
+  VP_DEVICE Float16 store(float x) { return {__half_as_ushort(__float2half_rn(x))}; }
+  VP_DEVICE uint32_t pack(float low, float high) {
+    uint32_t word;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    return word;
+  }
+#else
+  static float load(Float16 x) {
+    _Float16 half;
+    memcpy(&half, &x.bits, sizeof half);
+    return static_cast<float>(half);
+  }
+  static Float16 store(float x) {
+    const auto half = static_cast<_Float16>(x);
+    Float16 out;
+    memcpy(&out.bits, &half, sizeof half);
+    return out;
+  }
+  static uint32_t pack(float low, float high) {
+    return store(low).bits | static_cast<uint32_t>(store(high).bits) << 16;
+  }
+#endif
+  VP_DEVICE void unpack(uint32_t word, float* two) {
+    two[0] = load(Float16{static_cast<uint16_t>(word & 0xffff)});
+    two[1] = load(Float16{static_cast<uint16_t>(word >> 16)});
+  }
+};
+
+// --- Global memory ------------------------------------------------------------------------------
+
+#if defined(__CUDACC__)
+// From L2: other blocks of this launch wrote it, so no line of this L1 may answer.
+VP_DEVICE float load_fresh(const float* at) { return __ldcg(at); }
+VP_DEVICE void memory_fence() { __threadfence(); }
+#else
+VP_DEVICE float load_fresh(const float* at) { return *at; }
+VP_DEVICE void memory_fence() {}
+#endif
+
+// --- Asynchronous copies to shared memory -------------------------------------------------------
+
+#if defined(__CUDACC__)
+
+VP_DEVICE uint32_t shared_address(const void* at) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(at));
+}
+// `valid` of the 16 bytes are read, the others become 0.
+VP_DEVICE void copy_16(void* to, const void* from, int valid) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
+               "l"(from), "r"(valid)
+               : "memory");
+}
+VP_DEVICE void copy_4(void* to, const void* from, int valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from),
+               "r"(valid)
+               : "memory");
+}
+VP_DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kPending>
+VP_DEVICE void copy_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+#else
+
+VP_DEVICE void copy_16(void* to, const void* from, int valid, cusim::Place place = CUSIM_HERE) {
+  cusim::async_copy(to, from, 16, valid, place);
+}
+VP_DEVICE void copy_4(void* to, const void* from, int valid, cusim::Place place = CUSIM_HERE) {
+  cusim::async_copy(to, from, 4, valid, place);
+}
+VP_DEVICE void copy_commit() { cusim::async_commit(); }
+template <int kPending>
+VP_DEVICE void copy_wait() {
+  cusim::async_wait(kPending);
+}
+
+#endif
+
+// All but the last `pending` groups of this thread have landed; at most 7 are told apart.
+VP_DEVICE void copy_wait_for(int pending) {
+  switch (pending) {
+    case 0: return copy_wait<0>();
+    case 1: return copy_wait<1>();
+    case 2: return copy_wait<2>();
+    case 3: return copy_wait<3>();
+    case 4: return copy_wait<4>();
+    case 5: return copy_wait<5>();
+    default: return copy_wait<6>();
+  }
+}
+
+// --- Tensor cores -------------------------------------------------------------------------------
+
+#if defined(__CUDACC__)
+
+VP_DEVICE void load_matrices(uint32_t (&out)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+VP_DEVICE void load_matrices_transposed(uint32_t (&out)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+VP_DEVICE uint32_t transpose_matrix(uint32_t value) {
+  uint32_t out;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(value));
+  return out;
+}
+VP_DEVICE void multiply(BFloat16, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+VP_DEVICE void multiply(Float16, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+#else
+
+VP_DEVICE void load_matrices(uint32_t (&out)[4], const void* row, cusim::Place place = CUSIM_HERE) {
+  cusim::load_matrices(out, row, false, place);
+}
+VP_DEVICE void load_matrices_transposed(uint32_t (&out)[4], const void* row,
+                                        cusim::Place place = CUSIM_HERE) {
+  cusim::load_matrices(out, row, true, place);
+}
+VP_DEVICE uint32_t transpose_matrix(uint32_t value, cusim::Place place = CUSIM_HERE) {
+  return cusim::transpose_matrix(value, place);
+}
+template <class T>
+VP_DEVICE void multiply(T, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                        cusim::Place place = CUSIM_HERE) {
+  cusim::multiply_16x8x16(
+      c, a, b0, b1, [](uint16_t bits) { return Element<T>::load(T{bits}); }, place);
+}
+
+#endif
+
+// --- Clusters and dependent launches ------------------------------------------------------------
+
+// Blocks of a cluster reach each other's shared memory by address and rank. The remote forms are
+// functions of their own: one pointer that may be local or remote is miscompiled by some nvcc.
+#if defined(__CUDACC__) && (!defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900)
+
+VP_DEVICE uint32_t remote_address(const void* local, uint32_t rank) {
+  uint32_t at;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
+               : "=r"(at)
+               : "r"(shared_address(local)), "r"(rank));
+  return at;
+}
+VP_DEVICE uint32_t remote_load(const uint32_t* local, uint32_t rank) {
+  uint32_t value;
+  asm volatile("ld.shared::cluster.u32 %0, [%1];"
+               : "=r"(value)
+               : "r"(remote_address(local, rank))
+               : "memory");
+  return value;
+}
+VP_DEVICE void remote_store(uint32_t* local, uint32_t rank, uint32_t value) {
+  asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(remote_address(local, rank)), "r"(value)
+               : "memory");
+}
+VP_DEVICE uint32_t cluster_rank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+VP_DEVICE void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+// What the launch before this one wrote is there from here on.
+VP_DEVICE void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+// The next launch may start its blocks; it still waits for this one's memory.
+VP_DEVICE void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+#elif defined(__CUDACC__)
+
+VP_DEVICE uint32_t remote_load(const uint32_t* local, uint32_t) { return *local; }
+VP_DEVICE void remote_store(uint32_t* local, uint32_t, uint32_t value) { *local = value; }
+VP_DEVICE uint32_t cluster_rank() { return 0; }
+VP_DEVICE void cluster_sync() { __syncthreads(); }
+VP_DEVICE void wait_for_previous() {}
+VP_DEVICE void let_next_start() {}
+
+#else
+
+template <class Pointer>
+VP_DEVICE Pointer remote_of(Pointer local, uint32_t rank, cusim::Place place) {
+  cusim::Block& target = cusim::machine.cluster.at(rank);
+  if (target.live != target.threads.size()) cusim::fail("shared memory of a block that left", place);
+  return reinterpret_cast<Pointer>(target.shared +
+                                   (reinterpret_cast<const char*>(local) -
+                                    cusim::machine.current->block->shared));
+}
+VP_DEVICE uint32_t remote_load(const uint32_t* local, uint32_t rank,
+                               cusim::Place place = CUSIM_HERE) {
+  return *remote_of(local, rank, place);
+}
+VP_DEVICE void remote_store(uint32_t* local, uint32_t rank, uint32_t value,
+                            cusim::Place place = CUSIM_HERE) {
+  *remote_of(local, rank, place) = value;
+}
+VP_DEVICE uint32_t cluster_rank() { return cusim::machine.current->block->rank; }
+VP_DEVICE void cluster_sync(cusim::Place place = CUSIM_HERE) { cusim::cluster_barrier(place); }
+VP_DEVICE void wait_for_previous() {}
+VP_DEVICE void let_next_start() {}
+
+#endif
+
+}  // namespace visionpulse::cuda

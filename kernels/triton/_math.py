@@ -1,0 +1,216 @@
+"""What the kernels share: visible range, span search, page lookup, softmax state, arrival count."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def visible_range(starts_ptr, lengths_ptr, b, n_slots, window):
+    """Positions [begin, end) that row b may see; lengths are clamped to the slots there are."""
+    end = n_slots
+    if lengths_ptr is not None:
+        end = tl.minimum(tl.maximum(tl.load(lengths_ptr + b), 0), n_slots)
+    begin = end * 0
+    if starts_ptr is not None:
+        begin = tl.maximum(tl.load(starts_ptr + b), 0)
+    # n > length - 1 - window, the query's own key counted
+    if window > 0:
+        begin = tl.maximum(begin, end - window)
+    return tl.minimum(begin, end), end
+
+
+@triton.jit
+def span_rank(n, spans_ptr, n_spans, STEPS: tl.constexpr):
+    """How many spans of the row begin at or before n; any shape. 2**STEPS must exceed n_spans."""
+    found = tl.zeros_like(n)
+    for i in tl.static_range(STEPS):
+        tried = found + (1 << (STEPS - 1 - i))
+        inside = tried <= n_spans
+        begin = tl.load(spans_ptr + 2 * (tried - 1).to(tl.int64), mask=inside, other=0)
+        found = tl.where(inside & (begin <= n), tried, found)
+    return found
+
+
+@triton.jit
+def is_visual(n, spans_ptr, n_spans, STEPS: tl.constexpr):
+    """Whether positions n lie in a span of the row."""
+    rank = span_rank(n, spans_ptr, n_spans, STEPS)
+    end = tl.load(spans_ptr + 2 * (rank - 1).to(tl.int64) + 1, mask=rank > 0, other=0)
+    return n < end
+
+
+@triton.jit
+def visual_before(n, spans_ptr, offsets_ptr, n_spans, STEPS: tl.constexpr):
+    """How many visual tokens of the row lie before position n."""
+    rank = span_rank(n, spans_ptr, n_spans, STEPS)
+    some = rank > 0
+    last = (rank - 1).to(tl.int64)
+    begin = tl.load(spans_ptr + 2 * last, mask=some, other=0)
+    end = tl.load(spans_ptr + 2 * last + 1, mask=some, other=0)
+    before = tl.load(offsets_ptr + last, mask=some, other=0)
+    return before + tl.minimum(n, end) - begin
+
+
+@triton.jit
+def text_position(t, spans_ptr, offsets_ptr, n_spans, STEPS: tl.constexpr):
+    """Position of the t-th text token of the row, counted from slot 0."""
+    found = tl.zeros_like(t)
+    for i in tl.static_range(STEPS):
+        tried = found + (1 << (STEPS - 1 - i))
+        inside = tried <= n_spans
+        last = (tried - 1).to(tl.int64)
+        begin = tl.load(spans_ptr + 2 * last, mask=inside, other=0)
+        before = tl.load(offsets_ptr + last, mask=inside, other=0)
+        # text tokens before that span: its begin less the visual tokens before it
+        found = tl.where(inside & (begin - before <= t), tried, found)
+    return t + tl.load(offsets_ptr + found.to(tl.int64))
+
+
+@triton.jit
+def locate(pos, mask, table_ptr, n_pages, PAGE: tl.constexpr):
+    """Page, slot and existence of positions; a page id out of range is skipped.
+
+    In a contiguous cache the page is 0 and the slot the position.
+    """
+    if PAGE == 0:
+        return tl.zeros_like(pos).to(tl.int64), pos.to(tl.int64), mask
+    page = tl.load(table_ptr + pos // PAGE, mask=mask, other=-1)
+    known = mask & (page >= 0) & (page < n_pages)
+    return tl.where(known, page, 0).to(tl.int64), (pos % PAGE).to(tl.int64), known
+
+
+@triton.jit
+def dot_keys(q, k, GROUP: tl.constexpr, ROWS: tl.constexpr, DOT: tl.constexpr):
+    """q [ROWS, D] (GROUP of them real) times k [BLOCK_N, D]: float32 [ROWS, BLOCK_N]."""
+    if DOT:
+        return tl.dot(q, tl.trans(k), input_precision="ieee")
+    k = k.to(tl.float32)
+    offs_r = tl.arange(0, ROWS)
+    z = tl.zeros([ROWS, k.shape[0]], dtype=tl.float32)
+    for r in tl.static_range(GROUP):
+        # [D], the compiler moves this out of the loop over keys
+        row = tl.sum(tl.where(offs_r[:, None] == r, q, 0.0), axis=0)
+        z = tl.where(offs_r[:, None] == r, tl.sum(k * row[None, :], axis=1)[None, :], z)
+    return z
+
+
+@triton.jit
+def finish_logits(z, seen, scale, softcap, SOFTCAP: tl.constexpr):
+    """Scale, cap, and hide what is not visible; `seen` broadcasts against z."""
+    z = z * scale
+    if SOFTCAP:
+        # tanh from one exp, right at both ends where exp gives infinity; near 0, where that form
+        # cancels, its series, whose first term left out is below half an ulp
+        x = z / softcap
+        t = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(x)) + 1.0)
+        y = x * x
+        near = x + x * y * (-1.0 / 3.0 + y * (2.0 / 15.0 - y * (17.0 / 315.0)))
+        z = softcap * tl.where(tl.abs(x) < 0.2, near, tl.where(x < 0, -t, t))
+    return tl.where(seen, z, float("-inf"))
+
+
+@triton.jit
+def block_max(m, z):
+    """Running maximum [ROWS], blind to NaN: the sums carry it."""
+    return tl.maximum(m, tl.max(tl.where(z == z, z, float("-inf")), axis=1))
+
+
+@triton.jit
+def shift(m):
+    """The maximum to subtract: 0 where nothing was seen, so that exp(-inf - 0) is 0, not NaN."""
+    return tl.where(m == float("-inf"), 0.0, m)
+
+
+@triton.jit
+def add_values(acc, p, v, fade, GROUP: tl.constexpr, ROWS: tl.constexpr, DOT: tl.constexpr):
+    """Fade acc by a factor per head, then add p [ROWS, BLOCK_N] times v [BLOCK_N, D].
+
+    With DOT, acc is [ROWS, D]. Without, it is [ROWS, SUB, D]: each row of SUB takes every SUB-th
+    key, so a thread adds up alone and the sum over SUB waits until the last key.
+    """
+    if DOT:
+        return tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
+    acc = acc * fade[:, None, None]
+    SUB: tl.constexpr = acc.shape[1]
+    v = tl.reshape(v.to(tl.float32), [v.shape[0] // SUB, SUB, v.shape[1]])
+    offs_r = tl.arange(0, ROWS)
+    for r in tl.static_range(GROUP):
+        row = tl.sum(tl.where(offs_r[:, None] == r, p, 0.0), axis=0)
+        row = tl.reshape(row, [v.shape[0], SUB])
+        added = tl.sum(row[:, :, None] * v, axis=0)
+        acc = tl.where(offs_r[:, None, None] == r, acc + added[None, :, :], acc)
+    return acc
+
+
+@triton.jit
+def split_of(total, MIN_SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Keys per split and splits of a row, from its own number of keys alone."""
+    per_split = (total + MAX_SPLITS - 1) // MAX_SPLITS
+    per_split = tl.maximum((per_split + BLOCK_N - 1) // BLOCK_N * BLOCK_N, MIN_SPLIT)
+    return per_split, tl.maximum((total + per_split - 1) // per_split, 1)
+
+
+@triton.jit
+def is_last(counter_ptr, expected):
+    """Whether this program arrives last of `expected`; the last one re-arms the counter."""
+    # all stores of this program must be issued before its one releasing increment
+    tl.debug_barrier()
+    last = tl.atomic_add(counter_ptr, 1, sem="acq_rel") == expected - 1
+    if last:
+        tl.store(counter_ptr, 0)
+    return last
+
+
+@triton.jit
+def merge_sums(
+    stats_ptr, n_splits, inv_tau, stride_split,
+    ROWS: tl.constexpr, SPLITS: tl.constexpr, MASS: tl.constexpr,
+):  # fmt: skip
+    """Merge maximum and sums over the splits: m, sum at 1, sum at tau, visual mass, all [ROWS]."""
+    offs_r = tl.arange(0, ROWS)
+    offs_s = tl.arange(0, SPLITS)
+    # [SPLITS, ROWS]
+    at = stats_ptr + offs_s[:, None].to(tl.int64) * stride_split + offs_r[None, :]
+    inside = (offs_s < n_splits)[:, None]
+    m_all = tl.load(at, mask=inside, other=float("-inf"))
+    m = tl.max(m_all, axis=0)
+    away = m_all - shift(m)[None, :]
+    total = tl.sum(tl.exp(away) * tl.load(at + ROWS, mask=inside, other=0.0), axis=0)
+    total_tau = total
+    mass = total
+    if MASS:
+        w = tl.exp(away * inv_tau)
+        total_tau = tl.sum(w * tl.load(at + 2 * ROWS, mask=inside, other=0.0), axis=0)
+        seen = tl.sum(w * tl.load(at + 3 * ROWS, mask=inside, other=0.0), axis=0)
+        mass = tl.where(total_tau == 0, 0.0, seen / total_tau)
+    return m, total, total_tau, mass
+
+
+@triton.jit
+def merge_values(
+    stats_ptr, acc_ptr, m, n_splits, stride_split, ROWS: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Merge the weighted values over the splits, in their order: [ROWS, BLOCK_D]."""
+    offs_r = tl.arange(0, ROWS)
+    offs_d = tl.arange(0, BLOCK_D)
+    acc = tl.zeros([ROWS, BLOCK_D], dtype=tl.float32)
+    for s in range(0, n_splits):
+        m_s = tl.load(stats_ptr + s * stride_split + offs_r)
+        # [ROWS, BLOCK_D]
+        part = tl.load(acc_ptr + (s * ROWS + offs_r[:, None]) * BLOCK_D + offs_d[None, :])
+        acc += tl.exp(m_s - shift(m))[:, None] * part
+    return acc
+
+
+@triton.jit
+def store_out(
+    out_ptr, acc, total, b, g, stride_ob, stride_oh,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Divide by the sum and store the heads of one KV head; nothing seen gives zeros."""
+    offs_r = tl.arange(0, ROWS)
+    offs_d = tl.arange(0, BLOCK_D)
+    out = acc / tl.where(total == 0, 1.0, total)[:, None]
+    at = out_ptr + b * stride_ob + (g * GROUP + offs_r)[:, None] * stride_oh + offs_d[None, :]
+    inside = (offs_r < GROUP)[:, None] & (offs_d < D)[None, :]
+    tl.store(at, out.to(out_ptr.dtype.element_ty), mask=inside)

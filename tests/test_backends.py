@@ -34,9 +34,9 @@ by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removep
 def params_of(problem, config=None):
     """The numbers that the ops make of a problem's config."""
     options = {"scale": None, "softcap": None, "window": None} | problem.case.options
-    params = ops._params(problem.q, **options)
+    params = ops.numbers(problem.q, **options)
     config = config or problem.config
-    return ops._budget(params, config, problem.visual, problem.case.rows, problem.q.device)[0]
+    return ops.budget(params, config, problem.visual, problem.case.rows, problem.q.device)[0]
 
 
 def check_decode(problem, backend, config=None):
@@ -290,7 +290,7 @@ def test_select_is_exact(backend, device, kind, size, k):
     mass = torch.tensor([0.1, k / size, 1.0], device=device)
     config = vp.PulseConfig(ratio=(0.0, 1.0))
     selection = vp.select(scores, mass, visual, config, backend=backend)
-    params = ops._budget(ops.Params(1.0), config, visual, 3, scores.device)[0]
+    params = ops.budget(ops.Params(1.0), config, visual, 3, scores.device)[0]
     assert_counts(selection, visual.counts, params)
     assert_valid_selection(selection, scores, mask)
 

@@ -49,14 +49,14 @@ def decode(
     `scores`, [B, N], is filled with the S that was ranked, -inf where there is no candidate.
     """
     config = resolve_config(config)
-    _check(q, kv, visual)
+    check(q, kv, visual)
     checks.buffer("out", out, tuple(q.shape), q)
     checks.scores_buffer(scores, kv.batch, kv.capacity, q)
-    params = _params(q, scale, softcap, window)
-    params, policy = _budget(params, config, visual, q.shape[0], q.device)
+    params = numbers(q, scale, softcap, window)
+    params, policy = budget(params, config, visual, q.shape[0], q.device)
     name = backend or config.backend
     if policy is None and not compiling():
-        runner = _backend(name, q, kv, visual, params)
+        runner = backend_for(name, q, kv, visual, params)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
         work = workspace or default_workspace(q.device)
         return out, runner.decode(q, kv, visual, params, scores=scores, out=out, workspace=work)
@@ -86,8 +86,8 @@ def score(
     Defined by the lines of `decode` that give S and M; -inf where there is no candidate.
     """
     config = resolve_config(config)
-    _check(q, kv, visual)
-    params = _params(q, scale, softcap, window)
+    check(q, kv, visual)
+    params = numbers(q, scale, softcap, window)
     params = params._replace(tau=config.tau, mass=config.mass, score=config.score)
     name = backend or config.backend
     return _run_score(q, kv, visual, params, workspace, name)[:3]
@@ -125,7 +125,7 @@ def select(
         checks.mass_for(config.mass)
         mass_mean = mass
     params = Params(scale=1.0, window=0 if window is None else checks.window(window))
-    params, policy = _budget(params, config, visual, scores.shape[0], scores.device)
+    params, policy = budget(params, config, visual, scores.shape[0], scores.device)
     if policy is not None:
         bounds = (scores.shape[1], starts, lengths, params.window)
         chosen = mass if config.mass == "max" else mass_mean
@@ -157,11 +157,11 @@ def attend(
     Without `visual` and `selection` it is dense decode, over all visible keys.
     """
     checks.both_or_neither(visual, selection)
-    _check(q, kv, visual)
+    check(q, kv, visual)
     if selection is not None:
         checks.selection(selection, kv.batch, kv.capacity, kv.device)
     checks.buffer("out", out, tuple(q.shape), q)
-    params = _params(q, scale, softcap, window)
+    params = numbers(q, scale, softcap, window)
     return _run_attend(q, kv, visual, selection, params, out, workspace, backend or "auto")
 
 
@@ -175,15 +175,15 @@ def explain(
 ) -> Choice:
     """Say which backend serves these tensors, and what stands against each of the others."""
     config = resolve_config(config)
-    _check(q, kv, visual)
-    params = _params(q, None, None, None)
+    check(q, kv, visual)
+    params = numbers(q, None, None, None)
     if visual is not None:
-        params, _ = _budget(params, config, visual, q.shape[0], q.device)
+        params, _ = budget(params, config, visual, q.shape[0], q.device)
     against = _against(q, kv, visual, params)
     return choice(backend or config.backend, q.device, against)
 
 
-def _check(q: Tensor, kv: Cache, visual: VisualTokens | None) -> None:
+def check(q: Tensor, kv: Cache, visual: VisualTokens | None) -> None:
     """Check one call against its cache; values too where they lie on the CPU."""
     checks.cache(kv)
     checks.query(q, kv)
@@ -194,7 +194,8 @@ def _check(q: Tensor, kv: Cache, visual: VisualTokens | None) -> None:
         cache_values(kv)
 
 
-def _params(q: Tensor, scale: float | None, softcap: float | None, window: int | None) -> Params:
+def numbers(q: Tensor, scale: float | None, softcap: float | None, window: int | None) -> Params:
+    """Check the arguments of the logits; no budget yet."""
     return Params(
         scale=q.shape[2] ** -0.5 if scale is None else checks.number("scale", scale),
         softcap=0.0 if softcap is None else checks.positive("softcap", softcap),
@@ -202,7 +203,7 @@ def _params(q: Tensor, scale: float | None, softcap: float | None, window: int |
     )
 
 
-def _budget(
+def budget(
     params: Params,
     config: PulseConfig,
     visual: VisualTokens,
@@ -289,7 +290,7 @@ def _run_score(
             q, *fields, *_scoring(params), name
         )
         return _into(scores, ranked), mass, mass_mean, out if dense else None
-    runner = _backend(name, q, kv, visual, params)
+    runner = backend_for(name, q, kv, visual, params)
     if scores is None:
         shape = (kv.batch, kv.capacity)
         scores = torch.empty(shape, dtype=mass_dtype(q), device=q.device)
@@ -348,7 +349,7 @@ def _run_attend(
             *math_, name,
         )  # fmt: skip
         return _into(out, result)
-    runner = _backend(name, q, kv, visual, params)
+    runner = backend_for(name, q, kv, visual, params)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     work = workspace or default_workspace(q.device)
     return runner.attend(q, kv, visual, selection, params, out=out, workspace=work)
@@ -358,9 +359,10 @@ def _against(q: Tensor, kv: Cache, visual: VisualTokens | None, params: Params) 
     return lambda backend: backend.refuses(q, kv, visual, params)
 
 
-def _backend(
+def backend_for(
     name: str, q: Tensor, kv: Cache, visual: VisualTokens | None, params: Params
 ) -> Backend:
+    """Resolve a backend for these tensors."""
     return resolve(name, q.device, _against(q, kv, visual, params))
 
 

@@ -279,6 +279,11 @@ class VisualTokens:
         width = torch.minimum(ends, end[:, None]) - torch.maximum(begins, begin[:, None])
         return width.clamp(min=0).sum(1, dtype=torch.int32)
 
+    def rows(self, index: Tensor) -> "VisualTokens":
+        """Take rows by an index tensor, in its order and as often as it names them."""
+        spans, offsets, counts = (t[index] for t in (self.spans, self.offsets, self.counts))
+        return VisualTokens(spans, offsets, counts, self.max_count, self.size)
+
     def to(self, device: torch.device | str) -> "VisualTokens":
         """Copy to a device; the same object when already there."""
         if self.device == torch.device(device):
@@ -297,6 +302,12 @@ class Selection:
     mass_mean: Tensor  # float32 [B]
     # Made by a backend, so the values need no check; one made by hand is checked when used.
     trusted: bool = field(default=False, repr=False)
+
+    def rows(self, index: Tensor) -> "Selection":
+        """Take rows by an index tensor, in its order and as often as it names them."""
+        tensors = (self.indices, self.counts, self.mass, self.mass_mean)
+        indices, counts, mass, mass_mean = (tensor[index] for tensor in tensors)
+        return Selection(indices, counts, mass, mass_mean, self.trusted)
 
     def to(self, device: torch.device | str) -> "Selection":
         """Copy to a device; the same object when already there."""

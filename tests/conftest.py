@@ -19,6 +19,11 @@ def _listed(config, option):
     return [name for name in config.getoption(option).split(",") if name]
 
 
+def pytest_report_header():
+    states = (f"{name}: {get(name).unavailable() or 'runs here'}" for name in names())
+    return ["backends", *(f"  {state}" for state in states)]
+
+
 def pytest_sessionstart(session):
     for name in _listed(session.config, "--require-backends"):
         reason = get(name).unavailable()

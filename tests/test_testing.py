@@ -5,7 +5,13 @@ import torch
 
 import visionpulse as vp
 from visionpulse.structs import Params
-from visionpulse.testing import CASES, assert_masses, assert_output, assert_valid_selection
+from visionpulse.testing import (
+    CASES,
+    assert_masses,
+    assert_output,
+    assert_valid_selection,
+    timing,
+)
 from visionpulse.testing.compare import Exact, assert_counts
 
 SCORES = torch.tensor([[0.1, 0.9, 0.5, 0.5, 0.5, 0.2, torch.nan, 0.0]])
@@ -109,3 +115,20 @@ def test_hidden_slots_hold_nan():
 
 def test_fresh_memory_is_poisoned():
     assert torch.empty(1000).isnan().all()
+
+
+def test_timing_interleaves_and_tells_the_turn():
+    calls = []
+    variants = {name: lambda turn, name=name: calls.append((name, turn)) for name in "abc"}
+    times = timing.interleaved(variants, rounds=5, warmup=2)
+    assert [turn for _, turn in calls] == list(range(21))
+    rounds = [calls[i : i + 3] for i in range(0, 21, 3)]
+    assert all({name for name, _ in played} == set("abc") for played in rounds)
+    assert len({tuple(name for name, _ in played) for played in rounds}) > 1, "one fixed order"
+    assert all(len(t.seconds) == 5 for t in times.values())
+
+
+def test_quantiles_are_times_that_were_taken():
+    times = timing.Times(tuple(float(i) for i in range(1, 12)))
+    assert (times.best, times.p20, times.p50, times.p80) == (1.0, 3.0, 6.0, 9.0)
+    assert timing.Times((2.0,)).p80 == 2.0

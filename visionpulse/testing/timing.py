@@ -1,0 +1,94 @@
+"""Timing for noisy machines: variants interleaved in one run, caches cold, ratios of bests.
+
+Two numbers taken minutes apart on a shared machine cannot be compared. Here every round runs every
+variant once, in a new random order, and each call is told its turn so that it can rotate buffers.
+"""
+
+import random
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+Variant = Callable[[int], object]
+FLUSH_BYTES = 256 << 20  # more than any L2 of today's GPUs
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of the rounds of one variant, ascending."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def best(self) -> float:
+        """The shortest."""
+        return self.seconds[0]
+
+    def quantile(self, share: float) -> float:
+        """The smallest time that `share` of the rounds did not pass."""
+        place = max(0, -(-int(share * 100) * len(self.seconds) // 100) - 1)
+        return self.seconds[min(place, len(self.seconds) - 1)]
+
+    @property
+    def p20(self) -> float:
+        """A fifth of the rounds took this or less."""
+        return self.quantile(0.2)
+
+    @property
+    def p50(self) -> float:
+        """The median."""
+        return self.quantile(0.5)
+
+    @property
+    def p80(self) -> float:
+        """Four fifths of the rounds took this or less."""
+        return self.quantile(0.8)
+
+
+def interleaved(
+    variants: Mapping[str, Variant],
+    rounds: int,
+    *,
+    warmup: int = 1,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    on_round: Callable[[int], object] | None = None,
+) -> dict[str, Times]:
+    """Time every variant once a round, in random order; `variant(turn)` may rotate its buffers.
+
+    On a GPU the L2 cache is overwritten before each call and the time is the device's own.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {rounds}")
+    clock = _device_seconds if torch.device(device).type == "cuda" else _host_seconds
+    order, shuffle = list(variants), random.Random(seed)
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    turn = 0
+    for played in range(warmup + rounds):
+        shuffle.shuffle(order)
+        for name in order:
+            taken = clock(variants[name], turn)
+            turn += 1
+            if played >= warmup:
+                seconds[name].append(taken)
+        if on_round is not None:
+            on_round(played)
+    return {name: Times(tuple(sorted(taken))) for name, taken in seconds.items()}
+
+
+def _host_seconds(variant: Variant, turn: int) -> float:
+    begin = time.perf_counter()
+    variant(turn)
+    return time.perf_counter() - begin
+
+
+def _device_seconds(variant: Variant, turn: int) -> float:
+    torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda").zero_()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    variant(turn)
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3

@@ -4,7 +4,8 @@ from .backends import BackendUnavailableError, backends
 from .budgets import Fixed, Random, TopK, TopP
 from .budgets import register as register_budget
 from .config import PRESETS, PulseConfig
-from .ops import attend, decode, explain, score, select
+from .models import Session, Trace, UnsupportedModelError, explain, patch, unpatch
+from .ops import attend, decode, score, select
 from .structs import KVCache, PagedKVCache, Selection, VisualTokens
 from .workspace import Workspace
 
@@ -19,15 +20,20 @@ __all__ = [
     "PulseConfig",
     "Random",
     "Selection",
+    "Session",
     "TopK",
     "TopP",
+    "Trace",
+    "UnsupportedModelError",
     "VisualTokens",
     "Workspace",
     "attend",
     "backends",
     "decode",
     "explain",
+    "patch",
     "register_budget",
     "score",
     "select",
+    "unpatch",
 ]

@@ -1,0 +1,43 @@
+"""The attention function behind our name: one role per layer in a decode step, else the model's."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..schedule import Role
+from .registry import base_attention
+
+CONTEXT = "visionpulse"  # the keyword that carries the step of one forward
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attend as the layer's role says: query [B, H, Q, D] to [B, Q, H, D].
+
+    Without a step in the keywords this is the attention the model had before: prefill, training,
+    a paused session, and any other model that shares the config.
+    """
+    step = kwargs.pop(CONTEXT, None)
+    if step is not None:
+        layer: int = module.layer_idx  # type: ignore[assignment]
+        role = step.roles[layer]
+        if (
+            role is not Role.MODEL
+            and key.shape == value.shape
+            and not query.requires_grad
+            and kwargs.get("s_aux") is None
+            and kwargs.get("position_bias") is None
+        ):
+            out = step.run(
+                role, layer, query, key, value, attention_mask,
+                kwargs.get("scaling"), kwargs.get("softcap"),
+            )  # fmt: skip
+            return out, None
+    result = base_attention(module)(module, query, key, value, attention_mask, **kwargs)
+    return result  # type: ignore[no-any-return]

@@ -1,0 +1,204 @@
+"""A cache layer that grows in place, and cache layers that carry what belongs to a conversation.
+
+torch.cat reads and writes the whole cache in every step; a buffer with slack writes one token.
+Both kinds of layer are mixed into the cache layers of transformers, so that these keep their
+class family and with it mask sizes, cropping and the batch operations.
+"""
+
+import sys
+from functools import cache as memoize
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .state import CacheState
+
+SLACK_TOKENS = 256  # slack of a short cache
+SLACK_SHARE = 8  # slack of a long one: an eighth of its tokens
+KEPT_SHARE = 4  # a buffer with more than a quarter to spare is let go
+
+
+def room_for(tokens: int) -> int:
+    """Slots to allocate for `tokens`: at most 1.25 times as many past 4096 tokens."""
+    return tokens + max(SLACK_TOKENS, tokens // SLACK_SHARE)
+
+
+def _too_large(slots: int, tokens: int) -> bool:
+    return slots > room_for(tokens) and slots > tokens + tokens // KEPT_SHARE
+
+
+class Growing:
+    """Mixin over DynamicLayer: keys and values are views of buffers with slack.
+
+    Anyone may replace `keys` and `values` (crop, reorder, offload, reset): the views made here are
+    remembered, and other tensors are taken over at the next update.
+    """
+
+    _buffers: tuple[Tensor, Tensor] | None = None  # [B, G, slots, D]
+    _views: tuple[Tensor, Tensor] | None = None  # what keys and values were after the last update
+
+    def update(
+        self: Any, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append [B, G, n, D]; gives all keys and all values."""
+        if torch.compiler.is_compiling() or key_states.requires_grad:
+            whole: tuple[Tensor, Tensor]
+            whole = super().update(key_states, value_states, *args, **kwargs)  # type: ignore[misc]
+            return whole
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        views, keys = self._views, self.keys
+        if views is None or keys is not views[0] or self.values is not views[1]:
+            self._take_over(key_states, value_states)
+            keys = self.keys
+        held = keys.shape[2] if keys.dim() == 4 else 0
+        total = held + key_states.shape[2]
+        if self._buffers is None or total > self._buffers[0].shape[2]:
+            self._grow(held, total, key_states, value_states)
+        k, v = self._buffers
+        k.narrow(2, held, total - held).copy_(key_states)
+        v.narrow(2, held, total - held).copy_(value_states)
+        made = (k.narrow(2, 0, total), v.narrow(2, 0, total))
+        self.keys, self.values = self._views = made
+        return made
+
+    def _take_over(self: Any, key_states: Tensor, value_states: Tensor) -> None:
+        """Keep the buffers if keys and values still lie at their front, else let them go."""
+        buffers, self._views = self._buffers, None
+        if buffers is None or self.keys.dim() != 4:
+            self._buffers = None
+            return
+        pairs = ((buffers[0], self.keys), (buffers[1], self.values))
+        tokens = self.keys.shape[2]
+        lies_inside = all(
+            part.data_ptr() == whole.data_ptr()
+            and part.shape[:2] == whole.shape[:2]
+            and part.stride() == whole.stride()
+            and not (whole.is_inference() and not torch.is_inference_mode_enabled())
+            for whole, part in pairs
+        )
+        if not lies_inside or _too_large(buffers[0].shape[2], tokens):
+            self._buffers = None
+
+    def _grow(self: Any, held: int, total: int, key_states: Tensor, value_states: Tensor) -> None:
+        """Move what is held into larger buffers, one at a time to bound the peak."""
+        slots, grown = room_for(total), []
+        old = (self.keys, self.values)
+        self._buffers = self._views = None
+        for before, like in zip(old, (key_states, value_states), strict=True):
+            with torch.inference_mode(False):  # made inside, it could not be written outside later
+                buffer = torch.empty(
+                    (like.shape[0], like.shape[1], slots, like.shape[3]),
+                    dtype=like.dtype,
+                    device=like.device,
+                )
+            if held:
+                buffer.narrow(2, 0, held).copy_(before)
+            grown.append(buffer)
+        self._buffers = tuple(grown)
+
+    def crop(self: Any, *args: Any, **kwargs: Any) -> None:
+        """Drop tokens from the end, and the buffers if they become much too large."""
+        super().crop(*args, **kwargs)  # type: ignore[misc]
+        if self._buffers is not None and self.is_initialized:
+            tokens = self.keys.shape[2]
+            if _too_large(self._buffers[0].shape[2], tokens):
+                self.keys, self.values = self.keys.clone(), self.values.clone()
+                self._buffers = self._views = None
+
+    def reset(self: Any) -> None:
+        """Forget all tokens."""
+        self._buffers = self._views = None
+        super().reset()  # type: ignore[misc]
+
+
+class Carrier:
+    """Mixin over the cache layer that carries the state of its conversation.
+
+    What is done to the rows and the length of the cache is done to the state, and a copy of the
+    cache has a copy of it.
+    """
+
+    visionpulse: CacheState | None = None
+
+    def reset(self: Any) -> None:
+        """Forget the conversation."""
+        super().reset()  # type: ignore[misc]
+        self.visionpulse = None
+
+    def crop(self: Any, *args: Any, **kwargs: Any) -> None:
+        """Drop tokens from the end."""
+        super().crop(*args, **kwargs)  # type: ignore[misc]
+        if self.visionpulse is not None:
+            self.visionpulse.crop(int(self.get_seq_length()))
+
+    def reorder_cache(self: Any, beam_idx: Tensor) -> None:
+        """Put the rows in another order."""
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        if self.visionpulse is not None:
+            self.visionpulse.take(beam_idx)
+
+    def batch_repeat_interleave(self: Any, repeats: int) -> None:
+        """Repeat each row."""
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        if self.visionpulse is not None:
+            self.visionpulse.repeat(repeats)
+
+    def batch_select_indices(self: Any, indices: Tensor) -> None:
+        """Keep some rows."""
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        if self.visionpulse is not None:
+            self.visionpulse.take(indices)
+
+
+@memoize
+def mixed(mixin: Any, layer: Any) -> Any:
+    """The class `mixin` over `layer`; an attribute of this module, so that it can be pickled."""
+    name = f"{mixin.__name__}{layer.__name__}"
+    made = type(name, (mixin, layer), {"__module__": __name__})
+    setattr(sys.modules[__name__], name, made)
+    return made
+
+
+def swap_layers(cache: Any, layers: int) -> None:
+    """Put growing layers in place of the untouched dynamic layers of a cache."""
+    from transformers.cache_utils import DynamicLayer
+
+    if getattr(cache, "offloading", False):
+        return  # it moves keys and values between devices itself
+    growing = mixed(Growing, DynamicLayer)
+    if cache.layer_class_to_replicate is DynamicLayer:
+        cache.layers.extend(growing() for _ in range(layers - len(cache.layers)))
+    for i, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer and not layer.is_initialized:
+            cache.layers[i] = growing()
+
+
+def has_layers(cache: Any) -> bool:
+    """Whether this is a cache of transformers made of layers."""
+    return hasattr(cache, "layers") and hasattr(cache, "layer_class_to_replicate")
+
+
+def state_of(cache: Any, layer: int) -> CacheState | None:
+    """The state that the cache carries at `layer`, if any."""
+    layers = getattr(cache, "layers", ())
+    return getattr(layers[layer], "visionpulse", None) if len(layers) > layer else None
+
+
+def attach(cache: Any, layer: int, state: CacheState | None) -> None:
+    """Let the cache carry `state`; without effect on a cache that has no such layer."""
+    if not has_layers(cache) or len(cache.layers) <= layer:
+        return
+    carrier = cache.layers[layer]
+    if not isinstance(carrier, Carrier):
+        carrier.__class__ = mixed(Carrier, type(carrier))
+    carrier.visionpulse = state
+
+
+def release(cache: Any) -> None:
+    """Give the carrying layer of a cache its own class back."""
+    for layer in getattr(cache, "layers", ()):
+        if isinstance(layer, Carrier):
+            layer.__dict__.pop("visionpulse", None)
+            layer.__class__ = type(layer).__mro__[2]

@@ -1,0 +1,106 @@
+"""Say what patching a model does, or would do, and which backend serves it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import ops
+from ..backends import Choice
+from ..config import PulseConfig
+from ..config import resolve as resolve_config
+from ..structs import KVCache, VisualTokens
+from . import registry
+from .families import TESTED, Anatomy, anatomy, attention_layers
+from .plan import Plan, plan_of
+from .session import session_of
+
+
+@dataclass(frozen=True)
+class ModelExplanation:
+    """What `explain(model)` found; print it."""
+
+    model: str
+    family: str
+    tested: bool
+    patched: bool
+    decoder: str
+    layers: int
+    anchors: tuple[int, ...]
+    published: int | None
+    roles: tuple[str, ...]  # of a decode step, by layer
+    dense_because: str | None
+    visual_ids: tuple[int, ...]
+    base_attention: str
+    backend: Choice
+
+    @property
+    def sparse_layers(self) -> tuple[int, ...]:
+        """The layers that attend to a selection."""
+        return tuple(i for i, role in enumerate(self.roles) if role in ("anchor", "follower"))
+
+    def __str__(self) -> str:
+        matrix = "in the test matrix" if self.tested else "generic path, not in the test matrix"
+        anchor = ", ".join(map(str, self.anchors))
+        if self.published is not None:
+            anchor += f" (published: {self.published})"
+        rows = [
+            f"{self.model} ({self.family}, {matrix}), {'patched' if self.patched else 'unpatched'}",
+            f"decoder    {self.decoder}, {self.layers} layers",
+            f"anchor     {anchor}",
+            f"sparse     {_runs(self.sparse_layers) or 'no layer'}",
+            f"model's    {_runs([i for i, r in enumerate(self.roles) if r == 'model']) or 'none'}",
+            f"visual ids {', '.join(map(str, self.visual_ids))}",
+            f"attention  {self.base_attention}, for prefill and the model's own layers",
+        ]
+        if self.dense_because:
+            rows.append(f"stays dense: {self.dense_because}")
+        return "\n".join([*rows, "backends", str(self.backend)])
+
+
+def explain_model(model: Any, config: PulseConfig | str = "10pct") -> ModelExplanation:
+    """Describe a model, under its session's setting if it is patched, else under `config`."""
+    parts, session = anatomy(model), session_of(model)
+    plan: Plan = session.plan if session is not None else plan_of(resolve_config(config), parts)
+    kind = parts.model.config.model_type
+    return ModelExplanation(
+        model=type(parts.model).__name__,
+        family=kind,
+        tested=kind in TESTED,
+        patched=session is not None,
+        decoder=type(parts.decoder).__name__,
+        layers=len(parts.full),
+        anchors=plan.anchors,
+        published=parts.published,
+        roles=tuple(role.value for role in plan.fresh),
+        dense_because=parts.dense_because,
+        visual_ids=parts.visual_ids,
+        base_attention=registry.base_name(parts.config),
+        backend=_backend(parts, plan),
+    )
+
+
+def _backend(parts: Anatomy, plan: Plan) -> Choice:
+    """Ask for a cache of one key with the model's heads, dtype and device."""
+    heads = parts.config.num_attention_heads
+    kv_heads = getattr(parts.config, "num_key_value_heads", None) or heads
+    layer: nn.Module = attention_layers(parts.decoder)[0]
+    width = getattr(layer, "head_dim", None) or parts.config.hidden_size // heads
+    weight = next(parts.decoder.parameters())
+    dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
+    k = torch.zeros(1, kv_heads, 1, width, dtype=dtype, device=weight.device)
+    q = torch.zeros(1, heads, width, dtype=dtype, device=weight.device)
+    visual = VisualTokens.from_spans([[(0, 1)]], device=weight.device)
+    return ops.explain(q, KVCache(k, k), visual, plan.config)
+
+
+def _runs(layers: Any) -> str:
+    """Layer numbers as runs: 17-35."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and runs[-1][1] == layer - 1:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer])
+    return ", ".join(f"{a}-{b}" if b > a else str(a) for a, b in runs)

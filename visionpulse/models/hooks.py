@@ -1,0 +1,240 @@
+"""The hooks on a patched model: find the visual positions, give each decode step its context.
+
+The base model sees the token ids, its decoder sees the cache. What the first finds waits in
+thread-local storage for the second, which follows in the same thread within the same forward.
+"""
+
+import inspect
+import re
+import threading
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .attention import CONTEXT
+from .cache import attach, has_layers, state_of, swap_layers
+from .state import CacheState, visual_of
+from .step import Step, visible_keys
+
+if TYPE_CHECKING:
+    from .session import Session
+
+# Keywords that carry a picture into a forward; sizes and masks that go with it do not count.
+_FEATURES = re.compile(
+    r"pixel_values|(image|video)_(embeds|features|hidden_states|patches)|images$|videos$"
+)
+
+
+class _Waiting(threading.local):
+    found: Tensor | None = None  # bool [B, Q], the visual tokens of the forward under way
+    has_features = False
+    is_known = False  # the base model has seen this forward
+    token: Tensor | None = None
+    state: CacheState | None = None  # of a cache that the decoder makes itself
+
+
+class Hooks:
+    """The four hooks of one session."""
+
+    def __init__(self, session: "Session") -> None:
+        self.session = session
+        anatomy = session.anatomy
+        self._base = _Arguments(anatomy.base)
+        self._decoder = _Arguments(anatomy.decoder)
+        self._layer = anatomy.first_full
+        self._waiting = _Waiting()
+        # a prefill reads the device; disabled here, not by decorators, which would import dynamo
+        eager: Callable[..., Any] = torch.compiler.disable
+        self._find = eager(self._find_visual)
+        self._prefill = eager(self._take_prefill)
+        self._handles = [
+            anatomy.base.register_forward_pre_hook(self._before_base, with_kwargs=True),
+            anatomy.base.register_forward_hook(self._after_base, always_call=True),
+            anatomy.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
+            anatomy.decoder.register_forward_hook(self._after_decoder),
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _before_base(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        session = self.session
+        if session.is_paused:
+            return
+        ids = self._base.get("input_ids", args, kwargs)
+        if ids is not None and ids.shape[1] == 1:
+            if session.recorder.record:
+                self._waiting.token = ids
+            return
+        self._find(ids, args, kwargs)
+
+    def _find_visual(
+        self, ids: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Mark the visual tokens of a prefill."""
+        waiting, wanted = self._waiting, self.session.anatomy.visual_ids
+        waiting.is_known = True
+        waiting.has_features = any(
+            value is not None and _FEATURES.search(name) for name, value in kwargs.items()
+        )
+        if ids is not None:
+            waiting.found = torch.isin(ids, torch.tensor(wanted, device=ids.device))
+            return
+        embeds = self._base.get("inputs_embeds", args, kwargs)
+        kinds = kwargs.get("mm_token_type_ids")
+        if embeds is None or embeds.shape[1] == 1:
+            waiting.found = None
+        elif kinds is not None:
+            kinds = kinds[:, -embeds.shape[1] :]
+            waiting.found = (kinds == 1) | (kinds == 2)  # 1 is an image, 2 a video
+        else:
+            waiting.found = self._placeholders(embeds)
+
+    def _placeholders(self, embeds: Tensor) -> Tensor:
+        """Positions [B, Q] whose embedding is that of a visual token."""
+        embed = self.session.anatomy.model.get_input_embeddings()
+        wanted = torch.tensor(self.session.anatomy.visual_ids, device=embeds.device)
+        rows = embed(wanted).to(embeds)  # [ids, width]
+        same: Tensor = embeds[:, :, None] == rows
+        return same.all(-1).any(-1)
+
+    def _after_base(self, *_: Any) -> None:
+        """Leave nothing behind, also when the forward failed between the two hooks."""
+        if torch.compiler.is_compiling():
+            return
+        waiting = self._waiting
+        if waiting.is_known or waiting.token is not None:
+            waiting.found, waiting.is_known, waiting.token = None, False, None
+
+    def _before_decoder(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        session = self.session
+        if session.is_paused or module.training:
+            return None
+        inputs = self._decoder.get("inputs_embeds", args, kwargs)
+        if inputs is None:
+            inputs = self._decoder.get("input_ids", args, kwargs)
+        cache = self._decoder.get("past_key_values", args, kwargs)
+        if inputs.shape[1] == 1:
+            state = None if cache is None else state_of(cache, self._layer)
+            if state is not None:
+                if not state.model_path:
+                    return args, {**kwargs, CONTEXT: self._step(state)}
+                return None
+        mask = self._decoder.get("attention_mask", args, kwargs)
+        self._prefill(cache, inputs, mask)
+        return None
+
+    def _step(self, state: CacheState) -> Step:
+        session = self.session
+        token = self._waiting.token if session.recorder.record else None
+        step = Step(session.plan, state, session.layers, session.recorder, session.heads, token)
+        if not step.compiled:
+            state.steps += 1
+        return step
+
+    def _take_prefill(self, cache: Any, inputs: Tensor, mask: Any) -> None:
+        """Bring the state of the cache up to the tokens of this forward."""
+        session, waiting = self.session, self._waiting
+        found = waiting.found if waiting.is_known else None
+        if found is not None and found.shape != inputs.shape[:2]:
+            found = None  # the base model was stopped halfway, and this is another forward
+        if cache is not None and not has_layers(cache):
+            return
+        past, limit, state = 0, -1, None
+        if cache is not None:
+            swap_layers(cache, len(session.anatomy.full))
+            session.warn_about(cache)
+            state = state_of(cache, self._layer)
+            past = int(cache.get_seq_length(self._layer)) if len(cache.layers) else 0
+            limit = _static_length(cache, self._layer)
+        state = session.new_state() if state is None else state
+        total = past + inputs.shape[1]
+        state.model_path = _has_holes(mask, total)
+        self._see(state, inputs, found, past, limit)
+        session.recorder.prepare(inputs.device)
+        if cache is None:
+            waiting.state = state
+        else:
+            attach(cache, self._layer, state)
+
+    def _see(
+        self, state: CacheState, inputs: Tensor, found: Tensor | None, past: int, limit: int
+    ) -> None:
+        """Add what was found in `inputs` [B, Q, ...] to the visual set, behind `past` tokens."""
+        has_features = self._waiting.has_features
+        if past and not has_features:
+            found = None  # a generated placeholder, or a text turn: nothing new is visual
+        visual = state.visual if past else None
+        if found is None and visual is not None and visual.size <= max(past, limit):
+            state.restart()
+            return
+        if found is None and visual is None and limit < 0:
+            state.see(None)
+            return
+        rows, total = inputs.shape[0], past + inputs.shape[1]
+        mask = torch.zeros(rows, max(total, limit), dtype=torch.bool, device=inputs.device)
+        if visual is not None:
+            mask[:, :past] = visual.mask(past)
+        if found is not None:
+            mask[:, past:total] = found
+        # one shape for every prompt of a static cache, so that they share a compiled graph
+        state.see(visual_of(mask, limit if limit > 0 else None))
+        if found is not None and not has_features and state.visual is not None:
+            self.session.warn_without_features(state.visual)
+
+    def _after_decoder(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Attach the state to a cache that the decoder made."""
+        if torch.compiler.is_compiling() or self._waiting.state is None:
+            return
+        state, self._waiting.state = self._waiting.state, None
+        cache = getattr(output, "past_key_values", None)
+        if cache is None and isinstance(output, tuple):
+            cache = next((part for part in output if has_layers(part)), None)
+        if has_layers(cache):
+            attach(cache, self._layer, state)
+
+
+class _Arguments:
+    """Finds an argument of a module's forward, given by name or by place."""
+
+    def __init__(self, module: nn.Module) -> None:
+        names = list(inspect.signature(module.forward).parameters)
+        self.place = {name: i for i, name in enumerate(names)}
+
+    def get(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The value, or None."""
+        if name in kwargs:
+            return kwargs[name]
+        place = self.place.get(name)
+        return args[place] if place is not None and place < len(args) else None
+
+
+def _static_length(cache: Any, layer: int) -> int:
+    """The fixed length of a static cache, else -1."""
+    part = cache.layers[layer] if len(cache.layers) > layer else None
+    return int(part.get_max_length()) if part is not None and part.is_compileable else -1
+
+
+def _has_holes(mask: Any, total: int) -> bool:
+    """Whether some row hides keys behind visible ones: then starts and lengths cannot say it.
+
+    Reads the device, so it is asked at prefill only.
+    """
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention")
+    if not isinstance(mask, Tensor):
+        if mask is not None:
+            warnings.warn("an unknown kind of attention mask: decode stays dense", stacklevel=2)
+        return mask is not None
+    visible = visible_keys(mask)[:, :total].to(torch.int8)  # [B, total], 0..0 1..1 in each row
+    falls = (visible.diff(dim=1) < 0).any() | (visible[:, -1] == 0).any()
+    return bool(falls)

@@ -1,0 +1,231 @@
+"""A patched model's state: made by `patch`, ended by `unpatch`."""
+
+import itertools
+import threading
+import warnings
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from ..config import PulseConfig
+from ..config import resolve as resolve_config
+from ..prepared import Prepared
+from ..structs import VisualTokens
+from . import registry
+from .attention import attention
+from .cache import release
+from .families import Anatomy, UnsupportedModelError, anatomy
+from .hooks import Hooks
+from .plan import Plan, plan_of
+from .state import CacheState
+from .stats import Recorder, Stats
+from .tensor_parallel import head_group
+from .trace import Trace, trace_of
+
+_lock = threading.Lock()
+
+
+class Session:
+    """One patched model: its setting, its statistics, and the way back.
+
+    As a context manager it unpatches at the end.
+    """
+
+    def __init__(self, parts: Anatomy, config: PulseConfig, record: bool) -> None:
+        self.anatomy = parts
+        self.plan: Plan = plan_of(config, parts)
+        self.asked = config
+        self.recorder = Recorder(record)
+        self.layers: dict[Any, Prepared] = {}
+        self.heads = head_group(parts.decoder)
+        self.is_paused = False
+        self._names = itertools.count()
+        self._warned: set[str] = set()
+        registry.enter(parts.decoder, attention)
+        self._finalizer = weakref.finalize(parts.decoder, registry.leave, id(parts.config))
+        self._hooks = Hooks(self)
+
+    @property
+    def config(self) -> PulseConfig:
+        """The setting in force."""
+        return self.asked
+
+    @property
+    def anchors(self) -> tuple[int, ...]:
+        """The layers that select."""
+        return self.plan.anchors
+
+    @property
+    def stats(self) -> Stats:
+        """What was kept since the patch or the last `reset_stats`; summed up by this call."""
+        return self.recorder.stats()
+
+    @property
+    def trace(self) -> Trace:
+        """What each step kept; needs `patch(..., record=True)`."""
+        if not self.recorder.record:
+            raise ValueError(
+                "this session records no trace; patch the model with record=True, "
+                "or set session.record = True before generating"
+            )
+        config = self.anatomy.config
+        about = {
+            "model": getattr(self.anatomy.model.config, "name_or_path", "") or config.model_type,
+            "config": {k: str(v) for k, v in vars(self.plan.config).items()},
+            "anchors": list(self.anchors),
+            "layers": len(self.anatomy.full),
+        }
+        return trace_of(self.recorder.entries, about)
+
+    @property
+    def record(self) -> bool:
+        """Whether each step is recorded for `trace`."""
+        return self.recorder.record
+
+    @record.setter
+    def record(self, on: bool) -> None:
+        self.recorder.record = bool(on)
+
+    def reset_stats(self) -> None:
+        """Start statistics and trace anew."""
+        self.recorder.reset()
+
+    @property
+    def is_active(self) -> bool:
+        """Whether the model is still patched by this session."""
+        return self._finalizer.alive
+
+    def update(self, **changes: Any) -> "Session":
+        """Change settings; forwards that start after it follow them."""
+        asked = self.asked.updated(**changes)
+        self.plan, self.asked = plan_of(asked, self.anatomy), asked  # refused before it is taken
+        self.layers = {}
+        return self
+
+    @contextmanager
+    def paused(self) -> Iterator["Session"]:
+        """Run the model as it was: the dense baseline on the same object."""
+        before, self.is_paused = self.is_paused, True
+        try:
+            yield self
+        finally:
+            self.is_paused = before
+
+    def unpatch(self) -> None:
+        """Leave the model exactly as it was."""
+        with _lock:
+            if not self._finalizer.alive:
+                warnings.warn("this session has ended: the model is not patched", stacklevel=2)
+                return
+            self._hooks.remove()
+            self._finalizer()
+            # generate() keeps a static cache on the model for its next call
+            release(getattr(self.anatomy.model, "_cache", None))
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.is_active:
+            self.unpatch()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Session":
+        raise TypeError("a patched model cannot be copied; unpatch it first, patch both after")
+
+    def __reduce__(self) -> str:
+        raise TypeError("a patched model cannot be pickled; unpatch it first, or save_pretrained")
+
+    def __repr__(self) -> str:
+        state = "active" if self.is_active else "ended"
+        kind = type(self.anatomy.model).__name__
+        return f"<Session on {kind}, anchors {self.anchors}, {state}; {self.asked}>"
+
+    def new_state(self) -> CacheState:
+        """The state of a new conversation."""
+        return CacheState(name=next(self._names))
+
+    def warn_about(self, cache: Any) -> None:
+        """Say once where a cache gives the benefit away."""
+        names = {type(layer).__name__ for layer in getattr(cache, "layers", ())}
+        if any("Quantized" in name for name in names):
+            self._warn(
+                "quantised",
+                "a quantised cache gives full dense copies of keys and values in every step: "
+                "pruning stays correct but saves no bandwidth; use a dynamic or a static cache",
+            )
+        elif getattr(cache, "offloading", False):
+            self._warn(
+                "offloaded",
+                "an offloaded cache moves all keys and values in every step: pruning stays "
+                "correct but saves none of that; use a dynamic or a static cache if it fits",
+            )
+
+    def warn_without_features(self, visual: VisualTokens) -> None:
+        """Say once that placeholders came without a picture; reads the device at prefill."""
+        if int(visual.counts.max()) > 0:
+            self._warn(
+                "features",
+                "the prompt has image tokens but no image came with it: with "
+                "prefill_chunk_size set, transformers drops pixel_values, so the answer does not "
+                "depend on the picture; prefill in one piece",
+            )
+
+    def _warn(self, kind: str, text: str) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(text, stacklevel=4)
+
+
+def session_of(model: Any) -> Session | None:
+    """The session of a patched model, or None."""
+    try:
+        decoder = anatomy(model).decoder
+    except UnsupportedModelError:
+        return None
+    return _session_on(decoder)
+
+
+def _session_on(decoder: nn.Module) -> Session | None:
+    for hook in decoder._forward_pre_hooks.values():
+        owner = getattr(hook, "__self__", None)
+        if isinstance(owner, Hooks):
+            return owner.session
+    return None
+
+
+def patch(
+    model: Any, config: PulseConfig | str = "10pct", *, record: bool = False, **changes: Any
+) -> Session:
+    """Make single-token decode steps of a model of transformers sparse in its visual tokens.
+
+    `config` is a PulseConfig or the name of a preset; keywords change fields of it. The model keeps
+    its `generate()`, prefill and training are untouched. Patching twice with the same setting gives
+    the same session; as a context manager the session unpatches at the end.
+    """
+    config = resolve_config(config)
+    config = config.updated(**changes) if changes else config
+    with _lock:
+        parts = anatomy(model)
+        present = _session_on(parts.decoder)
+        if present is None:
+            plan_of(config, parts)  # refused before anything is touched
+            return Session(parts, config, record)
+        if present.asked != config:
+            raise ValueError(
+                f"the model is patched with {present.asked}, got {config}; "
+                "use session.update(...), or unpatch it first"
+            )
+        present.recorder.record = present.recorder.record or record
+        return present
+
+
+def unpatch(model: Any) -> None:
+    """End the session of a model; warns where there is none."""
+    session = session_of(model)
+    if session is None:
+        warnings.warn("the model is not patched", stacklevel=2)
+        return
+    session.unpatch()

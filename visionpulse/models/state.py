@@ -1,0 +1,63 @@
+"""What belongs to one conversation: its visual tokens and the selection that was kept."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..structs import Selection, VisualTokens
+
+
+@dataclass
+class CacheState:
+    """Carried by a cache, copied, cut and reordered with it."""
+
+    name: int = 0  # of the conversation, in a trace
+    visual: VisualTokens | None = None  # None: no row has a visual token
+    inverse: Tensor | None = None  # float32 [B], 1 / N_v, and 0 for rows without visual tokens
+    model_path: bool = False  # rows have hidden keys in the middle: the model's attention only
+    steps: int = 0  # decode steps since the last prefill or crop
+    kept: Selection | None = None  # of the previous step, for the schedule that looks back
+    kept_by: object = field(default=None, repr=False)  # the plan that made `kept`
+
+    def see(self, visual: VisualTokens | None) -> None:
+        """Take a new visual set; the steps start anew."""
+        self.visual = visual
+        self.inverse = None
+        if visual is not None:
+            n = visual.counts
+            self.inverse = torch.where(n > 0, 1.0 / n.clamp(min=1), 0.0)
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget the previous step: after a prefill or a crop nothing is kept."""
+        self.steps, self.kept, self.kept_by = 0, None, None
+
+    def crop(self, length: int) -> None:
+        """Cut to the first `length` tokens."""
+        if self.visual is not None and self.visual.size > length:
+            self.see(visual_of(self.visual.mask(length), None) if length else None)
+        self.restart()
+
+    def take(self, rows: Tensor) -> None:
+        """Reorder or select rows."""
+        if self.visual is not None:
+            rows = rows.to(self.visual.device)
+            self.visual = self.visual.rows(rows)
+            self.inverse = self.inverse[rows] if self.inverse is not None else None
+        if self.kept is not None:
+            self.kept = self.kept.rows(rows.to(self.kept.indices.device))
+
+    def repeat(self, times: int) -> None:
+        """Repeat each row."""
+        if self.visual is not None:
+            rows = torch.arange(self.visual.batch, device=self.visual.device)
+            self.take(rows.repeat_interleave(times))
+
+
+def visual_of(mask: Tensor, capacity: int | None) -> VisualTokens | None:
+    """The set of a mask [B, N], or None where it is empty and no graph depends on its shape."""
+    visual = VisualTokens.from_mask(mask, capacity)
+    if capacity is None and visual.max_count == 0:
+        return None
+    return visual

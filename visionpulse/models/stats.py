@@ -1,0 +1,159 @@
+"""What a session counts: kept on the device while it runs, summed up only when it is read."""
+
+import threading
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..structs import Selection
+from .state import CacheState
+from .trace import Entry
+
+QUANTITIES = ("retention", "kept", "mass", "mass_mean")
+PENDING = 4096  # selections held before they are summed up; each holds a few numbers per row
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One quantity over all rows and selections."""
+
+    mean: float
+    min: float
+    max: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.4g} ({self.min:.4g} .. {self.max:.4g})"
+
+
+_NONE = Summary(float("nan"), float("nan"), float("nan"))
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What the steps of a session kept; rows without visual tokens are left out."""
+
+    steps: int  # decode steps in which an anchor selected
+    rows: int  # selections, a row of the batch each
+    retention: Summary = _NONE  # K / N_v
+    kept: Summary = _NONE  # K
+    mass: Summary = _NONE  # of the head with the largest
+    mass_mean: Summary = _NONE  # of all heads
+
+    def __str__(self) -> str:
+        if not self.rows:
+            return f"{self.steps} sparse decode steps"
+        return (
+            f"{self.steps} sparse decode steps, retention {self.retention}, K {self.kept}, "
+            f"mass {self.mass}"
+        )
+
+
+class _Sums:
+    """Sums of one device, float64: [quantity] each, and two tallies."""
+
+    def __init__(self, device: torch.device) -> None:
+        with torch.inference_mode(False):
+            self.total = torch.zeros(4, dtype=torch.float64, device=device)
+            self.low = torch.full((4,), torch.inf, dtype=torch.float64, device=device)
+            self.high = torch.full((4,), -torch.inf, dtype=torch.float64, device=device)
+            self.tally = torch.zeros(2, dtype=torch.float64, device=device)  # steps, rows
+        for buffer in (self.total, self.low, self.high, self.tally):
+            # a graph may then write them in place
+            torch._dynamo.mark_static_address(buffer)
+
+    def add(
+        self, counts: Tensor, mass: Tensor, mass_mean: Tensor, inverse: Tensor, steps: int
+    ) -> None:
+        """Add the rows [n] of some selections."""
+        live = inverse > 0
+        values = torch.stack((counts * inverse, counts, mass, mass_mean)).double()  # [4, n]
+        self.total.add_(values.masked_fill(~live, 0.0).sum(1))
+        self.low.copy_(torch.minimum(self.low, values.masked_fill(~live, torch.inf).amin(1)))
+        self.high.copy_(torch.maximum(self.high, values.masked_fill(~live, -torch.inf).amax(1)))
+        self.tally[0].add_(steps)
+        self.tally[1].add_(live.sum())
+
+    def reset(self) -> None:
+        self.total.zero_()
+        self.low.fill_(torch.inf)
+        self.high.fill_(-torch.inf)
+        self.tally.zero_()
+
+
+class Recorder:
+    """Takes every selection of a session; eager steps only append to a list."""
+
+    def __init__(self, record: bool) -> None:
+        self.record = record
+        self.entries: list[Entry] = []
+        self._sums: dict[torch.device, _Sums] = {}
+        self._pending: list[tuple[Tensor, Tensor, Tensor, Tensor, int]] = []
+        self._lock = threading.Lock()
+
+    def prepare(self, device: torch.device) -> None:
+        """Make the sums of a device ahead of a compiled step, which cannot."""
+        if device not in self._sums:
+            with self._lock:
+                self._sums.setdefault(device, _Sums(device))
+
+    def add(
+        self,
+        selection: Selection,
+        state: CacheState,
+        is_first: bool,
+        step: tuple[int, int, Tensor | None],
+    ) -> None:
+        """Take an anchor's selection: the first of its step, or not; number, layer and token."""
+        inverse = state.inverse
+        if inverse is None:
+            return
+        counts, mass, mass_mean = selection.counts, selection.mass, selection.mass_mean
+        if torch.compiler.is_compiling():
+            self._sums[counts.device].add(counts, mass, mass_mean, inverse, int(is_first))
+            return
+        self._pending.append((counts, mass, mass_mean, inverse, int(is_first)))
+        if self.record and state.visual is not None:
+            self.entries.append(Entry(selection, state.visual, state.name, *step))
+        if len(self._pending) >= PENDING:
+            self._fold()
+
+    def _fold(self) -> None:
+        with self._lock:
+            pending, self._pending = self._pending, []
+        groups: dict[tuple[int, torch.device], list[tuple[Tensor, Tensor, Tensor, Tensor, int]]]
+        groups = {}
+        for item in pending:
+            groups.setdefault((len(item[0]), item[0].device), []).append(item)
+        for (_, device), items in groups.items():
+            self.prepare(device)
+            counts, mass, mass_mean, inverse = (
+                torch.cat(part) for part in list(zip(*items, strict=True))[:4]
+            )
+            with self._lock:
+                self._sums[device].add(counts, mass, mass_mean, inverse, sum(i[4] for i in items))
+
+    def stats(self) -> Stats:
+        """Sum up; reads the device."""
+        self._fold()
+        if not self._sums:
+            return Stats(0, 0)
+        parts = list(self._sums.values())
+        steps, rows = (int(n) for n in torch.stack([s.tally.cpu() for s in parts]).sum(0))
+        if not rows:
+            return Stats(steps, 0)
+        mean = torch.stack([s.total.cpu() for s in parts]).sum(0) / rows
+        low = torch.stack([s.low.cpu() for s in parts]).amin(0)
+        high = torch.stack([s.high.cpu() for s in parts]).amax(0)
+        summaries = {
+            name: Summary(float(mean[i]), float(low[i]), float(high[i]))
+            for i, name in enumerate(QUANTITIES)
+        }
+        return Stats(steps, rows, **summaries)
+
+    def reset(self) -> None:
+        """Start counting anew."""
+        with self._lock:
+            self._pending, self.entries = [], []
+            for sums in self._sums.values():
+                sums.reset()

@@ -1,0 +1,80 @@
+"""Heads split over ranks: the sums over heads are made whole between score and select.
+
+Each rank holds H / ranks query heads. The scores are a mean over heads and the mass a maximum or a
+mean, so one SUM of [B, candidates] and one of [B] give every rank the numbers of one process, and
+all-reduce gives every rank the same bits: the ranks agree on K and on every index.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .. import ops
+from ..config import PulseConfig
+from ..structs import KVCache, Selection, VisualTokens
+from .families import attention_layers
+
+
+class HeadGroup:
+    """The process group over which the query heads of a model are split."""
+
+    def __init__(self, group: Any, heads: int) -> None:
+        self.group = group
+        self.heads = heads  # of all ranks together
+
+    def splits(self, q: Tensor) -> bool:
+        """Whether `q` [B, H, D] holds only a part of the heads."""
+        return q.shape[1] < self.heads
+
+    def decode(
+        self,
+        q: Tensor,
+        kv: KVCache,
+        visual: VisualTokens,
+        config: PulseConfig,
+        scale: float | None,
+        softcap: float | None,
+    ) -> tuple[Tensor, Selection]:
+        """Give `ops.decode` as if this rank held all heads; the output is of its own heads."""
+        numbers: dict[str, Any] = {"scale": scale, "softcap": softcap}
+        scores, mass, mass_mean = ops.score(q, kv, visual, config, **numbers)
+        share = q.shape[1] / self.heads
+        width = min(visual.size, scores.shape[1])  # all candidates lie before it
+        shared = scores[:, :width] * share
+        dist.all_reduce(shared, dist.ReduceOp.SUM, self.group)
+        scores[:, :width] = shared
+        mass_mean = mass_mean * share
+        dist.all_reduce(mass_mean, dist.ReduceOp.SUM, self.group)
+        dist.all_reduce(mass, dist.ReduceOp.MAX, self.group)
+        # gloo and nccl may drop a NaN from a maximum; the mean keeps it, and both must carry it
+        mass = torch.where(mass_mean.isnan(), mass_mean, mass)
+        selection = ops.select(
+            scores,
+            mass,
+            visual,
+            config,
+            mass_mean=mass_mean,
+            starts=kv.starts,
+            lengths=kv.lengths,
+            backend=config.backend,
+        )
+        kept: tuple[Any, Any] = (
+            (None, None) if config.anchor_output == "dense" else (visual, selection)
+        )
+        return ops.attend(q, kv, *kept, backend=config.backend, **numbers), selection
+
+
+def head_group(decoder: nn.Module) -> HeadGroup | None:
+    """The group over which the decoder's query projections are split, or None."""
+    if not dist.is_available() or not dist.is_initialized():
+        return None
+    from torch.distributed.tensor import DTensor, Shard
+
+    for layer in attention_layers(decoder):
+        weight = getattr(getattr(layer, "q_proj", None), "weight", None)
+        if isinstance(weight, DTensor) and Shard(0) in weight.placements:
+            config: Any = layer.config
+            return HeadGroup(weight.device_mesh.get_group(), config.num_attention_heads)
+    return None

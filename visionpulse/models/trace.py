@@ -1,0 +1,136 @@
+"""A record of what every step kept, for a person to look at; saved as one .npz file."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..structs import Selection, VisualTokens
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+
+class Entry(NamedTuple):
+    """One selection as it was recorded: references to device tensors, nothing read."""
+
+    selection: Selection
+    visual: VisualTokens
+    conversation: int
+    step: int
+    layer: int
+    token: Tensor | None  # [B, 1], the token this step read
+
+
+class TraceRow(NamedTuple):
+    """One row of one selection."""
+
+    conversation: int
+    step: int  # decode step since the conversation's last prefill, from 0
+    layer: int  # the anchor that selected
+    row: int
+    token: int  # the token this step read; -1 where the model was given embeddings
+    n_visual: int
+    mass: float
+    mass_mean: float
+    kept: Ints  # positions, ascending
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """What every step of a session kept, a row per sequence and selection."""
+
+    conversation: Ints  # [E], as are all up to mass_mean
+    step: Ints
+    layer: Ints
+    row: Ints
+    token: Ints
+    n_visual: Ints
+    mass: Floats
+    mass_mean: Floats
+    ends: Ints  # [E], where the positions of an entry end in `positions`
+    positions: Ints  # [sum of K]
+    spans: dict[tuple[int, int], list[tuple[int, int]]]  # by conversation and row
+    about: dict[str, Any]  # model, config and anchors
+
+    def __len__(self) -> int:
+        return len(self.step)
+
+    def __iter__(self) -> Iterator[TraceRow]:
+        begins = np.concatenate(([0], self.ends[:-1])) if len(self) else self.ends
+        for i in range(len(self)):
+            yield TraceRow(
+                int(self.conversation[i]),
+                int(self.step[i]),
+                int(self.layer[i]),
+                int(self.row[i]),
+                int(self.token[i]),
+                int(self.n_visual[i]),
+                float(self.mass[i]),
+                float(self.mass_mean[i]),
+                self.positions[int(begins[i]) : int(self.ends[i])],
+            )
+
+    def text(self, tokenizer: Any) -> list[str]:
+        """The token that each entry read, as text."""
+        return [tokenizer.decode([int(t)]) if t >= 0 else "" for t in self.token]
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the trace to `path`, as .npz."""
+        spans = [[*key, *span] for key, row in self.spans.items() for span in row]
+        arrays = {name: getattr(self, name) for name in _ARRAYS}
+        arrays["spans"] = np.asarray(spans, np.int64).reshape(-1, 4)
+        with open(path, "wb") as file:  # savez would add a suffix to a name
+            np.savez_compressed(file, about=np.asarray(json.dumps(self.about)), **arrays)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> "Trace":
+        """Read a trace that `save` wrote."""
+        with np.load(path, allow_pickle=False) as file:
+            spans: dict[tuple[int, int], list[tuple[int, int]]] = {}
+            for conversation, row, begin, end in file["spans"].tolist():
+                spans.setdefault((conversation, row), []).append((begin, end))
+            arrays = {name: file[name] for name in _ARRAYS}
+            return cls(**arrays, spans=spans, about=json.loads(str(file["about"])))
+
+
+_ARRAYS = (
+    "conversation", "step", "layer", "row", "token", "n_visual", "mass", "mass_mean", "ends",
+    "positions",
+)  # fmt: skip
+
+
+def trace_of(entries: list[Entry], about: dict[str, Any]) -> Trace:
+    """Read the recorded selections back; rows without visual tokens are left out."""
+    spans: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    counts: dict[VisualTokens, list[int]] = {}
+    columns: dict[str, list[Any]] = {name: [] for name in _ARRAYS[:8]}
+    kept: list[NDArray[np.int32]] = []
+    for entry in entries:
+        if entry.visual not in counts:
+            counts[entry.visual] = entry.visual.counts.cpu().numpy().tolist()
+            for b, row in enumerate(entry.visual.spans.cpu().numpy()):  # [S, 2]
+                runs = [(int(begin), int(end)) for begin, end in row if begin < end]
+                spans[entry.conversation, b] = runs
+        chosen = entry.selection
+        indices, k = chosen.indices.cpu().numpy(), chosen.counts.cpu().numpy()
+        mass, mass_mean = chosen.mass.cpu().numpy(), chosen.mass_mean.cpu().numpy()
+        tokens = None if entry.token is None else entry.token.cpu().numpy()
+        for b, n_visual in enumerate(counts[entry.visual]):
+            if not n_visual:
+                continue
+            token = -1 if tokens is None else int(tokens[b, -1])
+            numbers = (entry.conversation, entry.step, entry.layer, b, token, n_visual)
+            for name, value in zip(columns, (*numbers, mass[b], mass_mean[b]), strict=True):
+                columns[name].append(value)
+            kept.append(indices[b, : k[b]])
+    ints: dict[str, Any] = {name: np.asarray(columns[name], np.int64) for name in _ARRAYS[:6]}
+    floats: dict[str, Any] = {name: np.asarray(columns[name], np.float64) for name in _ARRAYS[6:8]}
+    ends = np.cumsum([len(row) for row in kept], dtype=np.int64)
+    positions = np.concatenate(kept).astype(np.int64) if kept else np.zeros(0, np.int64)
+    return Trace(**ints, **floats, ends=ends, positions=positions, spans=spans, about=about)

@@ -1,0 +1,91 @@
+"""The ops for layers that repeat one shape: checked once, then straight to the backend.
+
+A model calls the same op for every layer of a step. `Prepared` does the checks and the choice of a
+backend for the first of them; the others differ in values only, so they cost no check.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .backends import Backend
+from .config import PulseConfig
+from .structs import KVCache, Params, Selection, VisualTokens
+from .workspace import Workspace
+from .workspace import default as default_workspace
+
+
+class Prepared:
+    """Dense attention, anchor and follower for one shape of heads, dtype and device."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        kv: KVCache,
+        visual: VisualTokens | None,
+        config: PulseConfig,
+        *,
+        scale: float | None = None,
+        softcap: float | None = None,
+    ) -> None:
+        """Check `q` [B, H, D] against `kv` and choose the backend."""
+        ops.check(q, kv, visual)
+        self.config = config
+        self.numbers: dict[str, Any] = {"scale": scale, "softcap": softcap}
+        self.params = ops.numbers(q, scale, softcap, None)
+        self.runner: Backend = ops.backend_for(config.backend, q, kv, visual, self.params)
+        self._budgets: dict[tuple[int, int], Params] = {}
+
+    def attend(
+        self,
+        q: Tensor,
+        kv: KVCache,
+        visual: VisualTokens | None,
+        selection: Selection | None,
+        workspace: Workspace,
+    ) -> Tensor:
+        """Give `ops.attend` without its checks: [B, H, D]."""
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        return self.runner.attend(
+            q, kv, visual, selection, self.params, out=out, workspace=workspace
+        )
+
+    def decode(
+        self, q: Tensor, kv: KVCache, visual: VisualTokens, workspace: Workspace
+    ) -> tuple[Tensor, Selection]:
+        """Give `ops.decode` without its checks, where the budget is part of the op."""
+        params = self._budget(q, visual)
+        if params is None:
+            return ops.decode(q, kv, visual, self.config, workspace=workspace, **self.numbers)
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        selection = self.runner.decode(
+            q, kv, visual, params, scores=None, out=out, workspace=workspace
+        )
+        return out, selection
+
+    def _budget(self, q: Tensor, visual: VisualTokens) -> Params | None:
+        """The anchor's numbers; None for a policy that runs between the stages."""
+        key = (visual.max_count, q.shape[0])
+        params = self._budgets.get(key)
+        if params is None:
+            params, between = ops.budget(self.params, self.config, visual, q.shape[0], q.device)
+            if between is not None:
+                return None
+            if params.ratio is None:  # else it was drawn for this step alone
+                self._budgets[key] = params
+        return params
+
+
+def workspace_for(device: torch.device) -> Workspace:
+    """The scratch memory of this thread and stream."""
+    return default_workspace(device)
+
+
+def cache_of(k: Tensor, v: Tensor, lengths: Tensor | None, starts: Tensor | None) -> KVCache:
+    """A KVCache without its checks, for tensors shaped like ones that were checked."""
+    kv: KVCache = object.__new__(KVCache)
+    fields: dict[str, Any] = kv.__dict__
+    fields["k"], fields["v"], fields["lengths"], fields["starts"] = k, v, lengths, starts
+    return kv

@@ -31,48 +31,21 @@ by_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
 
-def params_of(problem, config=None):
-    """The numbers that the ops make of a problem's config."""
-    options = {"scale": None, "softcap": None, "window": None} | problem.case.options
-    params = ops.numbers(problem.q, **options)
-    config = config or problem.config
-    return ops.budget(params, config, problem.visual, problem.case.rows, problem.q.device)[0]
-
-
-def check_decode(problem, backend, config=None):
-    """Run decode once and hold everything it gives against the contract."""
-    config = config or problem.config
-    q, kv, visual = problem.q, problem.kv, problem.visual
-    params = params_of(problem, config)
-    scores = torch.empty(kv.batch, kv.capacity, device=q.device)
-    out, selection = vp.decode(
-        q, kv, visual, config, scores=scores, backend=backend, **problem.case.options
-    )
-    exact = Exact(q, kv, visual, params)
-    assert_masses(selection.mass, selection.mass_mean, exact)
-    assert_scores(scores, exact)
-    assert selection.indices.shape == (kv.batch, params.k_max)
-    assert_counts(selection, exact.n_visual, params)
-    assert_valid_selection(selection, scores, exact.candidate)
-    assert_output(out, exact, selection if config.anchor_output == "pruned" else None)
-    return out, selection, scores
-
-
 @by_case
 @by_dtype
-def test_decode_is_the_contract(backend, device, case, dtype):
+def test_decode_is_the_contract(backend, device, case, dtype, check_decode):
     check_decode(case.build(dtype, device), backend)
 
 
 @by_case
-def test_a_dense_anchor_gives_the_dense_output(backend, device, case):
+def test_a_dense_anchor_gives_the_dense_output(backend, device, case, check_decode):
     config = case.config.updated(anchor_output="dense")
     check_decode(case.build(torch.float32, device), backend, config)
 
 
 @pytest.mark.parametrize("score, mass, anchor_output", OPTIONS)
 @pytest.mark.parametrize("name", ("ragged", "paged-hnd", "group5"))
-def test_options_combine(backend, device, name, score, mass, anchor_output):
+def test_options_combine(backend, device, name, score, mass, anchor_output, check_decode):
     config = vp.PulseConfig(
         tau=0.3, ratio=(0.02, 0.6), score=score, mass=mass, anchor_output=anchor_output
     )
@@ -80,21 +53,21 @@ def test_options_combine(backend, device, name, score, mass, anchor_output):
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_any_group_size(backend, device, group):
+def test_any_group_size(backend, device, group, check_decode):
     case = Case("", (TWO_SPANS,), heads=2 * group, kv_heads=2, head_dim=64)
     check_decode(case.build(torch.bfloat16, device), backend)
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @by_dtype
-def test_any_head_dim(backend, device, head_dim, dtype):
+def test_any_head_dim(backend, device, head_dim, dtype, check_decode):
     case = Case("", (TWO_SPANS,), heads=4, kv_heads=1, head_dim=head_dim, layout="unaligned")
     check_decode(case.build(dtype, device), backend)
 
 
 @by_case
 @by_dtype
-def test_stages_are_the_contract(backend, device, case, dtype):
+def test_stages_are_the_contract(backend, device, case, dtype, params_of):
     problem = case.build(dtype, device)
     q, kv, visual, config = problem.q, problem.kv, problem.visual, problem.config
     scores, mass, mass_mean = vp.score(q, kv, visual, config, backend=backend, **case.options)
@@ -120,14 +93,14 @@ def test_stages_are_the_contract(backend, device, case, dtype):
 
 @by_case
 @by_dtype
-def test_dense_decode_is_the_contract(backend, device, case, dtype):
+def test_dense_decode_is_the_contract(backend, device, case, dtype, params_of):
     problem = case.build(dtype, device)
     out = vp.attend(problem.q, problem.kv, backend=backend, **case.options)
     exact = Exact(problem.q, problem.kv, problem.visual, params_of(problem))
     assert_output(out, exact, None)
 
 
-def test_a_follower_leaves_out_what_its_window_hides(backend, device):
+def test_a_follower_leaves_out_what_its_window_hides(backend, device, params_of):
     """The anchor chose without a window; the follower has one."""
     problem = CASES["grouped"].build(torch.float32, device)
     q, kv, visual = problem.q, problem.kv, problem.visual
@@ -138,7 +111,7 @@ def test_a_follower_leaves_out_what_its_window_hides(backend, device):
 
 
 @by_case
-def test_two_runs_give_the_same_bits(backend, device, case):
+def test_two_runs_give_the_same_bits(backend, device, case, check_decode):
     problem = case.build(torch.bfloat16, device)
     dirty = vp.Workspace()
     first = check_decode(problem, backend)
@@ -199,7 +172,7 @@ def test_a_row_does_not_depend_on_its_neighbours(backend, device, name, dtype):
 
 @pytest.mark.parametrize("layout", ("NHD", "HND"))
 @pytest.mark.parametrize("page", (1, 5, 16, 128))
-def test_pages_do_not_change_the_bits(backend, device, layout, page):
+def test_pages_do_not_change_the_bits(backend, device, layout, page, check_decode):
     plain = CASES["ragged"]
     paged = dataclasses.replace(plain, layout=layout, page=page)
     results = [
@@ -225,7 +198,7 @@ def test_equal_logits_have_equal_score_bits(backend, device, score, dtype):
         assert_same_bits(same, same[:1].expand_as(same))
 
 
-def test_keeping_all_is_dense_attention(backend, device):
+def test_keeping_all_is_dense_attention(backend, device, params_of):
     problem = CASES["keep-all"].build(torch.float32, device)
     q, kv, visual = problem.q, problem.kv, problem.visual
     out, selection = vp.decode(q, kv, visual, problem.config, backend=backend)
@@ -251,7 +224,7 @@ def test_a_given_output_is_filled(backend, device):
     assert torch.equal(view, follow)
 
 
-def test_inputs_are_left_alone(backend, device):
+def test_inputs_are_left_alone(backend, device, check_decode):
     problem = CASES["paged-hnd"].build(torch.float32, device)
     kv, visual = problem.kv, problem.visual
     tensors = (
@@ -320,7 +293,7 @@ POLICIES = {
 
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
 @pytest.mark.parametrize("anchor_output", ("pruned", "dense"))
-def test_every_budget_runs(backend, device, policy, anchor_output):
+def test_every_budget_runs(backend, device, policy, anchor_output, params_of):
     problem = CASES["ragged"].build(torch.float32, device)
     q, kv, visual = problem.q, problem.kv, problem.visual
     config = vp.PulseConfig(ratio=(0.1, 0.4), budget=policy, anchor_output=anchor_output)

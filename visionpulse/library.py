@@ -62,7 +62,9 @@ def _cache(fields: Sequence[Any]) -> Cache:
 
 
 def _visual(fields: Sequence[Any]) -> VisualTokens:
-    return VisualTokens(*fields, size=0)  # the size is for checks, which the caller has made
+    spans, offsets, counts, max_count = fields
+    # the size is for checks, which the caller has made
+    return VisualTokens(spans, offsets, counts, max_count, size=0)
 
 
 def _new_out(q: Tensor) -> Tensor:

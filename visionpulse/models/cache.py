@@ -7,7 +7,7 @@ class family and with it mask sizes, cropping and the batch operations.
 
 import sys
 from functools import cache as memoize
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -35,8 +35,8 @@ class Growing:
     remembered, and other tensors are taken over at the next update.
     """
 
-    _buffers: tuple[Tensor, Tensor] | None = None  # [B, G, slots, D]
-    _views: tuple[Tensor, Tensor] | None = None  # what keys and values were after the last update
+    _buffers: ClassVar[tuple[Tensor, Tensor] | None] = None  # [B, G, slots, D]
+    _views: ClassVar[tuple[Tensor, Tensor] | None] = None  # what keys and values were after the last update
 
     def update(
         self: Any, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -120,7 +120,7 @@ class Carrier:
     cache has a copy of it.
     """
 
-    visionpulse: CacheState | None = None
+    visionpulse: ClassVar[CacheState | None] = None
 
     def reset(self: Any) -> None:
         """Forget the conversation."""
@@ -192,13 +192,20 @@ def attach(cache: Any, layer: int, state: CacheState | None) -> None:
         return
     carrier = cache.layers[layer]
     if not isinstance(carrier, Carrier):
-        carrier.__class__ = mixed(Carrier, type(carrier))
+        carrier = cache.layers[layer] = _as(mixed(Carrier, type(carrier)), carrier)
     carrier.visionpulse = state
 
 
 def release(cache: Any) -> None:
     """Give the carrying layer of a cache its own class back."""
-    for layer in getattr(cache, "layers", ()):
+    for i, layer in enumerate(getattr(cache, "layers", ())):
         if isinstance(layer, Carrier):
-            layer.__dict__.pop("visionpulse", None)
-            layer.__class__ = type(layer).__mro__[2]
+            cache.layers[i] = _as(type(layer).__mro__[2], layer)
+            cache.layers[i].__dict__.pop("visionpulse", None)
+
+
+def _as(kind: Any, layer: Any) -> Any:
+    """The same layer as an object of another class; Python may refuse to change it in place."""
+    made = object.__new__(kind)
+    made.__dict__.update(layer.__dict__)
+    return made

@@ -1,0 +1,1 @@
+"""What numbers and traces mean: costs, correlations, calibration, plots."""

@@ -35,6 +35,7 @@ ALLOWED = {
     "prepared": {"backends", "config", "ops", *STRUCTS},
     "models": {"backends", "config", "ops", "prepared", "schedule", "tracing", *STRUCTS},
     "analysis": {"config", "models", "ops", *STRUCTS},
+    "baselines": {"config", "models", "ops", *STRUCTS},
     "analysis.cost": {"config", "schedule"},
     "testing": {"budgets", "config", "reference", *STRUCTS},
     "__init__": {"backends", "budgets", "config", "ops", *STRUCTS},

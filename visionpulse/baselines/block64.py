@@ -99,7 +99,8 @@ def _visible(kv: KVCache) -> Tensor:
 def _scaled(q: Tensor, k: Tensor) -> Tensor:
     """Logits [B, H, N] in float32 of products in the inputs' dtype."""
     z = torch.matmul(q[:, :, None], k.transpose(2, 3))[:, :, 0]
-    return z.to(_inner(q)) * q.shape[2] ** -0.5
+    scale: float = q.shape[2] ** -0.5
+    return z.to(_inner(q)) * scale
 
 
 def _logits(q: Tensor, kv: KVCache) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,74 @@
+"""What this machine can do, measured in the same run as what is compared with it.
+
+`read` streams more bytes than any cache holds, `gather` reads rows of one token and head at random
+places, as a follower must, `compute` multiplies large matrices. All are bests: a ceiling that a
+noisy neighbour lowered would flatter whoever runs below it.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .rows import Ceiling
+from .timing import Times, interleaved
+
+_READ_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
+_SIDE = {"cpu": 1024, "cuda": 8192}
+
+
+class Ceilings:
+    """Variants to interleave with a benchmark's own, and what they say once timed."""
+
+    def __init__(self, device: torch.device | str, dtype: torch.dtype, row_bytes: int) -> None:
+        self.device, self.dtype, self.row_bytes = torch.device(device), dtype, row_bytes
+        kind = self.device.type
+        self._bytes = _READ_BYTES[kind]
+        self._data = torch.ones(self._bytes // 4, device=self.device)
+        width = max(1, row_bytes // 4)
+        self._rows = self._data[: self._data.numel() // width * width].view(-1, width)
+        generator = torch.Generator(self.device).manual_seed(0)
+        picked = max(1, len(self._rows) // 20)
+        places = torch.randperm(len(self._rows), generator=generator, device=self.device)
+        self._places = places[:picked].sort().values
+        side = _SIDE[kind]
+        self._matrix = torch.ones(side, side, device=self.device, dtype=dtype)
+
+    def variants(self) -> dict[str, Callable[[int], object]]:
+        """What to time, under names that start with `ceiling:`."""
+        return {
+            "ceiling:read": lambda _: self._read(),
+            "ceiling:gather": lambda _: self._rows.index_select(0, self._places),
+            "ceiling:compute": lambda _: self._matrix @ self._matrix,
+        }
+
+    def _read(self) -> Tensor:
+        if self.device.type == "cuda":  # a copy: reads and writes at the rate of the memory
+            half = len(self._data) // 2
+            return self._data[:half].copy_(self._data[half:])
+        return self._data.sum()
+
+    def read(self, times: dict[str, Times]) -> Ceiling:
+        """The bytes that can be streamed per second."""
+        kind = "copy" if self.device.type == "cuda" else "read"
+        name = f"{kind} of {self._bytes >> 20} MiB"
+        return Ceiling(name, self._bytes / times["ceiling:read"].best / 1e9)
+
+    def gather(self, times: dict[str, Times]) -> Ceiling:
+        """The bytes of rows at random places that can be read per second."""
+        moved = self._places.numel() * self._rows.shape[1] * 4
+        name = f"gather of {self.row_bytes}-byte rows"
+        return Ceiling(name, moved / times["ceiling:gather"].best / 1e9)
+
+    def compute(self, times: dict[str, Times]) -> float:
+        """Operations per second of a large product."""
+        return 2 * self._matrix.shape[0] ** 3 / times["ceiling:compute"].best
+
+
+def measure(
+    device: torch.device | str, dtype: torch.dtype, row_bytes: int = 256, rounds: int = 7
+) -> tuple[Ceiling, Ceiling, float]:
+    """Measure the three by themselves: (read, gather, operations per second)."""
+    ceilings = Ceilings(device, dtype, row_bytes)
+    times = interleaved(ceilings.variants(), rounds, device=device)
+    return ceilings.read(times), ceilings.gather(times), ceilings.compute(times)

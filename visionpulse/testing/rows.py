@@ -1,0 +1,281 @@
+"""Measurements as rows: one JSON line per variant; tables, plots and ratios are made from them.
+
+A row says what ran, how long it took, what it had to move, the ceiling measured in the same run,
+and the baseline of its ratio. Rows of one run share their `Machine`.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .timing import Times
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The short name of a dtype in rows and on command lines."""
+    return _DTYPE_NAMES[dtype]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a run took place."""
+
+    device: str
+    isa: str  # instruction set of our CPU kernels, or the compute capability
+    threads: int
+    load: float  # of the whole machine in the minute before, in busy cores
+    commit: str
+    versions: dict[str, str]
+    clock_note: str = ""
+
+    @classmethod
+    def here(cls, device: torch.device | str = "cpu") -> "Machine":
+        """The machine of this process, with the load of this moment."""
+        device = torch.device(device)
+        if device.type == "cuda":
+            name, isa = torch.cuda.get_device_name(device), _capability(device)
+            clock = "clocks not locked; L2 overwritten before each call"
+        else:
+            name, isa = f"{_cpu_model()}, {os.cpu_count()} cores", _cpu_isa()
+            clock = "shared machine, clocks not locked; buffers rotated past the last cache"
+        return cls(
+            name, isa, torch.get_num_threads(), round(_load(), 2), _commit(), _versions(), clock
+        )
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant of one benchmark on one shape."""
+
+    bench: str
+    shape: str
+    backend: str  # ours by its name; a baseline by its form, such as torch-sdpa-grouped
+    dtype: str
+    us_best: float
+    us_p20: float
+    us_p50: float
+    us_p80: float
+    rounds: int
+    bytes: int | None = None  # the least that the algorithm must move
+    gb_s: float | None = None  # bytes over the best time
+    ceiling: str = ""  # what was measured, in the same run
+    ceiling_gb_s: float | None = None
+    pct_ceiling: float | None = None
+    baseline: str = ""  # backend of the row that `ratio` compares with
+    ratio: float | None = None  # best of the baseline over the best of this: above 1 is faster
+    launches: int | None = None
+    checked: bool = False  # the output was compared before timing
+    scaled: float = 1.0  # what was timed was multiplied by this, to stand for all layers
+    facts: dict[str, Any] = field(default_factory=dict)  # retention, context, predicted_us, ...
+    machine: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        """What names a row within the rows of one machine."""
+        return self.bench, self.shape, self.backend, self.dtype
+
+    @property
+    def noise(self) -> float:
+        """The spread of the rounds: p80 over p20, less one."""
+        return self.us_p80 / self.us_p20 - 1 if self.us_p20 else 0.0
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """A measured limit, by name."""
+
+    name: str
+    gb_s: float
+
+
+def rows_of(
+    bench: str,
+    shape: str,
+    dtype: torch.dtype,
+    times: Mapping[str, Times],
+    machine: Machine,
+    *,
+    baseline: str,
+    bytes_: Mapping[str, int] | None = None,
+    ceiling: Ceiling | None = None,
+    scaled: Mapping[str, float] | None = None,
+    launches: Mapping[str, int | None] | None = None,
+    facts: Mapping[str, Mapping[str, Any]] | None = None,
+    checked: bool = True,
+) -> list[Row]:
+    """Make the rows of one interleaved run; `scaled` multiplies times measured on fewer layers."""
+
+    def seconds(name: str) -> float:
+        return times[name].best * (scaled or {}).get(name, 1.0)
+
+    made = []
+    for name, taken in times.items():
+        factor = (scaled or {}).get(name, 1.0)
+        moved = (bytes_ or {}).get(name)
+        rate = moved / seconds(name) / 1e9 if moved else None
+        us = (factor * 1e6 * t for t in (taken.best, taken.p20, taken.p50, taken.p80))
+        best, p20, p50, p80 = (round(t, 3) for t in us)
+        limit = ceiling.gb_s if ceiling and rate is not None else None
+        made.append(
+            Row(
+                bench, shape, name, dtype_name(dtype), best, p20, p50, p80, len(taken.seconds),
+                bytes=moved,
+                gb_s=_rounded(rate),
+                ceiling=ceiling.name if ceiling else "",
+                ceiling_gb_s=_rounded(ceiling.gb_s) if ceiling else None,
+                pct_ceiling=_rounded(100 * rate / limit) if rate and limit else None,
+                baseline=baseline if baseline in times else "",
+                ratio=_rounded(seconds(baseline) / seconds(name)) if baseline in times else None,
+                launches=(launches or {}).get(name),
+                checked=checked,
+                scaled=factor,
+                facts=dict((facts or {}).get(name, {})),
+                machine=asdict(machine),
+            )
+        )  # fmt: skip
+    return made
+
+
+def read(path: str | Path) -> list[Row]:
+    """Read a file of JSON lines; fields of a newer version are refused by name."""
+    known = {f.name for f in fields(Row)}
+    rows = []
+    for number, line in enumerate(Path(path).read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+        except ValueError as error:
+            raise ValueError(
+                f"{path}:{number} is no JSON line ({error}); a results file has one row per line"
+            ) from error
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"{path}:{number} has unknown fields {', '.join(unknown)}")
+        rows.append(Row(**values))
+    return rows
+
+
+def write(path: str | Path, rows: Iterable[Row], *, keep: bool = True) -> None:
+    """Write rows; with `keep`, rows of the file with other keys stay, in their order."""
+    path, fresh = Path(path), {row.key: row for row in rows}
+    old = read(path) if keep and path.exists() else []
+    merged = {row.key: row for row in old} | fresh
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(asdict(row)) + "\n" for row in merged.values()))
+
+
+Column = tuple[str, str]  # heading, format of a Row's field or fact
+
+COLUMNS: tuple[Column, ...] = (
+    ("bench", "bench"),
+    ("shape", "shape"),
+    ("backend", "backend"),
+    ("dtype", "dtype"),
+    ("best us", "us_best"),
+    ("p50 us", "us_p50"),
+    ("noise", "noise"),
+    ("GB/s", "gb_s"),
+    ("% ceiling", "pct_ceiling"),
+    ("ratio", "ratio"),
+    ("against", "baseline"),
+)
+
+
+def table(rows: Sequence[Row], columns: Sequence[Column] = COLUMNS) -> str:
+    """The rows as text with aligned columns."""
+    cells = [[heading for heading, _ in columns]]
+    cells += [[_cell(row, name) for _, name in columns] for row in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    text = {"bench", "shape", "backend", "dtype", "baseline"}
+    return "\n".join(
+        "  ".join(
+            c.ljust(w) if name in text else c.rjust(w)
+            for c, w, (_, name) in zip(line, widths, columns, strict=True)
+        ).rstrip()
+        for line in cells
+    )
+
+
+def _cell(row: Row, name: str) -> str:
+    value = getattr(row, name, None) if hasattr(row, name) else row.facts.get(name)
+    if value is None or value == "":
+        return "-"
+    if name == "noise":
+        return f"{100 * value:.0f} %"
+    if name == "ratio":
+        return f"{value:.2f}x"
+    if name == "pct_ceiling":
+        return f"{value:.0f}"
+    if isinstance(value, float):
+        return f"{value:,.1f}"
+    return str(value)
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.5g}")
+
+
+def _load() -> float:
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+
+
+def _capability(device: torch.device) -> str:
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+@cache
+def _cpu_model() -> str:
+    path = Path("/proc/cpuinfo")
+    if path.exists():
+        for line in path.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _cpu_isa() -> str:
+    from importlib import import_module
+
+    try:
+        return str(import_module("visionpulse.backends.cpu").instruction_set())
+    except (ImportError, RuntimeError):
+        return "none"
+
+
+@cache
+def _commit() -> str:
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return ""
+    asked = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=10"]
+    found = subprocess.run(asked, capture_output=True, text=True, check=False)
+    return found.stdout.strip()
+
+
+@cache
+def _versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": sys.version.split()[0]}
+    for name in ("visionpulse", "torch", "triton", "transformers", "onnxruntime"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    return found

@@ -1,0 +1,89 @@
+"""One prompt under a baseline: what is visual, what each layer may still see, and the cuts."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..structs import VisualTokens
+
+
+@dataclass
+class Prompt:
+    """The state between a prefill and the end of its answer; masks are over the prompt's slots."""
+
+    visual: Tensor  # bool [B, N]
+    present: Tensor  # bool [B, N], False where padded
+    causal: Tensor  # bool [B or 1, 1, N, N], what a query may see by order and padding
+    starts: dict[int, Tensor] = field(default_factory=dict)  # int32 [B], of a layer's cache
+    # by layer whose cache was cut; -1 stands for all others
+    remaining: dict[int, VisualTokens] = field(default_factory=dict)
+    step: int = -1  # decode step
+
+    @property
+    def counts(self) -> Tensor:
+        """Visual tokens per row, [B]."""
+        return self.visual.sum(1)
+
+    def visual_of(self, layer: int) -> VisualTokens:
+        """The visual tokens in a layer's cache."""
+        if layer not in self.remaining:
+            if -1 not in self.remaining:
+                self.remaining[-1] = VisualTokens.from_mask(self.visual)
+            return self.remaining[-1]
+        return self.remaining[layer]
+
+    def wanted(self, ratio: float) -> Tensor:
+        """How many visual tokens a fixed ratio keeps per row: rounded, at least 1, [B]."""
+        counts = self.counts
+        return (ratio * counts).round().long().clamp(min=1).minimum(counts)
+
+
+def best(scores: Tensor, candidates: Tensor, wanted: Tensor) -> Tensor:
+    """The `wanted` candidates with the largest scores; ties to the lowest: bool [..., N].
+
+    scores [..., N]; candidates bool, wanted int, of shapes that broadcast to it.
+    """
+    ranked = scores.masked_fill(~candidates, -torch.inf)
+    order = ranked.argsort(stable=True, dim=-1, descending=True)
+    rank = torch.empty_like(order).scatter_(
+        -1, order, torch.arange(scores.shape[-1], device=scores.device).expand_as(order)
+    )
+    return (rank < wanted[..., None]) & candidates
+
+
+def evict(cache: Any, layer: int, keep: Tensor, prompt: Prompt) -> None:
+    """Cut a layer's cache to `keep`, bool [B, N] or [B, G, N], one count per row for all heads.
+
+    Rows that keep fewer are padded in front; the layer goes on counting positions as before.
+    """
+    held = cache.layers[layer]
+    keys, values = held.keys, held.values  # [B, G, N, D]
+    per_head = keep if keep.dim() == 3 else keep[:, None].expand(-1, keys.shape[1], -1)
+    counts = per_head.sum(-1)  # [B, G]
+    size = int(counts.max())
+    # a stable sort of the flags puts the kept slots last, in their order
+    order = per_head.to(torch.int8).argsort(stable=True, dim=-1)[..., -size:]
+    index = order[..., None].expand(-1, -1, -1, keys.shape[-1])
+    dropped = keys.shape[2] - size
+    held.keys = keys.gather(2, index)
+    held.values = values.gather(2, index)
+    _count_on(held, dropped)
+    prompt.starts[layer] = (size - counts[:, 0]).to(torch.int32)
+    if keep.dim() == 2:
+        flags = (prompt.visual & keep).gather(1, order[:, 0])
+        prompt.remaining[layer] = VisualTokens.from_mask(flags)
+
+
+def _count_on(held: Any, dropped: int) -> None:
+    """Make a cache layer report the length it would have: positions come from it."""
+    kind = type(held)
+
+    class Evicted(kind):  # type: ignore[misc, valid-type]
+        def get_seq_length(self) -> int:
+            """The tokens seen, those that were evicted included."""
+            return int(super().get_seq_length()) + dropped
+
+    Evicted.__name__ = f"Evicted{kind.__name__}"
+    held.__class__ = Evicted

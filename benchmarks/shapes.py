@@ -61,7 +61,7 @@ SHAPES = {shape.name: shape for shape in _published()}
 
 @dataclass
 class Layers:
-    """Inputs of several layers, enough of them that none is found in a cache when its turn comes."""
+    """Inputs of several layers: so many that none is found in a cache when its turn comes."""
 
     shape: Shape
     q: list[Tensor]  # [B, H, D] each
@@ -75,7 +75,7 @@ class Layers:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         layers: int = 36,
-        budget: int = 3 << 30,
+        budget: int = 1 << 30,
         seed: int = 0,
     ) -> "Layers":
         """As many distinct layers as fit in `budget` bytes, at most `layers`, at least two."""

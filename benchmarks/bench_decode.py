@@ -1,0 +1,241 @@
+"""All layers of one decode step under each schedule, weights excluded.
+
+    python benchmarks/bench_decode.py --shapes b1-8k,b1-32k --dtypes bf16,fp32 --out rows.jsonl
+
+Ours runs whole steps. A baseline's layers are all alike, so one of each kind is timed, cold, and
+multiplied; its row says so. On a GPU a step of ours is one CUDA graph.
+"""
+
+import argparse
+from collections.abc import Callable, Mapping
+
+import baselines
+import torch
+from baselines import PLAIN, Form, attended_positions
+from harness import Bench, launches_of
+from shapes import SHAPES, Layers, Shape
+
+import visionpulse as vp
+from visionpulse.analysis import cost
+from visionpulse.backends import get
+from visionpulse.baselines import block64
+from visionpulse.schedule import Role, roles
+from visionpulse.testing import assert_output, assert_valid_selection
+from visionpulse.testing.compare import Exact
+from visionpulse.testing.timing import Times
+
+SCHEDULES: dict[str, dict[str, object] | None] = {
+    "dense": None,
+    "paper": {},
+    "paper-dense-anchor": {"anchor_output": "dense"},
+    "paper-anchors-8-17": {"anchor": (8, 17)},
+    "lookback": {"schedule": "lookback"},
+    "per_layer": {"schedule": "per_layer"},
+}
+PUBLISHED = "published-block64"
+
+
+class Step:
+    """One step of ours: the ops of all layers, in order, under one schedule."""
+
+    def __init__(self, layers: Layers, count: int, changes: dict[str, object] | None, backend: str):
+        self.layers, self.backend = layers, backend
+        self.config = None if changes is None else layers.shape.config(**_fit(changes, count))
+        full = (True,) * count
+        dense = (Role.DENSE,) * count
+        self.roles = dense if self.config is None else roles(self.config, full, 1)
+        self.workspace = vp.Workspace()
+        self.outs = [torch.empty_like(q) for q in layers.q]
+        self.kept: vp.Selection | None = None
+        if Role.FOLLOWER in self.roles[:1]:  # "lookback" starts from the step before
+            self.kept = self.decode(0)
+
+    def decode(self, layer: int) -> vp.Selection:
+        (q, kv), out = self.layers.at(layer), self.outs[layer % len(self.layers)]
+        return vp.decode(
+            q, kv, self.layers.visual, self.config, out=out, workspace=self.workspace,
+            backend=self.backend,
+        )[1]  # fmt: skip
+
+    def attend(self, layer: int, selection: vp.Selection | None) -> torch.Tensor:
+        (q, kv), out = self.layers.at(layer), self.outs[layer % len(self.layers)]
+        visual = None if selection is None else self.layers.visual
+        return vp.attend(
+            q, kv, visual, selection, out=out, workspace=self.workspace, backend=self.backend
+        )
+
+    def __call__(self, turn: int = 0) -> None:
+        selection = self.kept
+        for layer, role in enumerate(self.roles):
+            if role is Role.ANCHOR:
+                selection = self.decode(layer)
+            else:
+                self.attend(layer, selection if role is Role.FOLLOWER else None)
+
+    def check(self) -> None:
+        """Hold a dense layer, an anchor and a follower against float64, one KV head of each."""
+        assert_heads(self.layers, 0, self.attend(0, None), None)
+        if self.config is None or Role.ANCHOR not in self.roles:
+            return
+        selection = self.decode(0)
+        assert_selection(self.layers, selection, self.config, self.backend)
+        pruned = self.config.anchor_output == "pruned"
+        assert_heads(self.layers, 0, self.outs[0], selection if pruned else None)
+        assert_heads(self.layers, 1, self.attend(1, selection), selection)
+
+
+def _fit(changes: dict[str, object], count: int) -> dict[str, object]:
+    """Anchors of 36 layers at their places among `count`."""
+    anchor = changes.get("anchor")
+    if not isinstance(anchor, tuple):
+        return changes
+    return changes | {"anchor": tuple(place * count // 36 for place in anchor)}
+
+
+def assert_heads(
+    layers: Layers, layer: int, out: torch.Tensor, selection: vp.Selection | None
+) -> None:
+    """The last KV head alone: float64 of all of them would not fit at long contexts."""
+    (q, kv), group = layers.at(layer), layers.shape.heads // layers.shape.kv_heads
+    alone = vp.KVCache(kv.k[:, -1:], kv.v[:, -1:])
+    q = q[:, -group:]
+    exact = Exact(q, alone, layers.visual, vp.ops.numbers(q, None, None, None))
+    assert_output(out[:, -group:], exact, selection)
+
+
+def assert_selection(
+    layers: Layers, selection: vp.Selection, config: vp.PulseConfig, backend: str
+) -> None:
+    q, kv = layers.at(0)
+    scores = torch.empty(kv.batch, kv.capacity, device=q.device)
+    _, again = vp.decode(q, kv, layers.visual, config, scores=scores, backend=backend)
+    assert torch.equal(again.indices, selection.indices)
+    assert_valid_selection(selection, scores, layers.visual.mask(kv.capacity))
+    kept = int(selection.counts[0])
+    assert kept == layers.shape.kept, f"kept {kept}, wanted {layers.shape.kept}"
+
+
+def single_layers(
+    layers: Layers, forms: list[Form], selection: vp.Selection
+) -> dict[str, Callable[[int], object]]:
+    """One layer of each baseline, of each kind, to be multiplied."""
+    variants: dict[str, Callable[[int], object]] = {}
+    kept = attended_positions(layers.kv[0], layers.visual, selection)
+
+    def dense(form: Form) -> Callable[[int], object]:
+        return lambda turn: form.dense(*layers.at(turn))  # type: ignore[misc]
+
+    def sparse(form: Form) -> Callable[[int], object]:
+        return lambda turn: form.sparse(*layers.at(turn), kept)  # type: ignore[misc]
+
+    for form in forms:
+        baselines.check(form.name, layers.q[0].device.type)
+        if form.dense is not None:
+            variants[f"{form.name}:dense"] = dense(form)
+        if form.sparse is not None:
+            variants[f"{form.name}:follower"] = sparse(form)
+    config = layers.shape.config()
+    _, blocks = block64.anchor(*layers.at(0), layers.visual, config)
+    variants[f"{PUBLISHED}:dense"] = lambda turn: block64.dense(*layers.at(turn))
+    variants[f"{PUBLISHED}:anchor"] = lambda turn: block64.anchor(
+        *layers.at(turn), layers.visual, config
+    )
+    variants[f"{PUBLISHED}:follower"] = lambda turn: block64.follower(*layers.at(turn), blocks)
+    return variants
+
+
+def composed(times: Mapping[str, Times], parts: Mapping[str, int]) -> Times:
+    """A step made of single layers: the sum of their times, round by round of equal rank."""
+    rounds = zip(*(times[name].seconds for name in parts), strict=True)
+    counts = tuple(parts.values())
+    return Times(tuple(sum(c * t for c, t in zip(counts, r, strict=True)) for r in rounds))
+
+
+def recipes(count: int, forms: list[Form]) -> dict[str, dict[str, int]]:
+    """Which single layers make a step of each baseline."""
+    counts = cost.role_counts(vp.PulseConfig(), (True,) * count)
+    before, anchors, after = (counts[r] for r in (Role.DENSE, Role.ANCHOR, Role.FOLLOWER))
+    made = {form.name: {f"{form.name}:dense": count} for form in forms if form.dense}
+    made[PUBLISHED] = {
+        f"{PUBLISHED}:dense": before, f"{PUBLISHED}:anchor": anchors, f"{PUBLISHED}:follower": after
+    }  # fmt: skip
+    return made
+
+
+def run(bench: Bench, shape: Shape, dtype: torch.dtype, options: argparse.Namespace) -> None:
+    device, count = bench.device, options.layers
+    layers = Layers.make(shape, dtype, device, count, options.budget << 20)
+    forms = baselines.usable(options.baselines, device, dtype, bench.say)
+    ours = {}
+    for backend in bench.backends(*layers.at(0), layers.visual):
+        for name in options.schedules.split(","):
+            ours[f"{backend}:{name}"] = Step(layers, count, SCHEDULES[name], backend)
+    for step in ours.values():
+        step.check()
+    chosen = layers.shape.config()
+    _, selection = vp.decode(*layers.at(0), layers.visual, chosen)
+    singles = single_layers(layers, forms, selection) if options.baselines else {}
+    steps = {name: bench.captured(step) for name, step in ours.items()}
+    times, ceilings = bench.time({**steps, **singles}, dtype, shape.head_dim * dtype.itemsize)
+    made = recipes(count, forms) if options.baselines else {}
+    whole = {name: times[name] for name in steps}
+    whole |= {name: composed(times, parts) for name, parts in made.items()}
+    problem, shares = shape.cost(dtype), {}
+    for name, step in ours.items():
+        shares[name] = work_of(step.roles, problem, shape.kept, step.config)
+    all_dense = cost.dense(problem).times(count)
+    shares |= {form: all_dense for form in made}
+    shares[PUBLISHED] = work_of(roles(chosen, (True,) * count, 1), problem, shape.kept, chosen)
+    facts = {}
+    for name in whole:
+        facts[name] = {
+            "layers": count,
+            "distinct_layers": len(layers),
+            "visual": shape.visual,
+            "retention": shape.retention,
+            "predicted_us": round(cost.predict(shares[name], ceilings.cost()) * 1e6, 1),
+        }
+        if name in made:
+            facts[name]["composed"] = " + ".join(f"{c} x {part}" for part, c in made[name].items())
+    launches = {name: launches_of(step, device) for name, step in ours.items()}
+    bench.add(
+        "decode", shape.name, dtype, whole, ceilings, baseline=PLAIN, facts=facts,
+        bytes_={name: work.bytes for name, work in shares.items() if name in whole},
+        launches=launches,
+    )  # fmt: skip
+
+
+def work_of(
+    layer_roles: tuple[Role, ...], shape: cost.Shape, kept: int, config: vp.PulseConfig | None
+) -> cost.Work:
+    """What a step must move and compute."""
+    output = config.anchor_output if config else "pruned"
+    each = {
+        Role.DENSE: cost.dense(shape),
+        Role.ANCHOR: cost.decode(shape, kept, output),
+        Role.FOLLOWER: cost.attend(shape, kept),
+    }
+    total = cost.NOTHING
+    for role in layer_roles:
+        total = total.plus(each[role])
+    return total
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=36)
+    parser.add_argument("--schedules", default=",".join(SCHEDULES))
+    bench = Bench(parser, shapes="b1-8k", dtypes="bf16")
+    options = bench.options
+    unknown = set(options.schedules.split(",")) - set(SCHEDULES)
+    if unknown:
+        raise SystemExit(f"no schedule {', '.join(unknown)}; known: {', '.join(SCHEDULES)}")
+    for shape in options.shapes.split(","):
+        for dtype in bench.dtypes:
+            run(bench, SHAPES[shape], dtype, options)
+    bench.finish()
+
+
+if __name__ == "__main__":
+    get("reference")  # the registry is loaded before a backend is named
+    main()

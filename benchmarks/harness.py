@@ -1,0 +1,147 @@
+"""What the scripts share: options, the interleaved run with its ceilings, the rows it makes."""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from baselines import PLAIN
+from torch import Tensor
+
+import visionpulse as vp
+from visionpulse.analysis import cost
+from visionpulse.backends import get, names
+from visionpulse.testing import rows as rows_
+from visionpulse.testing.ceilings import Ceilings
+from visionpulse.testing.rows import DTYPES, Ceiling, Machine, Row
+from visionpulse.testing.timing import Times, interleaved
+
+Variant = Callable[[int], object]
+
+
+class Measured:
+    """The ceilings of one run."""
+
+    def __init__(self, ceilings: Ceilings, times: dict[str, Times]) -> None:
+        self.read: Ceiling = ceilings.read(times)
+        self.gather: Ceiling = ceilings.gather(times)
+        self.compute = ceilings.compute(times)
+
+    def cost(self) -> cost.Ceilings:
+        return cost.Ceilings(self.read.gb_s * 1e9, self.compute, self.gather.gb_s * 1e9)
+
+
+class Bench:
+    """One script's run: its options, its machine, the rows so far."""
+
+    def __init__(self, parser: argparse.ArgumentParser, *, shapes: str, dtypes: str) -> None:
+        parser.add_argument("--shapes", default=shapes, help="names of shapes.py, by comma")
+        parser.add_argument("--dtypes", default=dtypes, help=f"of {', '.join(DTYPES)}, by comma")
+        parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+        parser.add_argument("--backends", default="", help="ours, by comma; default all that run")
+        parser.add_argument(
+            "--baselines", default="default", help="names of baselines.py, all, default, or none"
+        )
+        parser.add_argument("--rounds", type=int, default=7)
+        parser.add_argument("--threads", type=int, default=1, help="of the CPU")
+        parser.add_argument("--budget", type=int, default=1024, help="MiB of caches per shape")
+        parser.add_argument("--out", default="", help="file of rows to write or to add to")
+        parser.add_argument("--quiet", action="store_true", help="no table, no progress")
+        self.options = parser.parse_args()
+        if self.options.baselines == "none":
+            self.options.baselines = ""
+        self.device = torch.device(self.options.device)
+        torch.set_num_threads(self.options.threads)
+        self.dtypes = [DTYPES[name] for name in self.options.dtypes.split(",")]
+        self.machine = Machine.here(self.device)
+        self.rows: list[Row] = []
+
+    def say(self, text: str) -> None:
+        if not self.options.quiet:
+            print(text, file=sys.stderr)
+
+    def backends(self, q: Tensor, kv: vp.KVCache, visual: vp.VisualTokens) -> Iterator[str]:
+        """Ours, those that serve these tensors; the reference has no speed to measure."""
+        wanted = [name for name in self.options.backends.split(",") if name]
+        params = vp.ops.numbers(q, None, None, None)
+        for name in wanted or names():
+            backend = get(name)
+            away = self.device.type not in (backend.auto_devices or ())
+            reason = backend.unavailable() or backend.refuses(q, kv, visual, params)
+            if name in wanted and reason:
+                raise SystemExit(f"backend {name} cannot run here: {reason}")
+            if name in wanted or not (away or reason):
+                yield name
+
+    def captured(self, step: Callable[[], object]) -> Variant:
+        """On a GPU the step as one CUDA graph, so that the host's pace is not what is timed."""
+        if self.device.type != "cuda":
+            return lambda turn: step()
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            step()
+            step()
+        side.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        return lambda turn: graph.replay()
+
+    def time(
+        self, variants: Mapping[str, Variant], dtype: torch.dtype, row_bytes: int
+    ) -> tuple[dict[str, Times], Measured]:
+        """Time all variants in one interleaved run, the ceilings among them."""
+        ceilings = Ceilings(self.device, dtype, row_bytes)
+        rounds = self.options.rounds
+
+        def progress(played: int) -> None:
+            if not self.options.quiet and sys.stderr.isatty():
+                print(f"\rround {played} of {rounds}", end="", file=sys.stderr)
+
+        times = interleaved(
+            {**ceilings.variants(), **variants}, rounds, device=self.device, on_round=progress
+        )
+        if not self.options.quiet and sys.stderr.isatty():
+            print("\r\033[K", end="", file=sys.stderr)
+        return times, Measured(ceilings, times)
+
+    def add(
+        self,
+        bench: str,
+        shape: str,
+        dtype: torch.dtype,
+        times: Mapping[str, Times],
+        ceilings: Measured,
+        *,
+        baseline: str = PLAIN,
+        **more: Any,
+    ) -> list[Row]:
+        """Make rows of a run, print them and keep them."""
+        made = rows_.rows_of(
+            bench, shape, dtype, times, self.machine, baseline=baseline, ceiling=ceilings.read,
+            **more,
+        )  # fmt: skip
+        self.rows += made
+        if not self.options.quiet:
+            print(rows_.table(made))
+            load = f"load {self.machine.load:g}, {self.machine.threads} thread(s)"
+            print(f"ceiling: {ceilings.read.name}, {ceilings.read.gb_s:.1f} GB/s; {load}\n")
+        return made
+
+    def finish(self) -> None:
+        """Write the rows where asked."""
+        if self.options.out:
+            rows_.write(self.options.out, self.rows)
+            self.say(f"{len(self.rows)} rows in {self.options.out}")
+
+
+def launches_of(step: Callable[[], object], device: torch.device) -> int | None:
+    """Kernels that a step launches; None where nothing is launched."""
+    if device.type != "cuda":
+        return None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        step()
+        torch.cuda.synchronize()
+    on_device = torch.autograd.DeviceType.CUDA
+    return sum(event.count for event in seen.key_averages() if event.device_type == on_device)

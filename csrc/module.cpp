@@ -3,114 +3,18 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <stdexcept>
-
 #include "csrc/cpu/dispatch.h"
 #include "csrc/cpu/engine.h"
+#include "csrc/reader.h"
+#if VP_HAVE_CUDA
+#include "csrc/cuda/bind.h"
+#endif
 
 namespace py = pybind11;
 
 namespace {
 
 using namespace visionpulse;
-
-// Reads a tuple from left to right; the layouts are those of visionpulse/backends/cpu.py.
-class Reader {
- public:
-  Reader(const py::tuple& items, py::ssize_t expected) : items_(items) {
-    if (items.size() != static_cast<size_t>(expected))
-      throw std::invalid_argument("expected a tuple of " + std::to_string(expected) + " numbers, got " +
-                                  std::to_string(items.size()));
-  }
-  int64_t integer() {
-    const int64_t value = PyLong_AsLongLong(next());
-    if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
-    return value;
-  }
-  int32_t small() { return static_cast<int32_t>(integer()); }
-  float number() {
-    const double value = PyFloat_AsDouble(next());
-    if (value == -1.0 && PyErr_Occurred()) throw py::error_already_set();
-    return static_cast<float>(value);
-  }
-  template <class T>
-  T* address() {
-    return reinterpret_cast<T*>(static_cast<uintptr_t>(integer()));
-  }
-  Strides strides() { return {integer(), integer(), integer()}; }
-
- private:
-  PyObject* next() { return PyTuple_GET_ITEM(items_.ptr(), at_++); }
-  const py::tuple& items_;
-  py::ssize_t at_ = 0;
-};
-
-void read_query(cpu::Call& c, const py::tuple& items) {
-  Reader r(items, 8);
-  c.q = r.address<const void>();
-  c.q_row = r.integer();
-  c.q_head = r.integer();
-  c.dtype = static_cast<DType>(r.small());
-  c.B = r.small();
-  c.H = r.small();
-  c.G = r.small();
-  c.D = r.small();
-  if (static_cast<uint32_t>(c.dtype) > 2 || c.D < 1 || c.D > cpu::kMaxHeadDim || c.G < 1 ||
-      c.H % c.G != 0 || c.H / c.G > cpu::kMaxGroup)
-    throw std::invalid_argument("query shape or dtype outside what the kernels serve");
-}
-
-void read_cache(CacheArgs& a, const py::tuple& items) {
-  Reader r(items, 15);
-  a.k = r.address<const void>();
-  a.v = r.address<const void>();
-  a.starts = r.address<const int32_t>();
-  a.lengths = r.address<const int32_t>();
-  a.table = r.address<const int32_t>();
-  a.table_stride = r.integer();
-  a.k_stride = r.strides();
-  a.v_stride = r.strides();
-  a.capacity = r.small();
-  a.page_size = r.small();
-  a.pages = r.small();
-}
-
-void read_visual(VisualArgs& v, const py::tuple& items) {
-  Reader r(items, 3);
-  v.spans = r.address<const int32_t>();
-  v.offsets = r.address<const int32_t>();
-  v.spans_per_row = r.small();
-}
-
-void read_params(ScoreArgs& s, const py::tuple& items) {
-  Reader r(items, 11);
-  s.scale = r.number();
-  s.softcap = r.number();
-  s.window = r.small();
-  s.tau = r.number();
-  s.r_min = r.number();
-  s.r_max = r.number();
-  s.mean_mass = r.integer() != 0;
-  s.kind = static_cast<ScoreKind>(r.small());
-  s.k_max = r.small();
-  s.ratio = r.address<const float>();
-  s.wanted = r.address<const int32_t>();
-}
-
-void read_out(cpu::Call& c, const py::tuple& items) {
-  Reader r(items, 3);
-  c.out = r.address<void>();
-  c.out_row = r.integer();
-  c.out_head = r.integer();
-}
-
-void read_chosen(cpu::Call& c, const py::tuple& items) {
-  Reader r(items, 4);
-  c.indices = r.address<int32_t>();
-  c.counts = r.address<int32_t>();
-  c.mass = r.address<float>();
-  c.mass_mean = r.address<float>();
-}
 
 cpu::Scratch read_scratch(const py::tuple& items) {
   Reader r(items, 3);
@@ -147,8 +51,8 @@ int64_t attend(const py::tuple& query, const py::tuple& cache, const py::tuple& 
 }
 
 int64_t score(const py::tuple& query, const py::tuple& cache, const py::tuple& visual,
-              const py::tuple& params, const py::tuple& chosen, const py::tuple& out, uintptr_t scores,
-              const py::tuple& scratch) {
+              const py::tuple& params, const py::tuple& chosen, const py::tuple& out,
+              uintptr_t scores, const py::tuple& scratch) {
   cpu::Call c = read_call(query, cache, visual, params);
   read_chosen(c, chosen);
   read_out(c, out);
@@ -212,4 +116,7 @@ PYBIND11_MODULE(_C, m) {
   cpu_module.def("instruction_set", [] { return std::string(cpu::current().name); });
   cpu_module.def("use_instruction_set", &cpu::use);
   cpu_module.def("read_bytes", &read_bytes);
+#if VP_HAVE_CUDA
+  cuda::register_cuda(m);
+#endif
 }

@@ -12,17 +12,19 @@
 #define VP_DEVICE static __device__ __forceinline__
 #define VP_UNROLL _Pragma("unroll")
 #define VP_UNROLL_1 _Pragma("unroll 1")
-#define VP_KERNEL(threads) extern "C++" __global__ void __launch_bounds__(threads)
+// Two blocks on a multiprocessor, which shared memory allows at most: no register is spilled for
+// more.
+#define VP_KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads, 2)
 #define VP_ARGS(type) const __grid_constant__ type
 #define VP_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
 #else
-#include "cusim.h"
+#include "builtins.h"
 #include "warp_matrix.h"
 
 #define VP_DEVICE static inline
 #define VP_UNROLL
 #define VP_UNROLL_1
-#define VP_KERNEL(threads) void
+#define VP_KERNEL(threads) extern "C" void
 // by reference, so that one pointer calls every kernel
 #define VP_ARGS(type) const type&
 #define VP_SHARED(name) \
@@ -39,8 +41,6 @@ struct BFloat16 {
 struct Float16 {
   uint16_t bits;
 };
-
-// --- Numbers ------------------------------------------------------------------------------------
 
 #if defined(__CUDACC__)
 
@@ -148,8 +148,6 @@ struct Element<Float16> {
   }
 };
 
-// --- Global memory ------------------------------------------------------------------------------
-
 #if defined(__CUDACC__)
 // From L2: other blocks of this launch wrote it, so no line of this L1 may answer.
 VP_DEVICE float load_fresh(const float* at) { return __ldcg(at); }
@@ -158,8 +156,6 @@ VP_DEVICE void memory_fence() { __threadfence(); }
 VP_DEVICE float load_fresh(const float* at) { return *at; }
 VP_DEVICE void memory_fence() {}
 #endif
-
-// --- Asynchronous copies to shared memory -------------------------------------------------------
 
 #if defined(__CUDACC__)
 
@@ -202,17 +198,22 @@ VP_DEVICE void copy_wait() {
 // All but the last `pending` groups of this thread have landed; at most 7 are told apart.
 VP_DEVICE void copy_wait_for(int pending) {
   switch (pending) {
-    case 0: return copy_wait<0>();
-    case 1: return copy_wait<1>();
-    case 2: return copy_wait<2>();
-    case 3: return copy_wait<3>();
-    case 4: return copy_wait<4>();
-    case 5: return copy_wait<5>();
-    default: return copy_wait<6>();
+    case 0:
+      return copy_wait<0>();
+    case 1:
+      return copy_wait<1>();
+    case 2:
+      return copy_wait<2>();
+    case 3:
+      return copy_wait<3>();
+    case 4:
+      return copy_wait<4>();
+    case 5:
+      return copy_wait<5>();
+    default:
+      return copy_wait<6>();
   }
 }
-
-// --- Tensor cores -------------------------------------------------------------------------------
 
 #if defined(__CUDACC__)
 
@@ -269,8 +270,6 @@ VP_DEVICE void multiply(T, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, u
 
 #endif
 
-// --- Clusters and dependent launches ------------------------------------------------------------
-
 // Blocks of a cluster reach each other's shared memory by address and rank. The remote forms are
 // functions of their own: one pointer that may be local or remote is miscompiled by some nvcc.
 #if defined(__CUDACC__) && (!defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900)
@@ -318,21 +317,13 @@ VP_DEVICE void let_next_start() {}
 
 #else
 
-template <class Pointer>
-VP_DEVICE Pointer remote_of(Pointer local, uint32_t rank, cusim::Place place) {
-  cusim::Block& target = cusim::machine.cluster.at(rank);
-  if (target.live != target.threads.size()) cusim::fail("shared memory of a block that left", place);
-  return reinterpret_cast<Pointer>(target.shared +
-                                   (reinterpret_cast<const char*>(local) -
-                                    cusim::machine.current->block->shared));
-}
 VP_DEVICE uint32_t remote_load(const uint32_t* local, uint32_t rank,
                                cusim::Place place = CUSIM_HERE) {
-  return *remote_of(local, rank, place);
+  return *cusim::remote(local, rank, place);
 }
 VP_DEVICE void remote_store(uint32_t* local, uint32_t rank, uint32_t value,
                             cusim::Place place = CUSIM_HERE) {
-  *remote_of(local, rank, place) = value;
+  *cusim::remote(local, rank, place) = value;
 }
 VP_DEVICE uint32_t cluster_rank() { return cusim::machine.current->block->rank; }
 VP_DEVICE void cluster_sync(cusim::Place place = CUSIM_HERE) { cusim::cluster_barrier(place); }

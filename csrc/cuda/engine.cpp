@@ -1,0 +1,243 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "csrc/cuda/engine.h"
+
+#include <algorithm>
+
+namespace visionpulse::cuda {
+
+namespace {
+
+// Hands out pieces of the scratch memory; a second walk over the same requests gives the same ones.
+class Arena {
+ public:
+  explicit Arena(const Scratch& scratch) : scratch_(scratch) {}
+  template <class T>
+  T* take(int64_t count) {
+    if (count == 0) return nullptr;
+    char* at = static_cast<char*>(scratch_.bytes) + used_;
+    used_ += (count * static_cast<int64_t>(sizeof(T)) + 255) / 256 * 256;
+    return reinterpret_cast<T*>(at);
+  }
+  // Bytes wanted beyond what there is.
+  int64_t lacking() const { return used_ > scratch_.size ? used_ : 0; }
+
+ private:
+  const Scratch& scratch_;
+  int64_t used_ = 0;
+};
+
+Shape shape_of(const Call& call) {
+  return {call.dtype, call.B, call.H, call.G, call.D, call.cache.capacity};
+}
+
+// The largest power of two, up to 16, that every row of K and V starts at a multiple of.
+int32_t alignment(const Call& call) {
+  const int64_t size = call.dtype == DType::kFloat32 ? 4 : 2;
+  uint64_t all =
+      reinterpret_cast<uintptr_t>(call.cache.k) | reinterpret_cast<uintptr_t>(call.cache.v);
+  for (const Strides& s : {call.cache.k_stride, call.cache.v_stride}) {
+    all |= static_cast<uint64_t>(s.outer * size) | static_cast<uint64_t>(s.head * size) |
+           static_cast<uint64_t>(s.token * size);
+  }
+  all |= static_cast<uint64_t>(call.D * size) | 16;
+  return static_cast<int32_t>(all & (~all + 1));
+}
+
+StreamArgs stream_args(const Call& call, const StreamPlan& plan, Arena& arena,
+                       const Scratch& scratch) {
+  StreamArgs args = {};
+  args.kv = call.cache;
+  args.visual = call.visual;
+  args.q = call.q;
+  args.q_row = call.q_row;
+  args.q_head = call.q_head;
+  args.out = call.out;
+  args.out_row = call.out_row;
+  args.out_head = call.out_head;
+  args.scale = call.score.scale;
+  args.softcap = call.score.softcap;
+  args.inverse_tau = call.score.tau > 0.0f ? 1.0f / call.score.tau : 1.0f;
+  args.window = call.score.window;
+  args.rows = call.B;
+  args.heads = call.H;
+  args.kv_heads = call.G;
+  args.group = call.H / call.G;
+  args.head_dim = call.D;
+  args.head_blocks = plan.head_blocks;
+  args.block_heads = plan.block_heads;
+  args.stages = plan.stages;
+  args.align = alignment(call);
+  args.k_bytes = plan.k_bytes;
+  args.v_bytes = plan.v_bytes;
+  args.rule = plan.rule;
+  args.max_splits = plan.max_splits;
+  args.part_stats = arena.take<float>(plan.part_stats);
+  args.part_out = arena.take<float>(plan.part_out);
+  args.counters = scratch.counters;
+  return args;
+}
+
+void launch_stream(const Call& call, const StreamPlan& plan, const StreamArgs& args) {
+  const dim3 grid(plan.max_splits, call.G * plan.head_blocks, call.B);
+  const Launch what = {plan.kernel->name,
+                       plan.kernel->function,
+                       grid,
+                       plan.warps * kThreadsPerWarp,
+                       plan.shared_bytes,
+                       1};
+  launch(what, &args, call.device, call.stream);
+}
+
+// What the scoring pass leaves for the stages behind it.
+struct Kept {
+  float* logits;  // [B, H, row]
+  float* sums;    // [B, G * head_blocks, row]
+  float* stats;   // [B, H, kHeadStats]
+  int64_t row;
+  int32_t blocks;  // G * head_blocks
+};
+
+StreamArgs score_args(const Call& call, const StreamPlan& plan, bool all_logits, Arena& arena,
+                      const Scratch& scratch, Kept& kept) {
+  StreamArgs args = stream_args(call, plan, arena, scratch);
+  const bool sums = call.score.kind == ScoreKind::kLogit;
+  kept.row = (call.cache.capacity + 7) / 8 * 8;
+  kept.blocks = call.G * plan.head_blocks;
+  args.keep = all_logits ? Keep::kAll : sums ? Keep::kNone : Keep::kVisual;
+  const int64_t rows = call.B;
+  kept.stats = arena.take<float>(rows * call.H * kHeadStats);
+  kept.logits = args.keep == Keep::kNone ? nullptr : arena.take<float>(rows * call.H * kept.row);
+  kept.sums = sums ? arena.take<float>(rows * kept.blocks * kept.row) : nullptr;
+  args.logits = kept.logits;
+  args.sums = kept.sums;
+  args.logits_row = kept.row;
+  args.stats = kept.stats;
+  return args;
+}
+
+void launch_rank(const Call& call, const Kept& kept, float* scores, bool masses) {
+  RankArgs args = {};
+  args.visual = call.visual;
+  args.starts = call.cache.starts;
+  args.lengths = call.cache.lengths;
+  args.window = call.score.window;
+  args.capacity = call.cache.capacity;
+  args.heads = call.H;
+  args.head_blocks = kept.blocks;
+  args.kind = call.score.kind;
+  args.inverse_tau = 1.0f / call.score.tau;
+  args.logits = kept.logits;
+  args.sums = kept.sums;
+  args.logits_row = kept.row;
+  args.stats = kept.stats;
+  args.scores = scores;
+  args.scores_row = call.cache.capacity;
+  args.mass = masses ? call.mass : nullptr;
+  args.mass_mean = call.mass_mean;
+  const dim3 grid((call.cache.capacity + kRankThreads - 1) / kRankThreads, call.B);
+  launch({"vp_rank", rank_kernel(), grid, kRankThreads, 2 * call.H * 4, 1}, &args, call.device,
+         call.stream);
+}
+
+// `kept` nullptr: the masses are given.
+void launch_select(const Call& call, const Kept* kept, const float* scores) {
+  const SelectPlan plan = plan_select(chip_of(call.device), call.candidates);
+  SelectArgs args = {};
+  args.visual = call.visual;
+  args.starts = call.cache.starts;
+  args.lengths = call.cache.lengths;
+  args.window = call.score.window;
+  args.capacity = call.cache.capacity;
+  args.scores = scores;
+  args.scores_row = call.cache.capacity;
+  args.parts = 1;
+  args.weight = 1.0f;
+  if (scores == nullptr) {
+    args.scores = kept->sums;
+    args.scores_row = kept->blocks * kept->row;
+    args.scores_part = kept->row;
+    args.parts = kept->blocks;
+    args.weight = 1.0f / static_cast<float>(call.H);
+  }
+  args.stats = kept ? kept->stats : nullptr;
+  args.heads = call.H;
+  args.mass = call.mass;
+  args.mass_mean = call.mass_mean;
+  args.ratio = call.score.ratio;
+  args.wanted = call.score.wanted;
+  args.r_min = call.score.r_min;
+  args.r_max = call.score.r_max;
+  args.mean_mass = call.score.mean_mass;
+  args.k_max = call.score.k_max;
+  args.cached = plan.cached;
+  args.indices = call.indices;
+  args.counts = call.counts;
+  const int32_t blocks = plan.cluster ? kSelectCluster : 1;
+  launch({plan.cluster ? "vp_select_cluster" : "vp_select_block", select_kernel(plan.cluster),
+          dim3(call.B * blocks), kSelectThreads, plan.shared_bytes, blocks},
+         &args, call.device, call.stream);
+}
+
+}  // namespace
+
+int64_t attend(const Call& call, const Scratch& scratch) {
+  const OnDevice current(call.device);
+  const StreamPlan plan =
+      plan_stream(Stage::kAttend, chip_of(call.device), shape_of(call), {true, true});
+  Arena arena(scratch);
+  StreamArgs args = stream_args(call, plan, arena, scratch);
+  args.selection = call.selection;
+  args.check_list = call.check_list;
+  if (arena.lacking()) return arena.lacking();
+  launch_stream(call, plan, args);
+  return 0;
+}
+
+int64_t score(const Call& call, float* scores, const Scratch& scratch) {
+  const OnDevice current(call.device);
+  const StreamPlan plan =
+      plan_stream(Stage::kScore, chip_of(call.device), shape_of(call), {true, call.out != nullptr});
+  Arena arena(scratch);
+  Kept kept = {};
+  const StreamArgs args = score_args(call, plan, false, arena, scratch, kept);
+  if (arena.lacking()) return arena.lacking();
+  launch_stream(call, plan, args);
+  launch_rank(call, kept, scores, true);
+  return 0;
+}
+
+int64_t choose(const Call& call, const float* scores, const Scratch&) {
+  const OnDevice current(call.device);
+  launch_select(call, nullptr, scores);
+  return 0;
+}
+
+int64_t decode(const Call& call, bool dense, float* scores, const Scratch& scratch) {
+  const OnDevice current(call.device);
+  const Chip& chip = chip_of(call.device);
+  const StreamPlan plan = plan_stream(Stage::kScore, chip, shape_of(call), {true, dense});
+  const StreamPlan last = plan_stream(Stage::kAttend, chip, shape_of(call), {false, true});
+  Arena arena(scratch);
+  Kept kept = {};
+  const StreamArgs first = score_args(call, plan, !dense, arena, scratch, kept);
+  StreamArgs pruned = {};
+  if (!dense) pruned = stream_args(call, last, arena, scratch);
+  // The logits' sums are ranked as they lie; probabilities become scores in chunks of their own.
+  const bool ranked = scores != nullptr || call.score.kind != ScoreKind::kLogit;
+  if (ranked && scores == nullptr) {
+    scores = arena.take<float>(static_cast<int64_t>(call.B) * call.cache.capacity);
+  }
+  if (arena.lacking()) return arena.lacking();
+
+  launch_stream(call, plan, first);
+  if (ranked) launch_rank(call, kept, scores, false);
+  launch_select(call, &kept, ranked ? scores : nullptr);
+  if (dense) return 0;
+  pruned.selection = {call.indices, call.counts, call.score.k_max};
+  pruned.kept = kept.logits;
+  pruned.logits_row = kept.row;
+  launch_stream(call, last, pruned);
+  return 0;
+}
+
+}  // namespace visionpulse::cuda

@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: Apache-2.0
+// The ops, as launches. Each takes scratch memory from its caller: it gives back the bytes it
+// lacks, or 0 when everything is launched. Nothing is read back, and no size depends on device
+// memory.
+#pragma once
+
+#include <cstdint>
+
+#include "csrc/cuda/launch.h"
+#include "kernels/common/args.h"
+
+namespace visionpulse::cuda {
+
+struct Call {
+  int32_t device;
+  cudaStream_t stream;
+  CacheArgs cache;
+  VisualArgs visual;
+  int32_t candidates;       // the most visual tokens of a row
+  SelectionArgs selection;  // a follower's
+  bool check_list;          // its indices may name text
+  ScoreArgs score;
+  const void* q;  // [B, H, D], last stride 1
+  int64_t q_row, q_head;
+  DType dtype;
+  int32_t B, H, G, D;
+  void* out;  // [B, H, D], last stride 1; nullptr: scores only
+  int64_t out_row, out_head;
+  int32_t* indices;         // [B, K_max] written by select
+  int32_t* counts;          // [B]
+  float *mass, *mass_mean;  // [B]
+};
+
+struct Scratch {
+  void* bytes;  // aligned to 256 bytes
+  int64_t size;
+  uint32_t* counters;  // [B * H], zero between calls
+};
+
+int64_t attend(const Call& call, const Scratch& scratch);
+
+// Fills `scores` [B, N], the masses, and the dense output when there is an `out`.
+int64_t score(const Call& call, float* scores, const Scratch& scratch);
+
+// Selection from scores [B, N] and masses that are given.
+int64_t choose(const Call& call, const float* scores, const Scratch& scratch);
+
+// Score, select and attend; fills `scores` [B, N] when given.
+int64_t decode(const Call& call, bool dense, float* scores, const Scratch& scratch);
+
+}  // namespace visionpulse::cuda

@@ -1,0 +1,111 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "csrc/cuda/launch.h"
+
+#include <map>
+#include <mutex>
+#include <utility>
+
+namespace visionpulse::cuda {
+
+namespace {
+
+void check(const char* entry, cudaError_t error) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // an error that was reported must not meet the next launch
+  throw CudaError(entry, error);
+}
+
+int attribute(cudaDeviceAttr which, int32_t device) {
+  int value = 0;
+  check("cudaDeviceGetAttribute", cudaDeviceGetAttribute(&value, which, device));
+  return value;
+}
+
+std::mutex mutex;
+
+// Asks once per kernel and device for more dynamic shared memory than the 48 KiB that all have.
+void allow_shared(const Launch& what, int32_t device) {
+  static std::map<std::pair<const void*, int32_t>, int32_t> allowed;
+  if (what.shared_bytes <= 48 << 10) return;
+  const std::lock_guard<std::mutex> lock(mutex);
+  int32_t& have = allowed[{what.function, device}];
+  if (have >= what.shared_bytes) return;
+  check(what.name, cudaFuncSetAttribute(what.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        what.shared_bytes));
+  have = what.shared_bytes;
+}
+
+}  // namespace
+
+CudaError::CudaError(const std::string& entry, cudaError_t error)
+    : std::runtime_error(entry + ": " + cudaGetErrorName(error) + ": " +
+                         cudaGetErrorString(error)) {}
+
+std::string unavailable(int32_t device) {
+  int count = 0;
+  cudaError_t error = cudaGetDeviceCount(&count);
+  if (error == cudaSuccess && count <= device) error = cudaErrorNoDevice;
+  if (error != cudaSuccess) {
+    cudaGetLastError();
+    return std::string("no GPU that this build can use: ") + cudaGetErrorString(error);
+  }
+  const OnDevice current(device);
+  cudaFuncAttributes attributes;
+  error = cudaFuncGetAttributes(&attributes, rank_kernel());
+  if (error == cudaSuccess) return "";
+  cudaGetLastError();
+  const int32_t capability = chip_of(device).capability;
+  return "the kernels do not load on this GPU of compute capability " +
+         std::to_string(capability / 10) + "." + std::to_string(capability % 10) + " (" +
+         cudaGetErrorString(error) +
+         "); build with VISIONPULSE_CUDA_ARCHS=" + std::to_string(capability);
+}
+
+const Chip& chip_of(int32_t device) {
+  static std::map<int32_t, Chip> chips;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = chips.find(device);
+  if (found != chips.end()) return found->second;
+  Chip chip = {};
+  chip.capability = attribute(cudaDevAttrComputeCapabilityMajor, device) * 10 +
+                    attribute(cudaDevAttrComputeCapabilityMinor, device);
+  chip.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device);
+  chip.shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return chips.emplace(device, chip).first->second;
+}
+
+OnDevice::OnDevice(int32_t device) : device_(device) {
+  check("cudaGetDevice", cudaGetDevice(&before_));
+  if (before_ != device_) check("cudaSetDevice", cudaSetDevice(device_));
+}
+
+OnDevice::~OnDevice() {
+  if (before_ != device_) cudaSetDevice(before_);
+}
+
+void launch(const Launch& what, const void* args, int32_t device, cudaStream_t stream) {
+  allow_shared(what, device);
+  cudaLaunchAttribute attributes[2];
+  int count = 0;
+  if (chip_of(device).dependent_launch()) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (what.cluster > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count].val.clusterDim.x = what.cluster;
+    attributes[count].val.clusterDim.y = 1;
+    attributes[count++].val.clusterDim.z = 1;
+  }
+  cudaLaunchConfig_t config = {};
+  config.gridDim = what.grid;
+  config.blockDim = dim3(what.threads);
+  config.dynamicSmemBytes = what.shared_bytes;
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = count;
+  void* list[] = {const_cast<void*>(args)};
+  check(what.name, cudaLaunchKernelExC(&config, what.function, list));
+}
+
+}  // namespace visionpulse::cuda

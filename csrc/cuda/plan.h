@@ -1,0 +1,59 @@
+// SPDX-License-Identifier: Apache-2.0
+// How work is cut for a GPU: pure functions of host numbers, so that they are tested without one.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/cuda/args.h"
+
+namespace visionpulse::cuda {
+
+// What a plan needs to know of a GPU.
+struct Chip {
+  int32_t capability;  // 90 for compute capability 9.0
+  int32_t multiprocessors;
+  int32_t shared_bytes;  // that one block may ask for
+  bool clusters() const { return capability >= 90; }
+  bool dependent_launch() const { return capability >= 90; }
+};
+
+struct Shape {
+  DType dtype;
+  int32_t rows, heads, kv_heads, head_dim;
+  int32_t capacity;  // keys that a row can have
+};
+
+enum class Stage { kScore, kAttend };
+
+// What a block streams.
+struct Streams {
+  bool keys;    // K; else the kept logits
+  bool values;  // V
+};
+
+struct StreamPlan {
+  const StreamKernel* kernel;
+  int32_t head_blocks, block_heads;
+  int32_t warps, stages;
+  int32_t k_bytes, v_bytes;  // of a stage of one warp
+  int32_t shared_bytes;
+  SplitRule rule;
+  int32_t max_splits;
+  int64_t part_stats, part_out;  // floats of scratch memory; 0 where no row is ever split
+};
+
+StreamPlan plan_stream(Stage stage, const Chip& chip, const Shape& shape, Streams streams);
+
+struct SelectPlan {
+  bool cluster;
+  int32_t cached;  // keys that a block keeps in shared memory
+  int32_t shared_bytes;
+};
+
+// `candidates`: the most visual tokens that a row can have.
+SelectPlan plan_select(const Chip& chip, int32_t candidates);
+
+// The head dim that the kernels pad D to; 0 when they have none.
+int32_t padded_head_dim(int32_t head_dim);
+
+}  // namespace visionpulse::cuda

@@ -1,0 +1,340 @@
+// SPDX-License-Identifier: Apache-2.0
+// The kernel behind score and attend: a block streams one share of a row's keys for the query heads
+// of one KV head. Its warps take tiles in turn and never meet before the end: each loads its own
+// tile a few stages ahead, and keeps its own softmax. The parts are then joined in a fixed order,
+// those of a block in shared memory, those of a row by the block that finishes last.
+#pragma once
+
+#include <type_traits>
+
+#include "kernels/common/softmax.h"
+#include "kernels/cuda/dots.cuh"
+#include "kernels/cuda/merge.cuh"
+#include "kernels/cuda/mma.cuh"
+#include "kernels/cuda/row.cuh"
+
+namespace visionpulse::cuda {
+
+template <class T, int D, int kRows>
+using TileOf = std::conditional_t<Element<T>::kTensorCores && (kRows > 4), MmaTile<T, D, kRows>,
+                                  DotTile<T, D, kRows>>;
+
+constexpr int32_t kVisualBit = 1 << 30;
+
+// Rows of a tile are 16 bytes longer than D, which spreads eight of them over all banks.
+template <class T, int D>
+constexpr int kRowBytes = D * static_cast<int>(sizeof(T)) + 16;
+
+// What a 16-byte chunk of a row takes from memory.
+template <class T>
+struct ChunkSource {
+  const T* from;
+  char* to;
+  int valid;  // elements; the others become 0
+
+  // Rows that do not all start at a multiple of 16 bytes.
+  __device__ __forceinline__ void copy_narrow(int32_t align) const {
+    constexpr int kChunk = Element<T>::kChunk;
+    if (sizeof(T) == 4 || align >= 4) {
+      for (int word = 0; word < 4; ++word) {
+        const bool there = valid * static_cast<int>(sizeof(T)) > word * 4;
+        copy_4(to + word * 4, reinterpret_cast<const char*>(from) + (there ? word * 4 : 0),
+               there ? 4 : 0);
+      }
+    } else {
+      for (int e = 0; e < kChunk; ++e) reinterpret_cast<T*>(to)[e] = e < valid ? from[e] : T{};
+    }
+  }
+};
+
+// Loads one tile's rows; what is not there becomes 0. `offset` and `there` are those of row lane.
+template <class T, int D, int kKeys>
+VP_DEVICE void fill_tile(char* tile, const T* base, int64_t offset, uint32_t there,
+                         int32_t head_dim, int32_t align) {
+  constexpr int kChunk = Element<T>::kChunk, kChunks = D / kChunk;
+  const auto source = [&](int at) {
+    const int row = at / kChunks, chunk = at % kChunks;
+    const int64_t from_row = __shfl_sync(kWarp, offset, row);
+    int valid = (there >> row & 1) ? head_dim - chunk * kChunk : 0;
+    valid = valid < 0 ? 0 : valid > kChunk ? kChunk : valid;
+    const T* from = valid ? base + from_row + chunk * kChunk : base;
+    return ChunkSource<T>{from, tile + row * kRowBytes<T, D> + chunk * 16, valid};
+  };
+  const int lane = threadIdx.x % 32;
+  if (align >= 16) {
+    // where a row is no power of two, the places of all chunks would be kept in registers
+    [[maybe_unused]] constexpr int kUnroll = kChunks & (kChunks - 1) ? 4 : kKeys * kChunks / 32;
+#pragma unroll kUnroll
+    for (int i = 0; i < kKeys * kChunks; i += 32) {
+      const ChunkSource<T> chunk = source(i + lane);
+      copy_16(chunk.to, chunk.from, chunk.valid * static_cast<int>(sizeof(T)));
+    }
+  } else {
+    VP_UNROLL_1 for (int i = 0; i < kKeys * kChunks; i += 32) source(i + lane).copy_narrow(align);
+  }
+}
+
+// One warp of a block.
+template <class T, int D, int kRows, bool kScore>
+struct Stream {
+  using Tile = TileOf<T, D, kRows>;
+
+  const StreamArgs& args;
+  const Share& share;
+  Tile tile;
+  float m[Tile::kSlots], l[Tile::kSlots];             // running maximum of z * log2(e), and sum
+  float l_tau[Tile::kSlots], l_visual[Tile::kSlots];  // at tau: over all, and over visual keys
+  const void* query;                                  // shared
+  char* weights;                                      // shared, of this warp
+  int32_t* positions;                                 // shared, of this warp: [stages][keys]
+  char* stages;                                       // shared, of this warp
+  KeyFinder<kScore> finder;
+  Key ahead;         // of the tile to be loaded next
+  int32_t ahead_at;  // its first key in the virtual order
+
+  __device__ __forceinline__ Stream(const StreamArgs& of, const Share& mine)
+      : args(of), share(mine) {}
+
+  VP_DEVICE int lane() { return threadIdx.x % 32; }
+
+  __device__ __forceinline__ void look_ahead() {
+    const int32_t index = ahead_at + lane();
+    ahead = finder.find(args, share, lane() < Tile::kKeys && index < share.end ? index : -1);
+    ahead_at += Tile::kKeys * (blockDim.x / 32);
+  }
+
+  // Starts the copies of the tile found last, and finds the next.
+  __device__ __forceinline__ void load(int32_t stage) {
+    const uint32_t there = __ballot_sync(kWarp, ahead.position >= 0);
+    char* to = stages + stage * (args.k_bytes + args.v_bytes);
+    if (lane() < Tile::kKeys) {
+      positions[stage * Tile::kKeys + lane()] =
+          ahead.position < 0 || !ahead.visual ? ahead.position : ahead.position | kVisualBit;
+    }
+    if (args.kept) {
+      fill_logits(to, there);
+    } else {
+      const T* k = static_cast<const T*>(args.kv.k) + share.g * args.kv.k_stride.head;
+      fill_tile<T, D, Tile::kKeys>(to, k, ahead.k, there, args.head_dim, args.align);
+    }
+    if (args.v_bytes) {
+      const T* v = static_cast<const T*>(args.kv.v) + share.g * args.kv.v_stride.head;
+      fill_tile<T, D, Tile::kKeys>(to + args.k_bytes, v, ahead.v, there, args.head_dim, args.align);
+    }
+    look_ahead();
+  }
+
+  // The kept logits of a tile, [row][key].
+  __device__ __forceinline__ void fill_logits(char* to, uint32_t there) {
+    for (int at = lane(); at < kRows * Tile::kKeys; at += 32) {
+      const int row = at / Tile::kKeys, key = at % Tile::kKeys;
+      const int32_t position = __shfl_sync(kWarp, ahead.position, key);
+      const bool valid = (there >> key & 1) && row < share.heads;
+      const int64_t head = static_cast<int64_t>(share.b) * args.heads + share.first_head + row;
+      copy_4(to + at * 4, args.kept + (valid ? head * args.logits_row + position : 0),
+             valid ? 4 : 0);
+    }
+  }
+
+  __device__ __forceinline__ void run(int32_t warp, int32_t warps) {
+    tile.clear();
+    VP_UNROLL for (int s = 0; s < Tile::kSlots; ++s) {
+      m[s] = minus_infinity();
+      l[s] = l_tau[s] = l_visual[s] = 0.0f;
+    }
+    const int32_t first = share.begin + warp * Tile::kKeys;
+    const int32_t stride = warps * Tile::kKeys;
+    const int32_t tiles = first < share.end ? (share.end - first + stride - 1) / stride : 0;
+    ahead_at = first;
+    finder.start(args, share, first);
+    look_ahead();
+    int32_t stage = 0, refill = 0;
+    VP_UNROLL_1 for (int32_t t = 1 - args.stages; t < tiles; ++t) {
+      if (t + args.stages - 1 < tiles) load(refill);
+      copy_commit();
+      refill = refill + 1 == args.stages ? 0 : refill + 1;
+      if (t < 0) continue;
+      copy_wait_for(args.stages - 1);
+      __syncwarp();
+      take(stage);
+      __syncwarp();  // everybody is done with the stage that is filled next
+      stage = stage + 1 == args.stages ? 0 : stage + 1;
+    }
+  }
+
+  // One tile: logits, what the score needs of them, softmax, V.
+  __device__ __forceinline__ void take(int32_t stage) {
+    const char* k = stages + stage * (args.k_bytes + args.v_bytes);
+    float z[Tile::kZ];
+    int32_t place[Tile::kOwned];
+    VP_UNROLL for (int i = 0; i < Tile::kZ; ++i) {
+      place[Tile::owned_of(i)] = positions[stage * Tile::kKeys + Tile::key_of(i)];
+    }
+    if (args.kept) {
+      VP_UNROLL for (int i = 0; i < Tile::kZ; ++i) {
+        z[i] = reinterpret_cast<const float*>(k)[Tile::head_of(i) * Tile::kKeys + Tile::key_of(i)];
+      }
+    } else {
+      Tile::dot(query, k, kRowBytes<T, D>, z);
+      VP_UNROLL for (int i = 0; i < Tile::kZ; ++i) z[i] *= args.scale;
+      if (args.softcap > 0.0f) {
+        VP_UNROLL for (int i = 0; i < Tile::kZ; ++i) {
+          z[i] = args.softcap * tanhf(z[i] / args.softcap);
+        }
+      }
+    }
+    if (kScore) keep(z, place);
+    VP_UNROLL for (int i = 0; i < Tile::kZ; ++i) {
+      z[i] = place[Tile::owned_of(i)] < 0 ? minus_infinity() : z[i] * kLog2e;
+    }
+    grow_maximum(z);
+    VP_UNROLL for (int i = 0; i < Tile::kZ; ++i) {
+      const int s = Tile::slot_of(i);
+      const float x = z[i] - safe_max(m[s]);
+      if (kScore) {
+        const float p = fast_exp2(x * args.inverse_tau);
+        l_tau[s] += p;
+        if (place[Tile::owned_of(i)] >= kVisualBit) l_visual[s] += p;
+      }
+      z[i] = fast_exp2(x);
+      l[s] += z[i];
+    }
+    if (args.v_bytes) tile.accumulate(z, weights, k + args.k_bytes, kRowBytes<T, D>);
+  }
+
+  // Raises each head's maximum to the tile's, and shrinks what was summed under the old one.
+  __device__ __forceinline__ void grow_maximum(const float (&z)[Tile::kZ]) {
+    float top[Tile::kSlots], by[Tile::kSlots];
+    VP_UNROLL for (int s = 0; s < Tile::kSlots; ++s) top[s] = m[s];
+    VP_UNROLL for (int i = 0; i < Tile::kZ; ++i) {
+      top[Tile::slot_of(i)] = fmaxf(top[Tile::slot_of(i)], z[i]);
+    }
+    bool grown = false;
+    VP_UNROLL for (int s = 0; s < Tile::kSlots; ++s) {
+      VP_UNROLL for (int bit = Tile::kHeadLanes; bit < 32; bit *= 2) {
+        top[s] = fmaxf(top[s], __shfl_xor_sync(kWarp, top[s], bit));
+      }
+      grown = grown || top[s] > m[s];
+    }
+    if (!__any_sync(kWarp, grown)) return;
+    VP_UNROLL for (int s = 0; s < Tile::kSlots; ++s) {
+      const float shrink = rescale_exponent(m[s], top[s]);
+      by[s] = fast_exp2(shrink);
+      l[s] *= by[s];
+      if (kScore) {
+        const float by_tau = fast_exp2(shrink * args.inverse_tau);
+        l_tau[s] *= by_tau;
+        l_visual[s] *= by_tau;
+      }
+      m[s] = top[s];
+    }
+    if (args.v_bytes) tile.rescale(by);
+  }
+
+  // Leaves the logits of a tile for the stages behind.
+  __device__ __forceinline__ void keep(const float (&z)[Tile::kZ],
+                                       const int32_t (&place)[Tile::kOwned]) {
+    const int32_t wanted = args.keep == Keep::kAll ? 0 : kVisualBit;
+    if (args.keep != Keep::kNone) {
+      VP_UNROLL for (int i = 0; i < Tile::kZ; ++i) {
+        const int32_t at = place[Tile::owned_of(i)];
+        if (at >= wanted && Tile::head_of(i) < share.heads) {
+          const int64_t head = static_cast<int64_t>(share.b) * args.heads + share.first_head;
+          args.logits[(head + Tile::head_of(i)) * args.logits_row + (at & ~kVisualBit)] = z[i];
+        }
+      }
+    }
+    if (args.sums == nullptr) return;
+    float sum[Tile::kOwned];
+    VP_UNROLL for (int o = 0; o < Tile::kOwned; ++o) sum[o] = 0.0f;
+    VP_UNROLL for (int i = 0; i < Tile::kZ; ++i) {
+      sum[Tile::owned_of(i)] += Tile::head_of(i) < share.heads ? z[i] : 0.0f;
+    }
+    VP_UNROLL for (int o = 0; o < Tile::kOwned; ++o) {
+      VP_UNROLL for (int bit = 1; bit < Tile::kHeadLanes; bit *= 2) {
+        sum[o] += __shfl_xor_sync(kWarp, sum[o], bit);
+      }
+      const bool first = lane() % Tile::kHeadLanes == 0;
+      if (first && place[o] >= kVisualBit) {
+        const int64_t row = static_cast<int64_t>(share.b) * gridDim.y + share.block;
+        args.sums[row * args.logits_row + (place[o] & ~kVisualBit)] = sum[o];
+      }
+    }
+  }
+
+  // The softmax state of this warp's heads, [row][kPartStats].
+  __device__ __forceinline__ void drain_stats(float* to) {
+    VP_UNROLL for (int s = 0; s < Tile::kSlots; ++s) {
+      VP_UNROLL for (int bit = Tile::kHeadLanes; bit < 32; bit *= 2) {
+        l[s] += __shfl_xor_sync(kWarp, l[s], bit);
+        if (kScore) {
+          l_tau[s] += __shfl_xor_sync(kWarp, l_tau[s], bit);
+          l_visual[s] += __shfl_xor_sync(kWarp, l_visual[s], bit);
+        }
+      }
+    }
+    if (lane() >= Tile::kHeadLanes) return;
+    VP_UNROLL for (int i = 0; i < Tile::kZ; ++i) {
+      const int s = Tile::slot_of(i);
+      if (Tile::owned_of(i) != 0) continue;
+      float* of = to + Tile::head_of(i) * kPartStats;
+      of[0] = m[s], of[1] = l[s], of[2] = l_tau[s], of[3] = l_visual[s];
+    }
+  }
+};
+
+// Shared memory: q, then each warp's weights and positions, then each warp's stages; at the end the
+// stages hold the parts to be joined.
+template <class T, int D, int kRows, bool kScore>
+VP_DEVICE void stream(const StreamArgs& args) {
+  using S = Stream<T, D, kRows, kScore>;
+  using Tile = typename S::Tile;
+  VP_SHARED(shared);
+  wait_for_previous();
+  const Share share = share_of(args);
+  if (share.split >= share.splits) return;
+  const int32_t warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  const T* q =
+      static_cast<const T*>(args.q) + share.b * args.q_row + share.first_head * args.q_head;
+  Tile::load_query(shared, [&](int row, int d) {
+    return row < share.heads && d < args.head_dim ? q[row * args.q_head + d] : T{};
+  });
+  __syncthreads();
+
+  const int32_t own_bytes = Tile::kWeightBytes + args.stages * Tile::kKeys * 4;
+  const int32_t stage_bytes = args.stages * (args.k_bytes + args.v_bytes);
+  auto* own = reinterpret_cast<char*>(shared) + Tile::kQueryBytes;
+  char* stages = own + warps * own_bytes;
+  S part(args, share);
+  part.query = shared;
+  part.weights = own + warp * own_bytes;
+  part.positions = reinterpret_cast<int32_t*>(part.weights + Tile::kWeightBytes);
+  part.stages = stages + warp * stage_bytes;
+  part.run(warp, warps);
+
+  let_next_start();
+  copy_wait<0>();
+  __syncthreads();  // the stages are free
+  auto* stats = reinterpret_cast<float*>(stages);
+  float* sums = stats + warps * kRows * kPartStats;
+  part.drain_stats(stats + warp * kRows * kPartStats);
+  if (args.v_bytes) part.tile.drain(sums + warp * Tile::kParts * kRows * D);
+  __syncthreads();
+  finish<T, D, kRows, Tile::kParts, kScore>(args, share, stats, sums, warps);
+}
+
+template <class T, int D, int kRows>
+constexpr StreamKernel describe(const void* function, const char* name) {
+  using Tile = TileOf<T, D, kRows>;
+  return {function,
+          name,
+          Tile::kKeys,
+          kRows,
+          D,
+          Tile::kQueryBytes,
+          Tile::kWeightBytes,
+          Tile::kKeys * kRowBytes<T, D>,
+          kRows * (kPartStats + Tile::kParts * D) * 4};
+}
+
+}  // namespace visionpulse::cuda

@@ -20,6 +20,7 @@ from ..structs import Cache, Params, Selection, VisualTokens
 from ..workspace import Workspace
 
 _CLASSES = {
+    "cuda": "CudaBackend",
     "cpu": "CpuBackend",
     "reference": "ReferenceBackend",
 }

@@ -4,7 +4,15 @@ from .backends import BackendUnavailableError, backends
 from .budgets import Fixed, Random, TopK, TopP
 from .budgets import register as register_budget
 from .config import PRESETS, PulseConfig
-from .models import Session, Trace, UnsupportedModelError, explain, patch, unpatch
+from .models import (
+    Session,
+    Trace,
+    UnsupportedModelError,
+    explain,
+    patch,
+    set_visual_mask,
+    unpatch,
+)
 from .ops import attend, decode, score, select
 from .structs import KVCache, PagedKVCache, Selection, VisualTokens
 from .workspace import Workspace
@@ -35,5 +43,6 @@ __all__ = [
     "register_budget",
     "score",
     "select",
+    "set_visual_mask",
     "unpatch",
 ]

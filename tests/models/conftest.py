@@ -206,8 +206,7 @@ FAMILIES = {
         {
             "text_config": TEXT
             | {"layer_types": ALTERNATING, "sliding_window": 16, "query_pre_attn_scalar": 16},
-            "vision_config": SIGLIP
-            | {"image_size": 64, "patch_size": 8, "vision_use_head": False},
+            "vision_config": SIGLIP | {"image_size": 64, "patch_size": 8, "vision_use_head": False},
             "mm_tokens_per_image": 16,
             "image_token_index": IMAGE,
             "boi_token_index": START,
@@ -377,14 +376,15 @@ class Oracle:
 
     NAME = "oracle"
 
-    def __init__(self, tiny, config, anchor):
+    def __init__(self, tiny, config, *anchors):
         self.decoder = tiny.model.get_decoder()
-        self.config, self.anchor = config, anchor
+        self.config, self.anchors = config, anchors
         text = self.decoder.config
         kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
         self.full = [kind == "full_attention" for kind in kinds]
         self.visual = None  # bool [B, N] of the prompt
-        self.kept = None
+        self.kept = self.before_last = None
+        self.step = -1
         self.counts = []
 
     def __enter__(self):
@@ -407,7 +407,12 @@ class Oracle:
 
     def attend(self, module, query, key, value, mask, scaling=None, **kwargs):
         layer = module.layer_idx
-        if query.shape[2] != 1 or not self.full[layer] or layer < self.anchor:
+        if layer == self.full.index(True):
+            self.step = -1 if query.shape[2] > 1 else self.step + 1
+        refreshes = self.config.refresh and self.step % self.config.refresh == 0
+        looks_back = self.config.schedule == "lookback" and self.step > 0 and not refreshes
+        is_early = layer < self.anchors[0] and not looks_back
+        if query.shape[2] != 1 or not self.full[layer] or is_early:
             return self.base(module, query, key, value, mask, scaling=scaling, **kwargs)
         rows, heads, size = query.shape[0], query.shape[1], key.shape[2]
         group = heads // key.shape[1]
@@ -417,8 +422,11 @@ class Oracle:
         if mask is not None:
             visible = mask[:, 0, 0]
         z = z.masked_fill(~visible[:, None], -torch.inf)
-        if layer == self.anchor:
+        if layer in self.anchors:
             self.kept = self.select(z, visible)
+        if self.kept.shape[1] < size:  # of the previous step: its own key was the last
+            self.kept = torch.nn.functional.pad(self.kept, (0, size - self.kept.shape[1]))
+            self.kept |= visible & (torch.arange(size) == size - 1)
         z = z.masked_fill(~self.kept[:, None], -torch.inf)
         return (z.softmax(-1)[:, :, None] @ v).transpose(1, 2), None
 
@@ -481,6 +489,7 @@ def tiny():
         used.append(made.model)
         return made
 
+    make.forget = used.clear
     yield make
     from visionpulse.models import session_of
 

@@ -8,6 +8,9 @@ from transformers import DynamicCache
 
 import visionpulse as vp
 
+# what the package says about a prompt must be right: no warning in any situation
+pytestmark = pytest.mark.filterwarnings("error::UserWarning")
+
 KEEP_ALL = vp.PulseConfig(ratio=(1.0, 1.0))
 PRUNED = vp.PulseConfig(tau=0.5, ratio=(0.05, 0.4))
 

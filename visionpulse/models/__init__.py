@@ -8,7 +8,7 @@ from .. import ops
 from ..backends import Choice
 from .explain import ModelExplanation, explain_model
 from .families import UnsupportedModelError
-from .session import Session, patch, session_of, unpatch
+from .session import Session, patch, session_of, set_visual_mask, unpatch
 from .trace import Trace
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "explain_model",
     "patch",
     "session_of",
+    "set_visual_mask",
     "unpatch",
 ]
 

@@ -36,7 +36,9 @@ class Growing:
     """
 
     _buffers: ClassVar[tuple[Tensor, Tensor] | None] = None  # [B, G, slots, D]
-    _views: ClassVar[tuple[Tensor, Tensor] | None] = None  # what keys and values were after the last update
+    _views: ClassVar[tuple[Tensor, Tensor] | None] = (
+        None  # what keys and values were after the last update
+    )
 
     def update(
         self: Any, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -192,7 +194,8 @@ def attach(cache: Any, layer: int, state: CacheState | None) -> None:
         return
     carrier = cache.layers[layer]
     if not isinstance(carrier, Carrier):
-        carrier = cache.layers[layer] = _as(mixed(Carrier, type(carrier)), carrier)
+        kind: Any = type(carrier)
+        carrier = cache.layers[layer] = _as(mixed(Carrier, kind), carrier)
     carrier.visionpulse = state
 
 

@@ -24,13 +24,16 @@ if TYPE_CHECKING:
 
 # Keywords that carry a picture into a forward; sizes and masks that go with it do not count.
 _FEATURES = re.compile(
-    r"pixel_values|(image|video)_(embeds|features|hidden_states|patches)|images$|videos$"
+    r"pixel_values|mm_encoder_outputs|(image|video)_(embeds|features|hidden_states|patches)"
+    r"|images$|videos$"
 )
 
 
 class _Waiting(threading.local):
     found: Tensor | None = None  # bool [B, Q], the visual tokens of the forward under way
+    given: Tensor | None = None  # bool [B, Q], set by the user for the next prefill
     has_features = False
+    is_embedded = False  # found by comparing embeddings, which merged pictures do not equal
     is_known = False  # the base model has seen this forward
     token: Tensor | None = None
     state: CacheState | None = None  # of a cache that the decoder makes itself
@@ -80,9 +83,9 @@ class Hooks:
     ) -> None:
         """Mark the visual tokens of a prefill."""
         waiting, wanted = self._waiting, self.session.anatomy.visual_ids
-        waiting.is_known = True
+        waiting.is_known, waiting.is_embedded = True, False
         waiting.has_features = any(
-            value is not None and _FEATURES.search(name) for name, value in kwargs.items()
+            _FEATURES.search(name) and _holds_something(value) for name, value in kwargs.items()
         )
         if ids is not None:
             waiting.found = torch.isin(ids, torch.tensor(wanted, device=ids.device))
@@ -95,7 +98,7 @@ class Hooks:
             kinds = kinds[:, -embeds.shape[1] :]
             waiting.found = (kinds == 1) | (kinds == 2)  # 1 is an image, 2 a video
         else:
-            waiting.found = self._placeholders(embeds)
+            waiting.found, waiting.is_embedded = self._placeholders(embeds), True
 
     def _placeholders(self, embeds: Tensor) -> Tensor:
         """Positions [B, Q] whose embedding is that of a visual token."""
@@ -144,9 +147,7 @@ class Hooks:
     def _take_prefill(self, cache: Any, inputs: Tensor, mask: Any) -> None:
         """Bring the state of the cache up to the tokens of this forward."""
         session, waiting = self.session, self._waiting
-        found = waiting.found if waiting.is_known else None
-        if found is not None and found.shape != inputs.shape[:2]:
-            found = None  # the base model was stopped halfway, and this is another forward
+        found = self._found(inputs)
         if cache is not None and not has_layers(cache):
             return
         past, limit, state = 0, -1, None
@@ -165,6 +166,28 @@ class Hooks:
             waiting.state = state
         else:
             attach(cache, self._layer, state)
+
+    def give(self, mask: Tensor) -> None:
+        """Take the visual positions of this thread's next prefill from the user."""
+        self._waiting.given = mask
+
+    def _found(self, inputs: Tensor) -> Tensor | None:
+        """The visual positions of a prefill: what the user gave, else what the base model saw."""
+        waiting = self._waiting
+        rows, width = inputs.shape[:2]
+        if waiting.given is not None:
+            given, waiting.given = waiting.given, None
+            if given.shape[1] != width or rows % given.shape[0]:
+                raise ValueError(
+                    f"set_visual_mask got {tuple(given.shape)}, this prefill is [{rows}, {width}]; "
+                    "give one bool per token of the next forward"
+                )
+            waiting.has_features = True
+            given = given.to(inputs.device)
+            return given.repeat_interleave(rows // given.shape[0], 0)  # beams repeat rows
+        found = waiting.found if waiting.is_known else None
+        # another shape: the base model was stopped halfway, and this is another forward
+        return found if found is not None and found.shape == inputs.shape[:2] else None
 
     def _see(
         self, state: CacheState, inputs: Tensor, found: Tensor | None, past: int, limit: int
@@ -188,8 +211,8 @@ class Hooks:
             mask[:, past:total] = found
         # one shape for every prompt of a static cache, so that they share a compiled graph
         state.see(visual_of(mask, limit if limit > 0 else None))
-        if found is not None and not has_features and state.visual is not None:
-            self.session.warn_without_features(state.visual)
+        if found is not None and not has_features:
+            self.session.warn_about_prompt(state.visual, self._waiting.is_embedded)
 
     def _after_decoder(self, module: nn.Module, args: Any, output: Any) -> None:
         """Attach the state to a cache that the decoder made."""
@@ -216,6 +239,12 @@ class _Arguments:
             return kwargs[name]
         place = self.place.get(name)
         return args[place] if place is not None and place < len(args) else None
+
+
+def _holds_something(value: Any) -> bool:
+    if isinstance(value, dict):  # encoder outputs by modality, empty for a text turn
+        return any(part is not None for part in value.values())
+    return value is not None
 
 
 def _static_length(cache: Any, layer: int) -> int:

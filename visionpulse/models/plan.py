@@ -1,6 +1,7 @@
 """What each layer of a patched model does, from a config and the model's layers."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from .. import schedule
 from ..config import PulseConfig
@@ -18,6 +19,9 @@ class Plan:
     later: tuple[Role, ...]  # on all others; differs from `fresh` under "lookback" only
     text: tuple[Role, ...]  # where no row has a visual token
     looks_back: bool = field(default=False)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Plan":
+        return self  # a copied cache still knows which plan its selection came from
 
     def roles(self, step: int) -> tuple[Role, ...]:
         """The roles in decode step `step`."""

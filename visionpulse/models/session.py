@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor
 
 from ..config import PulseConfig
 from ..config import resolve as resolve_config
@@ -105,6 +106,15 @@ class Session:
         self.layers = {}
         return self
 
+    def set_visual_mask(self, mask: Tensor) -> None:
+        """Say which tokens of this thread's next prefill are visual: bool [B, tokens].
+
+        Needed only where pictures are merged into `inputs_embeds` by the caller.
+        """
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 2:
+            raise TypeError("the visual mask must be a bool tensor [B, tokens of the next forward]")
+        self._hooks.give(mask)
+
     @contextmanager
     def paused(self) -> Iterator["Session"]:
         """Run the model as it was: the dense baseline on the same object."""
@@ -163,9 +173,17 @@ class Session:
                 "correct but saves none of that; use a dynamic or a static cache if it fits",
             )
 
-    def warn_without_features(self, visual: VisualTokens) -> None:
-        """Say once that placeholders came without a picture; reads the device at prefill."""
-        if int(visual.counts.max()) > 0:
+    def warn_about_prompt(self, visual: VisualTokens | None, is_embedded: bool) -> None:
+        """Say once what is odd about a prompt without image features; only at prefill."""
+        is_empty = visual is None or int(visual.counts.max()) == 0
+        if is_embedded and is_empty:
+            self._warn(
+                "embeds",
+                "no visual token was recognised in inputs_embeds, so decode stays dense; if "
+                "pictures are merged into them, call visionpulse.set_visual_mask(model, mask) "
+                "before generate",
+            )
+        elif not is_embedded and not is_empty:
             self._warn(
                 "features",
                 "the prompt has image tokens but no image came with it: with "
@@ -176,7 +194,7 @@ class Session:
     def _warn(self, kind: str, text: str) -> None:
         if kind not in self._warned:
             self._warned.add(kind)
-            warnings.warn(text, stacklevel=4)
+            warnings.warn(text, stacklevel=3)
 
 
 def session_of(model: Any) -> Session | None:
@@ -188,7 +206,7 @@ def session_of(model: Any) -> Session | None:
     return _session_on(decoder)
 
 
-def _session_on(decoder: nn.Module) -> Session | None:
+def _session_on(decoder: Any) -> Session | None:
     for hook in decoder._forward_pre_hooks.values():
         owner = getattr(hook, "__self__", None)
         if isinstance(owner, Hooks):
@@ -220,6 +238,14 @@ def patch(
             )
         present.recorder.record = present.recorder.record or record
         return present
+
+
+def set_visual_mask(model: Any, mask: Tensor) -> None:
+    """Say which tokens of the next prefill are visual: bool [B, tokens]; see Session."""
+    session = session_of(model)
+    if session is None:
+        raise ValueError("the model is not patched; patch it first")
+    session.set_visual_mask(mask)
 
 
 def unpatch(model: Any) -> None:

@@ -1,0 +1,78 @@
+"""Two gloo processes that split the heads give the K, indices and tokens of one."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import visionpulse as vp
+
+pytest.importorskip("accelerate")
+
+CONFIGS = {
+    "max": vp.PulseConfig(tau=0.5, ratio=(0.05, 0.4)),
+    "mean": vp.PulseConfig(tau=0.5, ratio=(0.05, 0.4), mass="mean", score="logit"),
+    "dense-anchor": vp.PulseConfig(tau=0.5, ratio=(0.05, 0.4), anchor_output="dense"),
+}
+
+# One rank: load the sharded model, generate under each config, keep what it did.
+RANK = """
+import sys
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForImageTextToText
+from transformers.distributed import DistributedConfig
+import visionpulse as vp
+
+folder = sys.argv[1]
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+given, configs = torch.load(folder + "/given.pt", weights_only=False)
+model = AutoModelForImageTextToText.from_pretrained(
+    folder, distributed_config=DistributedConfig(tp_plan="auto"), dtype=torch.float32
+).eval()
+made = {}
+for name, config in configs.items():
+    with vp.patch(model, config, record=True) as session:
+        assert session.heads is not None
+        tokens = model.generate(**given)
+        made[name] = tokens, [(e.selection.indices, e.selection.counts) for e in
+                              session.recorder.entries]
+torch.save(made, f"{folder}/rank{dist.get_rank()}.pt")
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_two_ranks_keep_what_one_process_keeps(tiny, family, tmp_path):
+    made = tiny(family)
+    given = made.inputs([9, "i", 6, "i", 3], [4, "i", 5])
+    given |= {"do_sample": False, "max_new_tokens": 8, "suppress_tokens": [150, 151, 152, 153]}
+    expected = {}
+    for name, config in CONFIGS.items():
+        with vp.patch(made.model, config, record=True) as session:
+            tokens = made.model.generate(**given)
+            kept = [(e.selection.indices, e.selection.counts) for e in session.recorder.entries]
+        expected[name] = tokens, kept
+    made.model.save_pretrained(tmp_path)
+    torch.save((given, CONFIGS), tmp_path / "given.pt")
+    script = tmp_path / "rank.py"
+    script.write_text(RANK)
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2",
+        "--master-port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0",
+        str(script), str(tmp_path),
+    ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    for rank in range(2):
+        result = torch.load(tmp_path / f"rank{rank}.pt", weights_only=False)
+        for name, (tokens, kept) in expected.items():
+            assert torch.equal(result[name][0], tokens), name
+            assert len(result[name][1]) == len(kept) > 0
+            for (indices, counts), (want, want_counts) in zip(result[name][1], kept, strict=True):
+                assert torch.equal(counts, want_counts), name
+                assert torch.equal(indices, want), name

@@ -1,4 +1,4 @@
-"""Lookback, per-layer and several anchors, against the oracle and where caches change under them."""
+"""Lookback, per-layer and several anchors, against the oracle and under a changing cache."""
 
 import copy
 

@@ -11,11 +11,11 @@ from importlib.util import find_spec
 from types import SimpleNamespace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import visionpulse as vp
+from visionpulse.baselines.sdpa import gathered, grouped
 from visionpulse.testing import Case
 from visionpulse.testing.compare import Exact, assert_output
 
@@ -46,29 +46,12 @@ class Form:
         return None
 
 
-def grouped(q: Tensor, kv: vp.KVCache) -> Tensor:
-    """Torch's attention with the heads of one KV head as its query rows: the best plain form."""
-    folded = q.view(q.shape[0], kv.kv_heads, -1, q.shape[2])  # [B, G, R, D]
-    return F.scaled_dot_product_attention(folded, kv.k, kv.v).reshape(q.shape)
-
-
 def _with(kind: SDPBackend) -> Dense:
     def run(q: Tensor, kv: vp.KVCache) -> Tensor:
         with sdpa_kernel(kind):
             return grouped(q, kv)
 
     return run
-
-
-def gathered(q: Tensor, kv: vp.KVCache, kept: Tensor) -> Tensor:
-    """What a torch user writes for a follower: copy the kept rows, then the grouped form."""
-    if kv.batch == 1:
-        k, v = (t.index_select(2, kept[0]) for t in (kv.k, kv.v))
-    else:
-        at = kept[:, None, :, None].expand(-1, kv.kv_heads, -1, kv.head_dim)
-        k, v = (t.gather(2, at) for t in (kv.k, kv.v))
-    folded = q.view(q.shape[0], kv.kv_heads, -1, q.shape[2])
-    return F.scaled_dot_product_attention(folded, k, v).reshape(q.shape)
 
 
 def _module(q: Tensor, kv: vp.KVCache) -> SimpleNamespace:

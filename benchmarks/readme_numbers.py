@@ -1,0 +1,133 @@
+"""The figures of the README, made from the committed rows.
+
+    python benchmarks/readme_numbers.py            # writes them between the marks
+    python benchmarks/readme_numbers.py --check    # fails where README and rows differ
+
+A block stands between `<!-- numbers: NAME -->` and `<!-- end -->`; `BLOCKS` says which rows it
+shows. A block without its rows is an error, so that no figure outlives its measurement.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from visionpulse.testing.rows import Row, read
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+_MARKED = re.compile(r"<!-- numbers: ([\w-]+) -->\n(.*?)<!-- end -->", re.S)
+
+
+class MissingRowError(LookupError):
+    """A figure of the README has no row any more."""
+
+
+class Results:
+    """The committed rows of one machine."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows = {row.key: row for row in read(path)} if path.exists() else {}
+
+    def row(self, *key: str) -> Row:
+        if key not in self.rows:
+            name = " ".join(key)
+            raise MissingRowError(
+                f"{self.path.name} has no row {name!r}, which the README shows; "
+                "run its command again, or take the block out"
+            )
+        return self.rows[key]
+
+
+def milliseconds(us: float) -> str:
+    return f"{us / 1e3:.3g} ms" if us < 1e6 else f"{us / 1e6:.3g} s"
+
+
+def source(row: Row, command: str) -> str:
+    """Where the figures come from: machine, versions, load, command."""
+    machine = row.machine
+    versions = ", ".join(f"{n} {machine['versions'][n]}" for n in ("torch",))
+    return (
+        f"{machine['device']}, {machine['isa']}, {machine['threads']} thread, {versions}, "
+        f"load {machine['load']:g}; read ceiling {row.ceiling_gb_s:.1f} GB/s.\n"
+        f"`{command}`\n"
+    )
+
+
+def cpu_decode(results: Path) -> str:
+    """One decode step on a CPU, all layers, by schedule and context."""
+    found = Results(results / "cpu.jsonl")
+    shapes, dtypes = ("b1-8k", "b1-32k"), ("bf16", "fp32")
+    forms = {
+        "transformers, eager": "transformers-eager",
+        "transformers, sdpa (its default)": "transformers-sdpa",
+        "published scheme, 64-token blocks": "published-block64",
+        "torch SDPA, heads grouped": "torch-sdpa-grouped",
+        "ours, dense": "cpu:dense",
+        "**ours, `paper`** (default)": "cpu:paper",
+        "ours, `lookback`": "cpu:lookback",
+    }
+    heads = [f"{shape.split('-')[1]} {dtype}" for dtype in dtypes for shape in shapes]
+    lines = ["| attention of one step, 36 layers | " + " | ".join(heads) + " |"]
+    lines.append("|---|" + "---|" * len(heads))
+    for title, backend in forms.items():
+        cells = []
+        for dtype in dtypes:
+            for shape in shapes:
+                row = found.row("decode", shape, backend, dtype)
+                cells.append(f"{milliseconds(row.us_best)} ({row.ratio:.2g}x)")
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    shown = found.row("decode", "b1-8k", "cpu:paper", "bf16")
+    command = "python benchmarks/bench_decode.py --shapes b1-8k,b1-32k --dtypes bf16,fp32"
+    note = (
+        f"Batch 1, 256 text tokens, {100 * shown.facts['retention']:g} % of the visual tokens "
+        "kept, weights excluded; in brackets the speed against torch SDPA with grouped heads, "
+        "bests of one interleaved run.\n"
+    )
+    return "\n".join(lines) + "\n\n" + note + source(shown, command)
+
+
+BLOCKS: dict[str, Callable[[Path], str]] = {"cpu-decode": cpu_decode}
+
+
+def renewed(text: str, results: Path) -> str:
+    """The README with every marked block made anew."""
+
+    def block(found: re.Match[str]) -> str:
+        name = found.group(1)
+        if name not in BLOCKS:
+            raise MissingRowError(f"no block {name!r}; known: {', '.join(BLOCKS)}")
+        return f"<!-- numbers: {name} -->\n{BLOCKS[name](results)}<!-- end -->"
+
+    return _MARKED.sub(block, text)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")
+    options = parser.parse_args()
+    text = options.readme.read_text()
+    try:
+        fresh = renewed(text, options.results)
+    except MissingRowError as error:
+        print(error, file=sys.stderr)
+        return 1
+    if not options.check:
+        options.readme.write_text(fresh)
+        return 0
+    if fresh != text:
+        print(
+            f"{options.readme.name} does not show the committed rows; "
+            "run python benchmarks/readme_numbers.py",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,31 @@
+"""Torch's own attention as a decode layer: the form that models call, and the best one.
+
+q is [B, H, D], the cache contiguous, the result [B, H, D].
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..structs import KVCache
+
+
+def grouped(q: Tensor, kv: KVCache) -> Tensor:
+    """The heads of one KV head as its query rows: the strongest plain form."""
+    folded = q.view(q.shape[0], kv.kv_heads, -1, q.shape[2])  # [B, G, R, D]
+    return F.scaled_dot_product_attention(folded, kv.k, kv.v).reshape(q.shape)
+
+
+def per_head(q: Tensor, kv: KVCache) -> Tensor:
+    """Every query head by itself, as models of transformers call it by default."""
+    heads = q[:, :, None]  # [B, H, 1, D]
+    return F.scaled_dot_product_attention(heads, kv.k, kv.v, enable_gqa=True)[:, :, 0]
+
+
+def gathered(q: Tensor, kv: KVCache, kept: Tensor) -> Tensor:
+    """A follower as one writes it in torch: copy the rows at `kept`, int64 [B, n]; then grouped."""
+    if kv.batch == 1:
+        k, v = (t.index_select(2, kept[0]) for t in (kv.k, kv.v))
+    else:
+        at = kept[:, None, :, None].expand(-1, kv.kv_heads, -1, kv.head_dim)
+        k, v = (t.gather(2, at) for t in (kv.k, kv.v))
+    return grouped(q, KVCache(k, v))

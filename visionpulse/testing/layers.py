@@ -1,0 +1,100 @@
+"""Inputs of several layers for benchmarks: random, and so many that none is found in a cache."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..analysis import cost
+from ..config import PulseConfig
+from ..structs import KVCache, VisualTokens
+
+LAST_CACHE = {"cpu": 64 << 20, "cuda": 128 << 20}  # bytes, above any of today's
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One layer's decode problem; heads and head dim of the published models by default."""
+
+    name: str
+    rows: int
+    visual: int
+    text: int = 256
+    heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+    retention: float = 0.05
+
+    @property
+    def keys(self) -> int:
+        """Keys of a row."""
+        return self.text + self.visual
+
+    @property
+    def kept(self) -> int:
+        """Visual tokens that `config` keeps."""
+        return max(1, int(self.retention * self.visual))
+
+    def cache_bytes(self, dtype: torch.dtype) -> int:
+        """K and V of one layer."""
+        return 2 * self.rows * self.kv_heads * self.keys * self.head_dim * dtype.itemsize
+
+    def cost(self, dtype: torch.dtype) -> cost.Shape:
+        """The same problem for the cost model."""
+        return cost.Shape(
+            self.rows,
+            self.heads,
+            self.kv_heads,
+            self.head_dim,
+            self.text,
+            self.visual,
+            dtype.itemsize,
+        )
+
+    def config(self, **changes: Any) -> PulseConfig:
+        """Keep exactly `retention` of the visual tokens, whatever the mass of random keys."""
+        return PulseConfig(ratio=(self.retention, self.retention), **changes)
+
+
+@dataclass
+class Layers:
+    """Tensors of as many layers as a run needs to stay cold."""
+
+    shape: Shape
+    q: list[Tensor]  # [B, H, D] each
+    kv: list[KVCache]  # [B, G, N, D] each
+    visual: VisualTokens
+
+    @classmethod
+    def make(
+        cls,
+        shape: Shape,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        layers: int = 36,
+        budget: int = 1 << 30,
+        seed: int = 0,
+    ) -> "Layers":
+        """As many distinct layers as fit in `budget` bytes, at most `layers`, at least two."""
+        generator = torch.Generator(device).manual_seed(seed)
+        each = shape.cache_bytes(dtype)
+        cold = 1 + -(-2 * LAST_CACHE[torch.device(device).type] // each)
+        count = max(2, min(layers, max(cold, budget // each)))
+        size = (shape.rows, shape.kv_heads, shape.keys, shape.head_dim)
+
+        def random(*dims: int) -> Tensor:
+            return torch.randn(dims, generator=generator, device=device).to(dtype)
+
+        kv = [KVCache(random(*size), random(*size)) for _ in range(count)]
+        q = [random(shape.rows, shape.heads, shape.head_dim) for _ in range(count)]
+        begin = shape.text // 4  # a system prompt before the picture, the question after it
+        spans = [[(begin, begin + shape.visual)]] * shape.rows
+        return cls(shape, q, kv, VisualTokens.from_spans(spans, device=device))
+
+    def __len__(self) -> int:
+        return len(self.kv)
+
+    def at(self, turn: int) -> tuple[Tensor, KVCache]:
+        """The inputs of one turn."""
+        return self.q[turn % len(self.q)], self.kv[turn % len(self.kv)]

@@ -1,0 +1,266 @@
+// SPDX-License-Identifier: Apache-2.0
+// Random decode problems with buffers of the exact size, so that a sanitizer sees a step too far, and the
+// contract computed for them in float64, row by row.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <random>
+#include <vector>
+
+#include "kernels/cpu/call.h"
+
+namespace problem {
+
+using namespace visionpulse;
+
+using Random = std::mt19937;
+
+inline int between(Random& r, int low, int high) {
+  return low + static_cast<int>(r() % static_cast<uint32_t>(high - low + 1));
+}
+
+inline float half_value(uint16_t h) {
+  const int exponent = h >> 10 & 31, mantissa = h & 1023;
+  const float size = exponent == 0    ? std::ldexp(static_cast<float>(mantissa), -24)
+                     : exponent == 31 ? (mantissa != 0 ? std::nanf("") : HUGE_VALF)
+                                      : std::ldexp(static_cast<float>(1024 + mantissa), exponent - 25);
+  return h & 0x8000 ? -size : size;
+}
+
+// A flat buffer of one dtype, `count` elements and not a byte more.
+struct Buffer {
+  DType dtype = DType::kFloat32;
+  std::vector<float> f32;
+  std::vector<uint16_t> u16;
+
+  void make(DType type, int64_t count) {
+    dtype = type;
+    if (type == DType::kFloat32) {
+      f32.assign(count, std::nanf(""));
+    } else {
+      u16.assign(count, 0x7fff);  // NaN in both 16-bit types
+    }
+  }
+  void set(int64_t at, float value) {
+    if (dtype == DType::kFloat32) {
+      f32[at] = value;
+      return;
+    }
+    uint32_t bits;
+    __builtin_memcpy(&bits, &value, 4);
+    if (dtype == DType::kBFloat16) {
+      u16[at] = static_cast<uint16_t>(bits >> 16);
+      return;
+    }
+    // values here are small: a half with the mantissa cut
+    const int exponent = static_cast<int>(bits >> 23 & 255) - 112;
+    const uint32_t size = exponent <= 0 ? 0 : static_cast<uint32_t>(exponent) << 10 | (bits >> 13 & 1023);
+    u16[at] = static_cast<uint16_t>((bits >> 16 & 0x8000) | size);
+  }
+  float get(int64_t at) const {
+    if (dtype == DType::kFloat32) return f32[at];
+    if (dtype == DType::kFloat16) return half_value(u16[at]);
+    const uint32_t bits = static_cast<uint32_t>(u16[at]) << 16;
+    float value;
+    __builtin_memcpy(&value, &bits, 4);
+    return value;
+  }
+  void* data() { return dtype == DType::kFloat32 ? static_cast<void*>(f32.data()) : u16.data(); }
+};
+
+struct Problem {
+  cpu::Call call = {};
+  Buffer q, k, v, out;
+  std::vector<int32_t> starts, lengths, table, spans, offsets, wanted;
+  std::vector<int32_t> indices, counts;
+  std::vector<float> mass, mass_mean, scores, ratio;
+  std::vector<std::vector<bool>> visual;  // [B][N]
+  bool dense = false;
+
+  int64_t slot(const Strides& s, int b, int g, int n) const {
+    if (call.cache.table == nullptr) return b * s.outer + g * s.head + n * s.token;
+    const int page = call.cache.page_size;
+    return table[b * call.cache.table_stride + n / page] * s.outer + g * s.head + n % page * s.token;
+  }
+  Range visible(int b) const {
+    const CacheArgs& a = call.cache;
+    return visible_range(a.starts != nullptr ? starts[b] : 0, a.lengths != nullptr ? lengths[b] : a.capacity,
+                         a.capacity, call.score.window);
+  }
+};
+
+inline void choose_cache(Problem& p, Random& r, int rows, int kv_heads, int dim, int capacity) {
+  CacheArgs& a = p.call.cache;
+  a.capacity = capacity;
+  const int gap = between(r, 0, 3);  // elements between tokens: rows that no vector width divides
+  int64_t size;
+  if (r() % 2 == 0) {
+    const int64_t token = dim + gap, head = token * capacity;
+    a.k_stride = a.v_stride = {head * kv_heads, head, token};
+    if (r() % 2 == 0) a.v_stride = a.k_stride = {token * kv_heads * capacity, token, token * kv_heads};
+    size = int64_t{rows} * kv_heads * capacity * token - gap;
+  } else {
+    a.page_size = between(r, 1, 24);
+    const int pages = (capacity + a.page_size - 1) / a.page_size;
+    a.capacity = pages * a.page_size;
+    a.pages = rows * pages + between(r, 0, 2);
+    a.table_stride = pages + between(r, 0, 2);
+    p.table.assign(rows * a.table_stride, -7);
+    std::vector<int32_t> ids(a.pages);
+    for (int i = 0; i < a.pages; ++i) ids[i] = i;
+    std::shuffle(ids.begin(), ids.end(), r);
+    for (int b = 0; b < rows; ++b)
+      for (int i = 0; i < pages; ++i) p.table[b * a.table_stride + i] = ids[b * pages + i];
+    a.table = p.table.data();
+    const int64_t token = dim + gap, page = token * kv_heads * a.page_size;
+    a.k_stride = a.v_stride = {page, token, token * kv_heads};
+    if (r() % 2 == 0) a.k_stride = a.v_stride = {page, token * a.page_size, token};
+    size = a.pages * page - gap;
+  }
+  p.k.make(p.call.dtype, size);
+  p.v.make(p.call.dtype, size);
+  a.k = p.k.data();
+  a.v = p.v.data();
+}
+
+inline void choose_visual(Problem& p, Random& r) {
+  const int rows = p.call.B, size = p.call.cache.capacity;
+  p.visual.assign(rows, std::vector<bool>(size, false));
+  std::vector<std::vector<int32_t>> runs(rows);
+  size_t most = 1;
+  for (int b = 0; b < rows; ++b) {
+    const int kind = between(r, 0, 4);  // none, all, scattered, few runs
+    for (int n = 0; n < size;) {
+      const int length = kind == 2 ? between(r, 1, 3) : between(r, 1, size / 2 + 1);
+      const bool on = kind == 1 || (kind >= 2 && r() % 2 == 0);
+      for (int i = n; i < std::min(size, n + length); ++i) p.visual[b][i] = on;
+      n += length;
+    }
+    for (int n = 0; n < size; ++n) {
+      if (!p.visual[b][n]) continue;
+      runs[b].push_back(n);
+      while (n < size && p.visual[b][n]) ++n;
+      runs[b].push_back(n);
+    }
+    most = std::max(most, runs[b].size() / 2 + r() % 2);
+  }
+  for (int b = 0; b < rows; ++b) {
+    int before = 0;
+    for (size_t s = 0; s < most; ++s) {
+      const bool real = 2 * s < runs[b].size();
+      const int32_t begin = real ? runs[b][2 * s] : kNoSpan, end = real ? runs[b][2 * s + 1] : kNoSpan;
+      p.spans.insert(p.spans.end(), {begin, end});
+      p.offsets.push_back(before);
+      before += end - begin;
+    }
+    p.offsets.push_back(before);
+  }
+  p.call.visual = {p.spans.data(), p.offsets.data(), static_cast<int32_t>(most)};
+}
+
+inline void choose_budget(Problem& p, Random& r) {
+  ScoreArgs& s = p.call.score;
+  const int rows = p.call.B;
+  s.tau = r() % 2 == 0 ? 0.4f : 1.0f;
+  s.r_min = 0.05f * static_cast<float>(between(r, 0, 3));
+  s.r_max = s.r_min + 0.1f * static_cast<float>(between(r, 0, 8));
+  if (s.r_max > 1.0f) s.r_max = 1.0f;
+  s.kind = static_cast<ScoreKind>(between(r, 0, 2));
+  s.mean_mass = r() % 2 == 0;
+  s.k_max = std::max(1, static_cast<int>(s.r_max * static_cast<float>(p.call.cache.capacity)));
+  const int kind = between(r, 0, 3);
+  for (int b = 0; b < rows; ++b) {
+    p.ratio.push_back(b == 0 ? std::nanf("") : static_cast<float>(b) / static_cast<float>(rows));
+    p.wanted.push_back(between(r, -2, s.k_max + 2));
+  }
+  if (kind == 1) s.ratio = p.ratio.data();
+  if (kind == 2) s.wanted = p.wanted.data();
+}
+
+inline Problem make(Random& r) {
+  Problem p;
+  cpu::Call& c = p.call;
+  const int groups[] = {1, 2, 3, 4, 5, 7, 8, 16, 32}, dims[] = {8, 16, 40, 64, 72, 80, 96, 128, 192, 256, 20};
+  const int group = groups[r() % 9];
+  c.dtype = static_cast<DType>(between(r, 0, 2));
+  c.B = between(r, 1, 3);
+  c.G = group >= 16 ? 1 : between(r, 1, 3);
+  c.H = c.G * group;
+  c.D = dims[r() % 11];
+  const int size = r() % 8 == 0 ? between(r, 300, 1400) : between(r, 1, 200);
+  choose_cache(p, r, c.B, c.G, c.D, size);
+  const int capacity = c.cache.capacity;
+  for (int b = 0; b < c.B; ++b) {
+    p.lengths.push_back(between(r, 0, capacity + 1) - (r() % 8 == 0 ? 5 : 0));
+    p.starts.push_back(between(r, 0, capacity / 2 + 1) - 1);
+  }
+  if (r() % 3 != 0) c.cache.lengths = p.lengths.data();
+  if (r() % 3 == 0) c.cache.starts = p.starts.data();
+  if (r() % 4 == 0) c.score.window = between(r, 1, capacity + 3);
+  if (r() % 4 == 0) c.score.softcap = 3.0f;
+  c.score.scale = 1.0f / std::sqrt(static_cast<float>(c.D));
+  choose_visual(p, r);
+  choose_budget(p, r);
+  std::normal_distribution<float> normal;
+  p.q.make(c.dtype, int64_t{c.B} * c.H * c.D);
+  for (int64_t i = 0; i < int64_t{c.B} * c.H * c.D; ++i) p.q.set(i, normal(r));
+  c.q = p.q.data();
+  c.q_row = int64_t{c.H} * c.D;
+  c.q_head = c.D;
+  // what is not visible stays NaN: a kernel that looks at it shows
+  for (int b = 0; b < c.B; ++b) {
+    const Range seen = p.visible(b);
+    for (int g = 0; g < c.G; ++g)
+      for (int n = seen.begin; n < seen.end; ++n)
+        for (int d = 0; d < c.D; ++d) {
+          p.k.set(p.slot(c.cache.k_stride, b, g, n) + d, normal(r));
+          p.v.set(p.slot(c.cache.v_stride, b, g, n) + d, normal(r));
+        }
+  }
+  p.out.make(c.dtype, int64_t{c.B} * c.H * c.D);
+  p.indices.assign(int64_t{c.B} * c.score.k_max, -9);
+  p.counts.assign(c.B, -9);
+  p.mass.assign(c.B, -9.0f);
+  p.mass_mean.assign(c.B, -9.0f);
+  p.scores.assign(int64_t{c.B} * capacity, -9.0f);
+  c.out = p.out.data();
+  c.out_row = c.q_row;
+  c.out_head = c.q_head;
+  c.indices = p.indices.data();
+  c.counts = p.counts.data();
+  c.mass = p.mass.data();
+  c.mass_mean = p.mass_mean.data();
+  p.dense = r() % 2 == 0;
+  return p;
+}
+
+// One row in float64: logits [H][visible keys], in natural units.
+inline std::vector<std::vector<double>> logits_of(const Problem& p, int b) {
+  const cpu::Call& c = p.call;
+  const Range seen = p.visible(b);
+  std::vector<std::vector<double>> z(c.H);
+  for (int h = 0; h < c.H; ++h)
+    for (int n = seen.begin; n < seen.end; ++n) {
+      double dot = 0.0;
+      for (int d = 0; d < c.D; ++d)
+        dot += static_cast<double>(p.q.get(b * c.q_row + h * c.q_head + d)) *
+               p.k.get(p.slot(c.cache.k_stride, b, h / (c.H / c.G), n) + d);
+      dot *= c.score.scale;
+      z[h].push_back(c.score.softcap > 0 ? c.score.softcap * std::tanh(dot / c.score.softcap) : dot);
+    }
+  return z;
+}
+
+inline std::vector<double> softmax(const std::vector<double>& z, double tau) {
+  double m = -std::numeric_limits<double>::infinity(), sum = 0.0;
+  for (double x : z) m = std::max(m, x);
+  std::vector<double> p;
+  for (double x : z) sum += p.emplace_back(std::exp((x - m) / tau));
+  for (double& x : p) x /= sum;
+  return p;
+}
+
+}  // namespace problem

@@ -1,0 +1,75 @@
+// SPDX-License-Identifier: Apache-2.0
+// The task pool: each task once, several callers at once, a fork, and exit with sleeping workers.
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <thread>
+#include <vector>
+
+#include "csrc/cpu/pool.h"
+#include "tests/cpp/check.h"
+
+using visionpulse::cpu::parallel;
+
+namespace {
+
+void each_task_runs_once() {
+  for (int threads : {1, 2, 3, 8})
+    for (int tasks : {0, 1, 2, 7, 1000}) {
+      std::vector<int> ran(tasks);
+      parallel(tasks, threads, [&](int task) { ++ran[task]; });
+      int wrong = 0;
+      for (int times : ran) wrong += times != 1;
+      CHECK_THAT(wrong == 0, "threads=%d tasks=%d", threads, tasks);
+    }
+}
+
+void results_are_seen_by_the_caller() {
+  for (int round = 0; round < 2000; ++round) {
+    int values[16] = {};
+    parallel(16, 4, [&](int task) { values[task] = round + task; });
+    int wrong = 0;
+    for (int i = 0; i < 16; ++i) wrong += values[i] != round + i;
+    CHECK(wrong == 0);
+  }
+}
+
+void callers_do_not_wait_for_each_other() {
+  std::atomic<int> total{0};
+  std::vector<std::thread> callers;
+  for (int c = 0; c < 4; ++c)
+    callers.emplace_back([&] {
+      for (int round = 0; round < 300; ++round)
+        parallel(20, 3, [&](int) { total.fetch_add(1, std::memory_order_relaxed); });
+    });
+  for (std::thread& caller : callers) caller.join();
+  CHECK_THAT(total == 4 * 300 * 20, "total=%d", total.load());
+}
+
+#if !defined(__SANITIZE_THREAD__)  // ThreadSanitizer refuses new threads in the child of a threaded parent
+void a_child_starts_afresh() {
+  parallel(8, 4, [](int) {});
+  const pid_t child = fork();
+  if (child == 0) {
+    std::atomic<int> ran{0};
+    for (int round = 0; round < 50; ++round) parallel(10, 4, [&](int) { ++ran; });
+    _exit(ran == 500 ? 0 : 1);
+  }
+  int status = -1;
+  waitpid(child, &status, 0);
+  CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+}
+#endif
+
+}  // namespace
+
+int main() {
+  each_task_runs_once();
+  results_are_seen_by_the_caller();
+  callers_do_not_wait_for_each_other();
+#if !defined(__SANITIZE_THREAD__)
+  a_child_starts_afresh();
+#endif
+  return check::report("pool");
+}

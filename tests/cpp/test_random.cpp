@@ -1,0 +1,196 @@
+// SPDX-License-Identifier: Apache-2.0
+// Random problems through every instruction set, against the contract in float64.
+// Arguments: seconds to run (default 2), first seed (default 1).
+#include <chrono>
+#include <cstdlib>
+#include <cstring>
+
+#include "csrc/cpu/dispatch.h"
+#include "csrc/cpu/engine.h"
+#include "kernels/common/keys.h"
+#include "tests/cpp/check.h"
+#include "tests/cpp/problem.h"
+
+using namespace visionpulse;
+using problem::Problem;
+
+namespace {
+
+// Relative rounding of the storage type; float32 accumulates over at most 1400 keys.
+double unit_of(DType dtype) {
+  return dtype == DType::kFloat32 ? 2e-6 : dtype == DType::kBFloat16 ? 1.0 / 128 : 1.0 / 1024;
+}
+
+// Scratch memory of the exact size, so that a sanitizer sees past its end.
+template <class F>
+void with_scratch(int threads, F call) {
+  std::vector<char> bytes(1);
+  for (int64_t lacking = 1; lacking != 0;) {
+    bytes.assign(lacking, 0x55);
+    const int64_t more = call(cpu::Scratch{bytes.data(), lacking, threads});
+    CHECK(more > lacking || more == 0);
+    lacking = more;
+  }
+}
+
+void run_decode(const cpu::Kernels& kernels, Problem& p, int threads) {
+  with_scratch(threads, [&](const cpu::Scratch& scratch) {
+    return cpu::decode(kernels, p.call, p.dense, p.scores.data(), scratch);
+  });
+}
+
+// Selected exactly the best of the kernel's own scores, ascending, ties to the lowest position.
+void check_selection(const Problem& p, int b, int n_visual) {
+  const cpu::Call& c = p.call;
+  const int32_t* kept = p.indices.data() + int64_t{b} * c.score.k_max;
+  const float* scores = p.scores.data() + int64_t{b} * c.cache.capacity;
+  const Range seen = p.visible(b);
+  const ScoreArgs& s = c.score;
+  const float mass = s.mean_mass ? p.mass_mean[b] : p.mass[b];
+  int wanted = s.wanted != nullptr
+                   ? count_of_wish(p.wanted[b], n_visual)
+                   : count_of_ratio(clamped_ratio(s.ratio != nullptr ? p.ratio[b] : mass, s.r_min, s.r_max),
+                                    n_visual);
+  wanted = std::min(wanted, s.k_max);
+  CHECK_THAT(p.counts[b] == wanted, "count %d, wanted %d", p.counts[b], wanted);
+  std::vector<bool> chosen(c.cache.capacity, false);
+  for (int i = 0; i < s.k_max; ++i) {
+    if (i >= p.counts[b]) {
+      CHECK(kept[i] == -1);
+      continue;
+    }
+    CHECK_THAT(kept[i] >= seen.begin && kept[i] < seen.end && p.visual[b][kept[i]], "kept %d", kept[i]);
+    CHECK(i == 0 || kept[i] > kept[i - 1]);
+    if (kept[i] >= 0 && kept[i] < c.cache.capacity) chosen[kept[i]] = true;
+  }
+  uint64_t worst_kept = ~uint64_t{0}, best_dropped = 0;
+  for (int n = seen.begin; n < seen.end; ++n) {
+    if (!p.visual[b][n]) continue;
+    // one number that orders as the contract: score first, then the lower position
+    const uint64_t rank = uint64_t{ordered_key(scores[n])} << 32 | (0xffffffffu - static_cast<uint32_t>(n));
+    if (chosen[n]) worst_kept = std::min(worst_kept, rank);
+    if (!chosen[n]) best_dropped = std::max(best_dropped, rank);
+  }
+  CHECK(p.counts[b] == 0 || p.counts[b] == n_visual || worst_kept > best_dropped);
+}
+
+void check_scores(const Problem& p, int b, const std::vector<std::vector<double>>& z, int n_visual) {
+  const cpu::Call& c = p.call;
+  const Range seen = p.visible(b);
+  const int keys = seen.end - seen.begin;
+  std::vector<double> expected(keys, 0.0);
+  double largest = 0.0, mean = 0.0;
+  for (int h = 0; h < c.H; ++h) {
+    const auto at_one = problem::softmax(z[h], 1.0), at_tau = problem::softmax(z[h], c.score.tau);
+    double mass = 0.0;
+    for (int i = 0; i < keys; ++i) {
+      const double of = c.score.kind == ScoreKind::kLogit  ? z[h][i]
+                        : c.score.kind == ScoreKind::kProb ? at_one[i]
+                                                           : at_tau[i];
+      expected[i] += of / c.H;
+      if (p.visual[b][seen.begin + i]) mass += at_tau[i];
+    }
+    largest = std::max(largest, mass);
+    mean += mass / c.H;
+  }
+  if (n_visual == 0) largest = mean = 0.0;
+  CHECK_THAT(std::abs(p.mass[b] - largest) <= 2e-4 * largest + 1e-7, "mass %g, %g", p.mass[b], largest);
+  CHECK_THAT(std::abs(p.mass_mean[b] - mean) <= 2e-4 * mean + 1e-7, "mean %g, %g", p.mass_mean[b], mean);
+  for (int n = 0; n < c.cache.capacity; ++n) {
+    const float got = p.scores[int64_t{b} * c.cache.capacity + n];
+    if (n < seen.begin || n >= seen.end || !p.visual[b][n]) {
+      CHECK_THAT(got == -HUGE_VALF, "score of no candidate %d: %g", n, got);
+      continue;
+    }
+    const double want = expected[n - seen.begin];
+    CHECK_THAT(std::abs(got - want) <= 5e-5 * std::abs(want) + 2e-5, "score %d: %g, %g", n, got, want);
+  }
+}
+
+void check_output(const Problem& p, int b, const std::vector<std::vector<double>>& z, bool dense) {
+  const cpu::Call& c = p.call;
+  const Range seen = p.visible(b);
+  const int32_t* indices = p.indices.data() + int64_t{b} * c.score.k_max;
+  for (int h = 0; h < c.H; ++h) {
+    std::vector<double> kept;
+    std::vector<int> at;
+    for (int n = seen.begin; n < seen.end; ++n) {
+      const bool selected = std::binary_search(indices, indices + p.counts[b], n);
+      if (!dense && p.visual[b][n] && !selected) continue;
+      kept.push_back(z[h][n - seen.begin]);
+      at.push_back(n);
+    }
+    const auto weight = problem::softmax(kept, 1.0);
+    for (int d = 0; d < c.D; ++d) {
+      double want = 0.0, size = 0.0;
+      for (size_t i = 0; i < at.size(); ++i) {
+        const double v = p.v.get(p.slot(c.cache.v_stride, b, h / (c.H / c.G), at[i]) + d);
+        want += weight[i] * v;
+        size += weight[i] * std::abs(v);
+      }
+      const double got = p.out.get(b * c.out_row + h * c.out_head + d);
+      CHECK_THAT(std::abs(got - want) <= unit_of(c.dtype) * size + 1e-5, "out %g, %g (D=%d)", got, want, c.D);
+    }
+  }
+}
+
+void check_row(const Problem& p, int b) {
+  const Range seen = p.visible(b);
+  int n_visual = 0;
+  for (int n = seen.begin; n < seen.end; ++n) n_visual += p.visual[b][n];
+  const auto z = problem::logits_of(p, b);
+  check_selection(p, b, n_visual);
+  check_scores(p, b, z, n_visual);
+  check_output(p, b, z, p.dense);
+}
+
+bool same_bits(const problem::Buffer& a, const problem::Buffer& b) {
+  return a.u16 == b.u16 && (a.f32.empty() || std::memcmp(a.f32.data(), b.f32.data(), 4 * a.f32.size()) == 0);
+}
+
+void run(const cpu::Kernels& kernels, Problem& p, problem::Random& r) {
+  run_decode(kernels, p, 1);
+  for (int b = 0; b < p.call.B; ++b) check_row(p, b);
+  const problem::Buffer out = p.out;
+  const auto indices = p.indices;
+  const auto scores = p.scores;
+  run_decode(kernels, p, 2 + static_cast<int>(r() % 3));
+  CHECK(same_bits(out, p.out) && indices == p.indices);
+  CHECK(std::memcmp(scores.data(), p.scores.data(), 4 * scores.size()) == 0);
+
+  // the stages one by one: the same selection, and a follower that attends as the pruned anchor does
+  with_scratch(1, [&](const cpu::Scratch& scratch) {
+    return cpu::score(kernels, p.call, p.scores.data(), scratch);
+  });
+  with_scratch(2, [&](const cpu::Scratch& scratch) {
+    return cpu::choose(kernels, p.call, p.scores.data(), scratch);
+  });
+  CHECK(indices == p.indices);
+  cpu::Call follower = p.call;
+  follower.selection = {p.indices.data(), p.counts.data(), p.call.score.k_max};
+  with_scratch(2, [&](const cpu::Scratch& scratch) { return cpu::attend(kernels, follower, scratch); });
+  for (int b = 0; b < p.call.B; ++b) check_output(p, b, problem::logits_of(p, b), false);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const double seconds = argc > 1 ? std::atof(argv[1]) : 2.0;
+  uint32_t seed = argc > 2 ? static_cast<uint32_t>(std::atoi(argv[2])) : 1;
+  const auto begin = std::chrono::steady_clock::now();
+  int problems = 0;
+  while (std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count() < seconds) {
+    problem::Random random(seed++);
+    Problem p = problem::make(random);
+    for (const cpu::Kernels* kernels : cpu::available()) {
+      run(*kernels, p, random);
+      if (check::failures != 0) {
+        std::printf("seed %u, instruction set %s\n", seed - 1, kernels->name);
+        return check::report("random");
+      }
+    }
+    ++problems;
+  }
+  std::printf("%d problems\n", problems);
+  return check::report("random");
+}

@@ -50,7 +50,7 @@ STAGES = (
 )
 ALIGNED = 3  # stages with the alignment losses
 PENALISED_FROM = 2  # first stage with the penalty on visual mass
-READY = 0.94  # running accuracy of both visual steps at which the grid grows
+READY = 0.90  # running accuracy of both visual steps at which the grid grows
 LEARNING_RATE, WARMUP, LOWEST = 1.5e-3, 100, 0.03
 
 
@@ -276,8 +276,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=8000)
-    parser.add_argument("--decay-from", type=int, default=5000, help="step of the full rate's end")
+    parser.add_argument("--steps", type=int, default=6500)
+    parser.add_argument("--decay-from", type=int, default=4500, help="step of the full rate's end")
     parser.add_argument("--penalty", type=float, default=0.05, help="weight of the visual mass")
     parser.add_argument("--resume", type=Path, help="folder of a checkpoint to go on from")
     args = parser.parse_args()

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from os import PathLike
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -79,6 +80,18 @@ class Trace:
     def text(self, tokenizer: Any) -> list[str]:
         """The token that each entry read, as text."""
         return [tokenizer.decode([int(t)]) if t >= 0 else "" for t in self.token]
+
+    def plot(self, path: str | PathLike[str], **options: Any) -> Path:
+        """Draw mass, K and the kept tokens to a file; needs matplotlib. See analysis.plots.plot."""
+        from ..analysis.plots import plot
+
+        return plot(self, path, **options)
+
+    def to_html(self, path: str | PathLike[str], **options: Any) -> Path:
+        """Write one page with a slider over the steps. See analysis.page.to_html."""
+        from ..analysis.page import to_html
+
+        return to_html(self, path, **options)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the trace to `path`, as .npz."""

@@ -1,5 +1,6 @@
 """The compiled module: loaded once, at the first use, and the reason kept when it cannot be."""
 
+import importlib
 from functools import cache
 from types import ModuleType
 
@@ -7,10 +8,9 @@ from types import ModuleType
 @cache
 def _load() -> tuple[ModuleType | None, str | None]:
     try:
-        from . import _C
+        return importlib.import_module("._C", __package__), None
     except ImportError as error:
         return None, f"the compiled module is missing ({error}); run: pip install -e ."
-    return _C, None
 
 
 def failure() -> str | None:

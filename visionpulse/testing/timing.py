@@ -8,6 +8,7 @@ import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -86,9 +87,10 @@ def _host_seconds(variant: Variant, turn: int) -> float:
 
 def _device_seconds(variant: Variant, turn: int) -> float:
     torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda").zero_()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    event: Any = torch.cuda.Event
+    begin, end = event(enable_timing=True), event(enable_timing=True)
     begin.record()
     variant(turn)
     end.record()
     end.synchronize()
-    return begin.elapsed_time(end) / 1e3
+    return float(begin.elapsed_time(end)) / 1e3

@@ -1,4 +1,4 @@
-"""Build `visionpulse._C` with CMake and lay the packages out; everything else is in pyproject.toml."""
+"""Build `visionpulse._C` with CMake and lay the packages out; the rest is in pyproject.toml."""
 
 import os
 import shutil
@@ -11,7 +11,6 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-TRITON = ROOT / "kernels" / "triton"
 
 
 class CMakeBuild(build_ext):
@@ -20,8 +19,10 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         import pybind11
 
-        # one tree per interpreter, kept between runs; isolated builds move every tool, so each path is given anew
-        tree = ROOT / "build" / f"cmake-{sysconfig.get_config_var('SOABI') or sys.implementation.cache_tag}"
+        # one tree per interpreter, kept between runs; isolated builds move every tool, so each
+        # path is given anew
+        tag = sysconfig.get_config_var("SOABI") or sys.implementation.cache_tag
+        tree = ROOT / "build" / f"cmake-{tag}"
         configure = [
             "cmake", "-S", str(ROOT), "-B", str(tree), "-G", "Ninja",
             "-DCMAKE_BUILD_TYPE=Release",
@@ -42,16 +43,14 @@ class CMakeBuild(build_ext):
         shutil.copy2(built, target)
 
 
-def packages() -> list[str]:
-    found = find_packages(str(ROOT), include=["visionpulse", "visionpulse.*"])
-    return [*found, "visionpulse._triton"] if (TRITON / "__init__.py").exists() else found
-
-
 setup(
-    packages=packages(),
-    # The Triton kernels live beside the other kernels, but must not be importable as `kernels.triton`:
-    # a top-level `kernels` would shadow the Hugging Face package of that name, which transformers imports.
-    package_dir={"visionpulse._triton": "kernels/triton"} if (TRITON / "__init__.py").exists() else {},
+    packages=[
+        *find_packages(str(ROOT), include=["visionpulse", "visionpulse.*"]),
+        "visionpulse._triton",
+    ],
+    # The Triton kernels live beside the other kernels, but not as `kernels.triton`: a top-level
+    # `kernels` would shadow the Hugging Face package of that name, which transformers imports.
+    package_dir={"visionpulse._triton": "kernels/triton"},
     ext_modules=[Extension("visionpulse._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
     zip_safe=False,

@@ -118,7 +118,7 @@ class CpuBackend(Backend):
     def unavailable(self) -> str | None:
         reason = _native.failure()
         if reason is None:
-            instruction_set()  # a wrong VISIONPULSE_CPU_ISA is an error, not a reason to go elsewhere
+            instruction_set()  # a wrong VISIONPULSE_CPU_ISA is an error, no reason to look on
         return reason
 
     def refuses(

@@ -34,7 +34,7 @@ ALLOWED = {
     },
     "prepared": {"backends", "config", "ops", *STRUCTS},
     "models": {"backends", "config", "ops", "prepared", "schedule", "tracing", *STRUCTS},
-    "analysis": {"config", "models", "ops", *STRUCTS},
+    "analysis": {"baselines", "config", "models", "ops", *STRUCTS},
     "data": set(),
     "demo": {"analysis", "config", "data", "models"},
     "baselines": {"budgets", "config", "models", "ops", *STRUCTS},

@@ -38,6 +38,7 @@ def _later(module: str) -> Verb:
 VERBS: dict[str, tuple[Verb, str]] = {
     "info": (info, "what is installed, and which backends can run here"),
     "demo": (_later("demo"), "a picture answered dense and with VisionPulse, side by side"),
+    "bench": (_later("bench"), "what you would gain on this machine, for a model's config"),
 }
 
 

@@ -1,0 +1,182 @@
+"""The bench verb, the rows, and the plots made from them: on sizes that take no time."""
+
+import json
+import xml.etree.ElementTree
+from dataclasses import replace
+
+import pytest
+import torch
+
+from visionpulse import __main__ as command_line
+from visionpulse.analysis import cost, speed_plots
+from visionpulse.bench import PLAIN, TODAY, Bar, main
+from visionpulse.testing import layers, rows, timing
+from visionpulse.testing.ceilings import measure
+
+TINY = ["--contexts", "256,512", "--text", "16", "--seconds", "0", "--no-progress"]
+
+
+def make(bench="decode", backend="cpu", seconds=(1e-3, 2e-3), **changes):
+    times = {backend: timing.Times(seconds), "plain": timing.Times((4e-3, 5e-3))}
+    (row, _) = rows.rows_of(
+        bench, "b1-1k", torch.float32, times, rows.Machine.here(), baseline="plain",
+        bytes_={backend: 2_000_000}, ceiling=rows.Ceiling("read of 1 MiB", 8.0),
+    )  # fmt: skip
+    return replace(row, **changes)
+
+
+def test_the_verb_answers_in_a_table_a_file_and_plots(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    assert command_line.main(["bench", *TINY, "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "qwen3-vl-4b, 36 layers" in printed and "ceilings: read" in printed
+    data = json.loads((tmp_path / "bench.json").read_text())
+    assert [step["visual"] for step in data["steps_seconds"]] == [256, 512]
+    for step in data["steps_seconds"]:
+        assert set(step["attention"]) == {TODAY, PLAIN, "dense", "paper"}
+        assert all(seconds > 0 for seconds in step["attention"].values())
+    backends = {row["backend"] for row in data["rows"]}
+    assert backends == {TODAY, PLAIN, "dense", "anchor", "follower"}
+    assert all(row["pct_ceiling"] > 0 and row["ratio"] > 0 for row in data["rows"])
+    for name in ("roofline", "latency"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert "svg" in xml.etree.ElementTree.parse(tmp_path / f"{name}.svg").getroot().tag
+
+
+def test_a_step_adds_its_layers_up(tmp_path, capsys):
+    config = tmp_path / "config.json"
+    config.write_text(
+        json.dumps(
+            {"num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 96, "head_dim": 16,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 50}
+        )
+    )  # fmt: skip
+    main([*TINY, "--model", str(config), "--out", str(tmp_path), "--no-plots"])
+    data = json.loads((tmp_path / "bench.json").read_text())
+    best = {(r["shape"], r["backend"]): r["us_best"] / 1e6 for r in data["rows"]}
+    shape = data["rows"][0]["shape"]
+    attention = data["steps_seconds"][0]["attention"]
+    # four layers: one dense, the anchor at 4 * 17 // 36 = 1, two followers
+    parts = best[shape, "dense"] + best[shape, "anchor"] + 2 * best[shape, "follower"]
+    assert attention["paper"] == pytest.approx(parts, rel=1e-3)
+    assert attention[TODAY] == pytest.approx(4 * best[shape, TODAY], rel=1e-3)
+    assert "4 layers" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        (["--model", "gpt-0"], "known: qwen3-vl-4b"),
+        (["--contexts", "many"], "8k or 5000, got 'many'"),
+        (["--retention", "0"], "above 0 and at most 1"),
+        (["--config", "7pct"], "no preset '7pct'"),
+        (["--schedule", "never"], "unknown schedule 'never'"),
+    ],
+)
+def test_the_verb_refuses_with_a_way_out(wrong, words, capsys):
+    assert main(wrong) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_the_progress_bar_stays_on_its_line():
+    class Terminal(list):
+        write, flush = list.append, lambda self: None
+
+    terminal = Terminal()
+    bar = Bar(terminal)
+    bar.part(0.5, 0.5, "8k")(0.5)
+    bar.close()
+    assert "75 %  8k" in terminal[0] and terminal[0].count("#") == round(0.75 * bar.WIDTH)
+    assert not any("\n" in text for text in terminal)
+
+
+def test_a_row_has_its_rate_ceiling_and_ratio():
+    row = make()
+    assert row.gb_s == pytest.approx(2.0) and row.pct_ceiling == pytest.approx(25.0)
+    assert row.ratio == pytest.approx(4.0) and row.baseline == "plain"
+    assert row.noise == pytest.approx(1.0)
+    assert row.machine["threads"] == 1 and "torch" in row.machine["versions"]
+
+
+def test_rows_come_back_from_a_file_and_replace_their_like(tmp_path):
+    path = tmp_path / "deep" / "rows.jsonl"
+    first, other = make(), make(bench="sweep")
+    rows.write(path, [first, other])
+    assert rows.read(path) == [first, other]
+    again = make(seconds=(3e-3, 3e-3))
+    rows.write(path, [again])
+    assert rows.read(path) == [again, other]
+    rows.write(path, [other], keep=False)
+    assert rows.read(path) == [other]
+
+
+def test_a_broken_results_file_says_where(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("{}\nnot json\n"[3:])
+    with pytest.raises(ValueError, match=r"rows.jsonl:1 is no JSON line"):
+        rows.read(path)
+    path.write_text('{"speed": 3}\n')
+    with pytest.raises(ValueError, match=r"unknown fields speed"):
+        rows.read(path)
+
+
+def test_a_table_is_a_view_of_its_rows():
+    lines = rows.table([make(), make(bench="sweep", ratio=None)]).splitlines()
+    assert lines[0].split()[:3] == ["bench", "shape", "backend"]
+    assert "4.00x" in lines[1] and "1,000.0" in lines[1]
+    assert " - " in lines[2]
+
+
+def test_ceilings_are_positive_and_named():
+    read, gather, compute = measure("cpu", torch.float32, row_bytes=512, rounds=1)
+    assert read.gb_s > gather.gb_s > 0 and compute > 0
+    assert read.name == "read of 256 MiB" and "512-byte" in gather.name
+
+
+def test_layers_stay_cold_and_keep_what_they_say():
+    shape = layers.Shape("tiny", 2, 512, text=64, heads=4, kv_heads=2, head_dim=16)
+    made = layers.Layers.make(shape, torch.float32, layers=3)
+    assert len(made) == 3 and made.at(4)[1] is made.kv[1]
+    assert made.visual.counts.tolist() == [512, 512]
+    import visionpulse as vp
+
+    _, selection = vp.decode(*made.at(0), made.visual, shape.config())
+    assert selection.counts.tolist() == [shape.kept] * 2
+    # long contexts get as many layers as push the first one out of the last cache
+    published = layers.Shape("b1-1k", 1, 1024)
+    each = published.cache_bytes(torch.bfloat16)
+    held = len(layers.Layers.make(published, torch.bfloat16, layers=36, budget=0))
+    assert held == 2 or (held - 1) * each >= 2 * layers.LAST_CACHE["cpu"]
+
+
+def test_plots_say_what_they_need(monkeypatch, tmp_path):
+    import builtins
+
+    real = builtins.__import__
+
+    def without(name, *rest, **more):
+        if name.startswith("matplotlib"):
+            raise ImportError("no matplotlib here")
+        return real(name, *rest, **more)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ImportError, match=r"pip install 'visionpulse\[plots\]'"):
+        speed_plots.by_retention({"8k": {0.1: 0.5}}, tmp_path / "a.png", title="t")
+
+
+def test_every_plot_draws(tmp_path):
+    pytest.importorskip("matplotlib")
+    points = [speed_plots.Point("ours", "8k", 4e6, 1e6, 1e-3)]
+    speed_plots.roofline(points, speed_plots.Roof(1e10, 1e12), tmp_path / "r.svg", title="r")
+    series = {"8k": {0.05: 0.1, 0.5: 0.9}}
+    speed_plots.by_retention(series, tmp_path / "s.svg", title="s")
+    speed_plots.by_context({"ours": {1024: 1e-3, 5000: 2e-3}}, tmp_path / "c.svg", title="c")
+    for name in "rsc":
+        xml.etree.ElementTree.parse(tmp_path / f"{name}.svg")
+    assert speed_plots.short(4096) == "4k" and speed_plots.short(5000) == "5000"
+
+
+def test_the_published_decoders_are_those_of_the_papers_models():
+    for name in cost.KNOWN:
+        decoder = cost.decoder_of(name)
+        assert (decoder.layers, decoder.heads, decoder.kv_heads) == (36, 32, 8)

@@ -136,9 +136,10 @@ def by_context(
     title: str,
     weights: float | None = None,
     note: str = "",
+    unit: str = "milliseconds per step",
 ) -> None:
     """Milliseconds (from seconds) against visual tokens; `weights` is drawn as a level line."""
-    figure, axes = _axes(title, "visual tokens in the context", "milliseconds per step")
+    figure, axes = _axes(title, "visual tokens in the context", unit)
     lines = {
         name: [(float(n), 1e3 * seconds) for n, seconds in line.items()]
         for name, line in series.items()

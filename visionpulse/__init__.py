@@ -9,8 +9,10 @@ from .models import (
     Trace,
     UnsupportedModelError,
     explain,
+    install,
     patch,
     set_visual_mask,
+    uninstall,
     unpatch,
 )
 from .ops import attend, decode, score, select
@@ -39,10 +41,12 @@ __all__ = [
     "backends",
     "decode",
     "explain",
+    "install",
     "patch",
     "register_budget",
     "score",
     "select",
     "set_visual_mask",
+    "uninstall",
     "unpatch",
 ]

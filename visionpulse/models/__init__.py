@@ -8,6 +8,7 @@ from .. import ops
 from ..backends import Choice
 from .explain import ModelExplanation, explain_model
 from .families import UnsupportedModelError
+from .install import install, uninstall
 from .session import Session, patch, session_of, set_visual_mask, unpatch
 from .trace import Trace
 
@@ -18,9 +19,11 @@ __all__ = [
     "UnsupportedModelError",
     "explain",
     "explain_model",
+    "install",
     "patch",
     "session_of",
     "set_visual_mask",
+    "uninstall",
     "unpatch",
 ]
 

@@ -1,0 +1,1 @@
+"""Plugins for evaluation harnesses; each is imported by its harness, never by the package."""

@@ -1,0 +1,62 @@
+"""`visionpulse run`: run a program in which every model that it loads is patched."""
+
+import argparse
+import runpy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .install import install, installed_reports, uninstall
+from .settings import config_of
+
+LOG = "visionpulse-retention.jsonl"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="visionpulse run",
+        description="Run a Python program with every model of transformers patched on loading.",
+        epilog="example: visionpulse run --preset 5pct -- run.py --data MMStar --model Qwen3-VL-4B",
+    )
+    parser.add_argument("--preset", default="10pct", help="name of a preset (default: 10pct)")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a setting of PulseConfig, repeatable: tau=0.3, ratio=0.05:0.10, anchor=17",
+    )
+    parser.add_argument("--log", default=LOG, help=f"file to add retention to (default: {LOG})")
+    parser.add_argument("-m", dest="module", action="store_true", help="run a module by its name")
+    parser.add_argument("program", help="script, or module with -m; put -- before it")
+    parser.add_argument("args", nargs=argparse.REMAINDER, help="its arguments")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Install, run the program as __main__, log what was kept."""
+    parser = _parser()
+    options = parser.parse_args(argv)
+    settings = dict(item.partition("=")[::2] for item in options.set)
+    try:
+        config = config_of(options.preset, settings)
+    except (TypeError, ValueError) as error:
+        parser.error(str(error))
+    log = Path(options.log).resolve()  # the program may change the working directory
+    before = sys.argv, sys.path[:]
+    install(config)
+    try:
+        sys.argv = [options.program, *options.args]
+        if options.module:
+            sys.path.insert(0, "")
+            runpy.run_module(options.program, run_name="__main__", alter_sys=True)
+        else:
+            sys.path.insert(0, str(Path(options.program).resolve().parent))
+            runpy.run_path(options.program, run_name="__main__")
+    finally:
+        sys.argv, sys.path[:] = before
+        for report in installed_reports():
+            report.append(log, program=options.program)
+            sys.stderr.write(f"visionpulse: {report.recorder.stats()}; logged to {log}\n")
+        uninstall()
+    return 0

@@ -41,11 +41,11 @@ class Stage(NamedTuple):
 QUESTIONS = 5  # behind one picture
 LENGTH = 3 + trail.LONGEST_ANSWER
 STAGES = (
-    Stage(4, 12, (1, 1), 3000),
-    Stage(6, 10, (1, 2), 2500),
-    Stage(8, 10, (2, 4), 2500),
-    Stage(12, 8, (3, 6), 2000),
-    Stage(16, 6, (6, 8), 2000),
+    Stage(4, 12, (1, 1), 2000),
+    Stage(6, 10, (1, 2), 1000),
+    Stage(8, 10, (2, 4), 600),
+    Stage(12, 8, (3, 6), 600),
+    Stage(16, 6, (6, 8), 600),
     Stage(20, 5, (7, 8), 10**9),
 )
 ALIGNED = 3  # stages with the alignment losses
@@ -276,8 +276,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=6500)
-    parser.add_argument("--decay-from", type=int, default=4500, help="step of the full rate's end")
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--decay-from", type=int, default=4300, help="step of the full rate's end")
     parser.add_argument("--penalty", type=float, default=0.05, help="weight of the visual mass")
     parser.add_argument("--resume", type=Path, help="folder of a checkpoint to go on from")
     args = parser.parse_args()

@@ -2,7 +2,7 @@
 
 `stages(path)` reads what `nsys export --type sqlite` writes, and the Chrome trace of torch's own
 profiler. A kernel belongs to the innermost range `visionpulse::<stage>` that its launch lies in;
-where a CUDA graph launched it, its name says the stage: `vp_<stage>_...` or `_<stage>_kernel`.
+where a CUDA graph launched it, its name says the stage: `vp_<stage>_...`, `_<stage>_kernel`.
 """
 
 import gzip
@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 PREFIX = "visionpulse::"
 OTHER = "(other)"
 _BY_NAME = re.compile(r"\b_?(?:vp_)?(dense|score|select|attend|merge|anchor|follower)(?:_|\b)")
+_TRITON = {"scan": "score", "rank": "select", "write": "select"}  # kernels of two-kernel stages
+_TRITON_NAME = re.compile(r"^_(scan|rank|write)_kernel")
 _SQLITE = b"SQLite format 3\x00"
 _PUSH_POP = 59  # NVTX_EVENTS.eventType of a range that one thread pushed and popped
 
@@ -135,6 +137,8 @@ def _stage_of(kernel: Kernel, by_thread: dict[int, list[Range]]) -> str:
                 best = one
     if best is not None and best.name != "step":
         return best.name
+    if part := _TRITON_NAME.match(kernel.name):
+        return _TRITON[part.group(1)]
     found = _BY_NAME.search(kernel.name)
     return found.group(1) if found else OTHER
 

@@ -21,6 +21,8 @@ _names = itertools.count()
 class Method:
     """A baseline; the defaults are dense attention. One object serves one model at a time."""
 
+    needs_full_layers = True  # refuse models with sliding, chunked or linear attention
+
     def needs(self, run: "Run") -> None:
         """Take hold of what else the method reads, or refuse the model."""
 
@@ -54,7 +56,7 @@ class Run:
         if session_of(model) is not None:
             raise ValueError("the model is patched; unpatch it before a baseline is applied")
         self.parts: Anatomy = anatomy(model)
-        if not all(self.parts.full):
+        if method.needs_full_layers and not all(self.parts.full):
             raise UnsupportedModelError(
                 f"{self.parts.config.model_type} has layers without full attention; "
                 "the baselines are defined for full attention in every layer"
@@ -175,6 +177,8 @@ class Run:
         """Attend: query [B, H, Q, D] to [B, Q, H, D]."""
         prompt, layer = self.prompt, int(module.layer_idx)  # type: ignore[arg-type]
         assert prompt is not None
+        if not self.parts.full[layer]:
+            return self._plain(module, query, key, value, attention_mask, scaling, kwargs)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         if query.shape[2] == 1:
             kv = KVCache(key, value, starts=prompt.starts[layer])
@@ -189,6 +193,23 @@ class Run:
             query, key, value, attn_mask=mask, scale=scale, enable_gqa=True
         )
         return out.transpose(1, 2).contiguous(), None
+
+    @staticmethod
+    def _plain(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scaling: float | None,
+        kwargs: dict[str, Any],
+    ) -> tuple[Tensor, None]:
+        """A layer without full attention: as transformers does it, for the mask it made."""
+        from transformers import AttentionInterface
+
+        interface: Any = AttentionInterface
+        out = interface()["sdpa"](module, query, key, value, mask, scaling=scaling, **kwargs)
+        return out  # type: ignore[no-any-return]
 
 
 @contextmanager

@@ -1,0 +1,95 @@
+"""Does the mass say how many tokens a step uses? Pearson's r, scatter plots, similar layers."""
+
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from .plots import pyplot
+from .watch import Observation
+
+_FEWEST = 8  # entries of a step for which a correlation says anything
+
+
+class Correlation(NamedTuple):
+    """Mass (mean of heads, tau 1) against activated tokens, in one layer at one threshold."""
+
+    layer: int
+    threshold: float
+    pooled: float  # r over all entries
+    per_step: float  # median over steps of r among the entries of that step; NaN if too few
+    active: float  # mean share of visual tokens that are active in a step
+    never: float  # mean share of visual tokens that are active in no step of an answer
+
+
+def pearson(x: ArrayLike, y: ArrayLike) -> float:
+    """Pearson's r; NaN where one side does not vary."""
+    a, b = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    if len(a) < 2 or a.std() == 0 or b.std() == 0:
+        return float("nan")
+    return float(np.corrcoef(a, b)[0, 1])
+
+
+def correlations(seen: Observation) -> list[Correlation]:
+    """Of every watched layer at every threshold."""
+    found = []
+    for i, layer in enumerate(seen.layers):
+        mass = seen.mass_mean[:, i]
+        for j, threshold in enumerate(seen.thresholds):
+            active = seen.active[:, i, j]
+            steps = [
+                pearson(mass[here], active[here])
+                for step in np.unique(seen.step)
+                if (here := seen.step == step).sum() >= _FEWEST
+            ]
+            known = [r for r in steps if r == r]
+            found.append(
+                Correlation(
+                    layer,
+                    threshold,
+                    pearson(mass, active),
+                    float(np.median(known)) if known else float("nan"),
+                    float((active / np.maximum(seen.n_visual, 1)).mean()),
+                    float(seen.never[:, i, j].mean()),
+                )
+            )
+    return found
+
+
+def plot_correlation(seen: Observation, layer: int, path: str | PathLike[str]) -> Path:
+    """Scatter mass against activated tokens of one layer, one panel per threshold."""
+    i = seen.place(layer)
+    count = len(seen.thresholds)
+    figure = pyplot()(figsize=(3.2 * count, 3.2))
+    axes = figure.subplots(1, count, squeeze=False)[0]
+    for j, (axis, threshold) in enumerate(zip(axes, seen.thresholds, strict=True)):
+        active = seen.active[:, i, j]
+        axis.scatter(seen.mass_mean[:, i], active, s=5, alpha=0.4, color="#3b5b8c", linewidths=0)
+        r = pearson(seen.mass_mean[:, i], active)
+        axis.set_title(f"threshold {threshold:g}, r = {r:.2f}", fontsize=9)
+        axis.set_xlabel("visual mass")
+    axes[0].set_ylabel("activated tokens")
+    figure.suptitle(f"layer {layer}, {len(seen)} steps", fontsize=10)
+    figure.savefig(path, dpi=150)
+    return Path(path)
+
+
+def similarity(seen: Observation) -> Any:
+    """Mean cosine of the visual attention of two layers, [L, L]."""
+    return seen.similarity.mean(0)
+
+
+def plot_similarity(seen: Observation, path: str | PathLike[str]) -> Path:
+    """Draw the similarity of layers as a matrix."""
+    figure = pyplot()(figsize=(5.2, 4.4))
+    axis = figure.subplots()
+    drawn = axis.imshow(similarity(seen), vmin=0, vmax=1, cmap="viridis")
+    axis.set_xticks(range(len(seen.layers)), seen.layers, fontsize=7)
+    axis.set_yticks(range(len(seen.layers)), seen.layers, fontsize=7)
+    axis.set_xlabel("layer")
+    axis.set_ylabel("layer")
+    figure.colorbar(drawn, label="cosine of visual attention")
+    figure.savefig(path, dpi=150)
+    return Path(path)

@@ -76,7 +76,7 @@ class Step:
             self.starts, self.lengths = row_cuts(mask, key.shape[0])
             self.mask = mask
         if self.compiled:
-            return self._compiled(role, layer, q, key, value, scale, softcap)[:, None]
+            return self._compiled(role, layer, q, key, value, scale, softcap).unsqueeze(1)
         shapes = (query.shape, key.shape, key.device, key.dtype, scale, softcap)
         if shapes != self.shapes:
             self._prepare(q, key, value, shapes)
@@ -84,9 +84,9 @@ class Step:
         ready, work = self.ready, self.work
         assert ready is not None  # made by _prepare
         if role is Role.FOLLOWER:
-            return ready.attend(q, kv, self.visual, self.selection, work)[:, None]
+            return ready.attend(q, kv, self.visual, self.selection, work).unsqueeze(1)
         if role is Role.DENSE:
-            return ready.attend(q, kv, None, None, work)[:, None]
+            return ready.attend(q, kv, None, None, work).unsqueeze(1)
         visual = self.visual
         assert visual is not None  # without visual tokens no layer is an anchor
         if self.heads is not None and self.heads.splits(q):
@@ -94,7 +94,7 @@ class Step:
         else:
             out, selection = ready.decode(q, kv, visual, work)
         self._keep(selection, layer)
-        return out[:, None]
+        return out.unsqueeze(1)
 
     def _prepare(self, q: Tensor, key: Tensor, value: Tensor, shapes: tuple[Any, ...]) -> None:
         """Check the first layer of a shape; move what crosses layers to its device."""
@@ -102,7 +102,6 @@ class Step:
             self.visual = self.visual.to(key.device)
         if self.selection is not None:
             self.selection = self.selection.to(key.device)
-        self.mask = self.mask if self.mask is None else self.mask.to(key.device)
         kv = KVCache(key, value, self.lengths, self.starts)
         query_shape, key_shape, device, dtype, scale, softcap = shapes
         name = (query_shape, key_shape[1], key_shape[3], device, dtype, scale, softcap, self.config)

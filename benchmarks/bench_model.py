@@ -1,0 +1,260 @@
+"""Whole decode steps of a patched model against the unpatched one, and what patching costs.
+
+    python benchmarks/bench_model.py --shapes b1-8k --dtypes bf16 --out rows.jsonl
+
+The model has the attention of Qwen3-VL (32 heads, 8 KV heads, head dim 128) in 36 layers and thin
+projections, random weights, and a cache filled with random keys: a step is attention and Python.
+`step` rows time a whole step, `attention` rows the sum of its attention calls. The unpatched model
+has a static cache; its best implementation is the baseline. `overhead` rows are the CPU time of a
+step of a model so small that Python is nearly all of it.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from harness import Bench
+from shapes import SHAPES, Shape
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForImageTextToText,
+    DynamicCache,
+    StaticCache,
+)
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+
+import visionpulse as vp
+from visionpulse.models.attention import attention
+from visionpulse.models.cache import attach, swap_layers
+from visionpulse.models.plan import plan_of
+from visionpulse.testing.timing import Times
+
+IMAGE = 9
+REFRESH = 8  # steps of one turn of "lookback": one of them is dense
+OURS = {
+    "ours:dense": {"schedule": "dense"},
+    "ours:paper": {},
+    "ours:lookback": {"schedule": "lookback", "refresh": 0},
+    "ours:lookback-refresh-8": {"schedule": "lookback", "refresh": REFRESH},
+}
+THEIRS = ("transformers:sdpa", "transformers:eager")
+
+
+def model_of(layers: int, dtype: torch.dtype, heads: int = 32, width: int = 256, dim: int = 128):
+    """A model with wide attention and thin everything else."""
+    text = {
+        "hidden_size": width, "intermediate_size": width, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "num_key_value_heads": heads // 4, "head_dim": dim,
+        "vocab_size": 256, "max_position_embeddings": 1 << 20,
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": 1e6,
+            "mrope_section": [dim // 8, dim // 8 * 3 // 2, dim // 8 * 3 // 2],
+        },
+    }  # fmt: skip
+    vision = {
+        "depth": 1, "num_heads": 2, "hidden_size": 32, "intermediate_size": 32,
+        "out_hidden_size": width, "num_position_embeddings": 64, "deepstack_visual_indexes": [0],
+    }  # fmt: skip
+    config = AutoConfig.for_model(
+        "qwen3_vl", text_config=text, vision_config=vision, image_token_id=IMAGE
+    )
+    torch.manual_seed(0)
+    return AutoModelForImageTextToText.from_config(config, dtype=dtype).eval()
+
+
+class Timed:
+    """An attention function whose calls are added up."""
+
+    def __init__(self, function: Callable[..., object]) -> None:
+        self.function, self.seconds = function, 0.0
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        begin = time.perf_counter()
+        out = self.function(*args, **kwargs)
+        self.seconds += time.perf_counter() - begin
+        return out
+
+
+class Run:
+    """The variants of one shape: two models with the same weights, caches with the same keys."""
+
+    def __init__(self, shape: Shape, dtype: torch.dtype, layers: int, steps: int, budget: int):
+        self.ours, self.theirs = model_of(layers, dtype), model_of(layers, dtype)
+        self.session = vp.patch(self.ours, shape.config())
+        self.token = torch.full((shape.rows, 1), 7)
+        slots = shape.keys + steps
+        distinct = max(2, min(layers, budget // shape.cache_bytes(dtype)))
+        size = (shape.rows, shape.kv_heads, slots, shape.head_dim)
+        # layers share buffers in turn, so many that none is found in a cache
+        buffers = [
+            (torch.randn(size).to(dtype), torch.randn(size).to(dtype)) for _ in range(distinct)
+        ]
+        text = self.ours.config.get_text_config()
+        self.growing = DynamicCache(config=text)
+        swap_layers(self.growing, layers)
+        self.static = StaticCache(config=text, max_cache_len=slots)
+        for i, (grown, fixed) in enumerate(
+            zip(self.growing.layers, self.static.layers, strict=True)
+        ):
+            k, v = buffers[i % distinct]
+            one = k[:, :, :1]
+            grown.lazy_initialization(one, one)
+            grown._buffers = (k, v)
+            grown.keys, grown.values = grown._views = (
+                k[:, :, : shape.keys], v[:, :, : shape.keys]
+            )  # fmt: skip
+            fixed.lazy_initialization(one[:0], one[:0])
+            fixed.keys, fixed.values = k, v
+            fixed.cumulative_length.fill_(shape.keys)
+        mask = torch.zeros(shape.rows, shape.keys, dtype=torch.bool)
+        mask[:, shape.text // 4 : shape.text // 4 + shape.visual] = True
+        self.plans, self.states = {}, {}
+        for name, changes in OURS.items():
+            keep_all = changes.get("schedule") == "dense"
+            config = shape.config(**({} if keep_all else changes))
+            self.plans[name] = plan_of(config, self.session.anatomy)
+            state = self.session.new_state()
+            state.see(None if keep_all else vp.VisualTokens.from_mask(mask))
+            self.states[name] = state
+        attach(self.growing, 0, self.states["ours:paper"])
+        self._register()
+
+    def _register(self) -> None:
+        self.timed = {"visionpulse": Timed(attention)}
+        AttentionInterface.register("visionpulse", self.timed["visionpulse"])
+        for name in THEIRS:
+            plain = name.partition(":")[2]
+            home = type(self.theirs.get_decoder().layers[0].self_attn).__module__
+            eager = getattr(__import__(home, fromlist=["x"]), "eager_attention_forward")  # noqa: B009
+            function = AttentionInterface._global_mapping.get(plain, eager)
+            self.timed[plain] = Timed(function)
+            AttentionInterface.register(f"timed_{plain}", self.timed[plain])
+            AttentionMaskInterface.register(f"timed_{plain}", ALL_MASK_ATTENTION_FUNCTIONS[plain])
+
+    def step(self, name: str) -> torch.Tensor:
+        """One decode step of a variant."""
+        if name in OURS:
+            self.session.plan = self.plans[name]
+            self.growing.layers[0].visionpulse = self.states[name]
+            return self.ours(input_ids=self.token, past_key_values=self.growing).logits
+        plain = f"timed_{name.partition(':')[2]}"
+        self.theirs.get_decoder().config._attn_implementation_internal = plain
+        return self.theirs(input_ids=self.token, past_key_values=self.static).logits
+
+    def variant(self, name: str, spent: dict[str, list[float]]) -> Callable[[int], object]:
+        """Time a turn of a variant; the sum of its attention goes to `spent`."""
+        timed = self.timed["visionpulse" if name in OURS else name.partition(":")[2]]
+        count = turns(name)
+
+        def turn(number: int) -> None:
+            timed.seconds = 0.0
+            for _ in range(count):
+                self.step(name)
+            spent.setdefault(name, []).append(timed.seconds)
+
+        return turn
+
+    def check(self) -> None:
+        """Hold the dense step to the model's own: no further than its implementations differ."""
+        logits = {name: self.step(name).float() for name in (*THEIRS, "ours:dense")}
+        apart = (logits[THEIRS[0]] - logits[THEIRS[1]]).abs().max()
+        ulp = torch.finfo(self.ours.dtype).eps * logits[THEIRS[1]].abs().max()
+        ours = (logits["ours:dense"] - logits[THEIRS[1]]).abs().max()
+        assert ours <= 2 * (apart + ulp), f"dense logits are {ours} off, theirs {apart}"
+        for layer in self.static.layers:
+            layer.cumulative_length.sub_(2)
+        self.growing.crop(-1)
+
+
+def turns(name: str) -> int:
+    return REFRESH if name.endswith("refresh-8") else 1
+
+
+def run(bench: Bench, shape: Shape, dtype: torch.dtype, options: argparse.Namespace) -> None:
+    rounds = options.rounds + 1
+    names = [*OURS, *(() if shape.visual > options.theirs_up_to else THEIRS)]
+    with torch.inference_mode():
+        made = Run(shape, dtype, options.layers, rounds * 12 + 8, options.budget << 20)
+        if len(names) > len(OURS):
+            made.check()
+        spent: dict[str, list[float]] = {}
+        variants = {name: made.variant(name, spent) for name in names}
+        times, ceilings = bench.time(variants, dtype, shape.head_dim * dtype.itemsize)
+    scaled = {name: 1 / turns(name) for name in names}
+    facts = {
+        name: {"layers": options.layers, "visual": shape.visual, "retention": shape.retention}
+        for name in names
+    }
+    whole = {name: times[name] for name in names}
+    theirs = [name for name in names if name in THEIRS]
+    best = min(theirs, key=lambda name: whole[name].best, default="ours:dense")
+    shared = {"scaled": scaled, "facts": facts}
+    bench.add("model-step", shape.name, dtype, whole, ceilings, baseline=best, **shared)
+    parts = {name: Times(tuple(sorted(spent[name][1:]))) for name in names}  # the first warmed up
+    bench.add(
+        "model-attention", shape.name, dtype, parts, ceilings, baseline="ours:dense", **shared
+    )
+    made.session.unpatch()
+
+
+def overhead(bench: Bench, layers: int, rounds: int = 300) -> None:
+    """CPU time that patching adds to a step, per layer; paired, so that the machine cancels."""
+    names = ["unpatched", *OURS]
+    models = {name: model_of(layers, torch.float32, heads=4, width=32, dim=16) for name in names}
+    caches, spent = {}, {name: [] for name in names}
+    prompt = torch.full((1, 40), 5)
+    prompt[:, 4:36] = IMAGE
+    with torch.inference_mode():
+        for name, model in models.items():
+            caches[name] = DynamicCache(config=model.config.get_text_config())
+            if name in OURS:
+                keep_all = OURS[name].get("schedule") == "dense"
+                session = vp.patch(model, **({} if keep_all else OURS[name]))
+                if not keep_all:
+                    session.set_visual_mask(prompt == IMAGE)
+            embeds = model.get_input_embeddings()(prompt)
+            model.get_decoder()(inputs_embeds=embeds, past_key_values=caches[name])
+        token = torch.tensor([[7]])
+        for _ in range(rounds):
+            for name, model in models.items():
+                begin = time.thread_time()
+                model(input_ids=token, past_key_values=caches[name])
+                spent[name].append(time.thread_time() - begin)
+    ceilings = bench.time({}, torch.float32, 64)[1]
+    times, facts = {}, {}
+    for name in names:
+        pairs = zip(spent[name], spent["unpatched"], strict=True)
+        added = statistics.median(a - b for a, b in pairs) / layers
+        facts[name] = {"layers": layers, "added_us_per_layer": round(added * 1e6, 2)}
+        times[name] = Times(tuple(sorted(spent[name])))
+        bench.say(f"{name:<26} {added * 1e6:7.2f} us of CPU time added per layer and step")
+    bench.add(
+        "model-overhead", "tiny", torch.float32, times, ceilings, baseline="unpatched", facts=facts
+    )
+    for name, model in models.items():
+        if name in OURS:
+            vp.unpatch(model)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=36)
+    parser.add_argument("--no-overhead", action="store_true", help="leave the overhead rows out")
+    parser.add_argument(
+        "--theirs-up-to", type=int, default=8192, help="visual tokens the unpatched model is given"
+    )
+    bench = Bench(parser, shapes="b1-8k,b1-32k", dtypes="bf16")
+    options = bench.options
+    for shape in filter(None, options.shapes.split(",")):
+        for dtype in bench.dtypes:
+            run(bench, SHAPES[shape], dtype, options)
+    if not options.no_overhead:
+        overhead(bench, options.layers)
+    bench.finish()
+
+
+if __name__ == "__main__":
+    main()

@@ -27,8 +27,15 @@ format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
+# A few minutes on two cores: tables of steps and sweeps, then the ratios against the committed ones.
+BENCH_ROWS := build/bench.jsonl
 bench: $(READY)
-	$(BIN)/python benchmarks/bench_stages.py $(BENCH_ARGS)
+	rm -f $(BENCH_ROWS)
+	$(BIN)/python benchmarks/bench_decode.py --shapes b1-4k,b1-8k --dtypes bf16,fp32 --rounds 5 \
+		--out $(BENCH_ROWS) $(BENCH_ARGS)
+	$(BIN)/python benchmarks/bench_sweep.py --shapes b1-1k,b1-8k --rounds 5 --out $(BENCH_ROWS) \
+		$(BENCH_ARGS)
+	$(BIN)/python benchmarks/compare.py benchmarks/results/cpu.jsonl $(BENCH_ROWS) --gate 0.6
 
 clean:
 	rm -rf build dist *.egg-info visionpulse/*.so $(VENV)

@@ -130,6 +130,7 @@ class FlashInfer:
 
     def __init__(self) -> None:
         self._planned: dict[int, tuple[object, Tensor]] = {}
+        self._work: Tensor | None = None  # shared: layers run one after the other
 
     def __call__(self, q: Tensor, kv: vp.KVCache) -> Tensor:
         if id(kv) not in self._planned:
@@ -145,8 +146,11 @@ class FlashInfer:
             raise ValueError(f"the context must be whole pages of {self.PAGE}, got {kv.capacity}")
         both = torch.stack((kv.k, kv.v), dim=1)  # [B, 2, G, N, D]
         pages = both.unflatten(3, (per_row, self.PAGE)).permute(0, 3, 1, 2, 4, 5).flatten(0, 1)
-        work = torch.empty(128 << 20, dtype=torch.uint8, device=q.device)
-        wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(work, "HND", use_tensor_cores=True)
+        if self._work is None:
+            self._work = torch.empty(128 << 20, dtype=torch.uint8, device=q.device)
+        wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+            self._work, "HND", use_tensor_cores=True
+        )
         starts = torch.arange(kv.batch + 1, dtype=torch.int32, device=q.device) * per_row
         table = torch.arange(kv.batch * per_row, dtype=torch.int32, device=q.device)
         last = torch.full((kv.batch,), self.PAGE, dtype=torch.int32, device=q.device)

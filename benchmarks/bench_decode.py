@@ -116,17 +116,17 @@ def assert_selection(
 
 
 def single_layers(
-    layers: Layers, forms: list[Form], selection: vp.Selection
+    bench: Bench, layers: Layers, forms: list[Form], selection: vp.Selection
 ) -> dict[str, Callable[[int], object]]:
     """One layer of each baseline, of each kind, to be multiplied."""
     variants: dict[str, Callable[[int], object]] = {}
     kept = attended_positions(layers.kv[0], layers.visual, selection)
 
     def dense(form: Form) -> Callable[[int], object]:
-        return lambda turn: form.dense(*layers.at(turn))  # type: ignore[misc]
+        return bench.captured_layers(lambda turn: form.dense(*layers.at(turn)), len(layers))
 
     def sparse(form: Form) -> Callable[[int], object]:
-        return lambda turn: form.sparse(*layers.at(turn), kept)  # type: ignore[misc]
+        return bench.captured_layers(lambda turn: form.sparse(*layers.at(turn), kept), len(layers))
 
     for form in forms:
         baselines.check(form.name, layers.q[0].device.type)
@@ -136,6 +136,7 @@ def single_layers(
             variants[f"{form.name}:follower"] = sparse(form)
     config = layers.shape.config()
     _, blocks = block64.anchor(*layers.at(0), layers.visual, config)
+    # never a graph: the published scheme reads the device, and that is part of its cost
     variants[f"{PUBLISHED}:dense"] = lambda turn: block64.dense(*layers.at(turn))
     variants[f"{PUBLISHED}:anchor"] = lambda turn: block64.anchor(
         *layers.at(turn), layers.visual, config
@@ -174,7 +175,7 @@ def run(bench: Bench, shape: Shape, dtype: torch.dtype, options: argparse.Namesp
         step.check()
     chosen = layers.shape.config()
     _, selection = vp.decode(*layers.at(0), layers.visual, chosen)
-    singles = single_layers(layers, forms, selection) if options.baselines else {}
+    singles = single_layers(bench, layers, forms, selection) if options.baselines else {}
     steps = {name: bench.captured(step) for name, step in ours.items()}
     times, ceilings = bench.time({**steps, **singles}, dtype, shape.head_dim * dtype.itemsize)
     made = recipes(count, forms) if options.baselines else {}

@@ -61,7 +61,12 @@ def gated(row: Row, isa: str) -> bool:
     """Ours, on a CPU of this instruction set, faster than its baseline: what a gate can hold."""
     on_cpu = not row.machine["isa"].startswith("sm_")
     has_ratio = row.ratio is not None and bool(row.baseline) and row.backend != row.baseline
-    return on_cpu and has_ratio and row.machine["isa"] == isa and row.backend.startswith("cpu")
+    return (
+        on_cpu
+        and has_ratio
+        and row.machine["isa"] == isa
+        and row.backend.startswith(("cpu", "ours"))
+    )
 
 
 def fallen(old: list[Row], best: dict[tuple[str, ...], float], share: float) -> list[str]:

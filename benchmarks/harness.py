@@ -88,6 +88,13 @@ class Bench:
             step()
         return lambda turn: graph.replay()
 
+    def captured_layers(self, layer: Variant, count: int) -> Variant:
+        """The same for one layer: a graph per set of inputs, so that they still rotate."""
+        if self.device.type != "cuda":
+            return layer
+        replays = [self.captured(lambda turn=turn: layer(turn)) for turn in range(count)]
+        return lambda turn: replays[turn % count](turn)
+
     def time(
         self, variants: Mapping[str, Variant], dtype: torch.dtype, row_bytes: int
     ) -> tuple[dict[str, Times], Measured]:

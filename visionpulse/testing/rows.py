@@ -189,6 +189,7 @@ COLUMNS: tuple[Column, ...] = (
     ("noise", "noise"),
     ("GB/s", "gb_s"),
     ("% ceiling", "pct_ceiling"),
+    ("predicted us", "predicted_us"),
     ("ratio", "ratio"),
     ("against", "baseline"),
 )

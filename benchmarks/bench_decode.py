@@ -8,6 +8,7 @@ multiplied; its row says so. On a GPU a step of ours is one CUDA graph.
 
 import argparse
 from collections.abc import Callable, Mapping
+from types import ModuleType
 
 import baselines
 import torch
@@ -115,6 +116,16 @@ def assert_selection(
     assert kept == layers.shape.kept, f"kept {kept}, wanted {layers.shape.kept}"
 
 
+def published(device: torch.device) -> ModuleType:
+    """The published scheme: its kernels on a GPU, whole matrices elsewhere."""
+    if device.type != "cuda":
+        return block64
+    import block64_triton
+
+    block64_triton.check()
+    return block64_triton
+
+
 def single_layers(
     bench: Bench, layers: Layers, forms: list[Form], selection: vp.Selection
 ) -> dict[str, Callable[[int], object]]:
@@ -134,14 +145,14 @@ def single_layers(
             variants[f"{form.name}:dense"] = dense(form)
         if form.sparse is not None:
             variants[f"{form.name}:follower"] = sparse(form)
-    config = layers.shape.config()
-    _, blocks = block64.anchor(*layers.at(0), layers.visual, config)
+    config, scheme = layers.shape.config(), published(bench.device)
+    _, blocks = scheme.anchor(*layers.at(0), layers.visual, config)
     # never a graph: the published scheme reads the device, and that is part of its cost
-    variants[f"{PUBLISHED}:dense"] = lambda turn: block64.dense(*layers.at(turn))
-    variants[f"{PUBLISHED}:anchor"] = lambda turn: block64.anchor(
+    variants[f"{PUBLISHED}:dense"] = lambda turn: scheme.dense(*layers.at(turn))
+    variants[f"{PUBLISHED}:anchor"] = lambda turn: scheme.anchor(
         *layers.at(turn), layers.visual, config
     )
-    variants[f"{PUBLISHED}:follower"] = lambda turn: block64.follower(*layers.at(turn), blocks)
+    variants[f"{PUBLISHED}:follower"] = lambda turn: scheme.follower(*layers.at(turn), blocks)
     return variants
 
 

@@ -99,6 +99,7 @@ class Bench:
         self, variants: Mapping[str, Variant], dtype: torch.dtype, row_bytes: int
     ) -> tuple[dict[str, Times], Measured]:
         """Time all variants in one interleaved run, the ceilings among them."""
+        self.machine = Machine.here(self.device)  # with the load of now
         ceilings = Ceilings(self.device, dtype, row_bytes)
         rounds = self.options.rounds
 

@@ -1,6 +1,10 @@
 """The published scheme against its own definition, written out with loops over rows and blocks."""
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -102,3 +106,15 @@ def test_all_text_is_kept(solved):
     for b, count in enumerate(blocks.counts):
         kept = set(blocks.indices[b, :count].tolist())
         assert {int(n) // 64 for n in text[b].nonzero()} <= kept
+
+
+def test_its_gpu_kernels_give_the_same_in_the_interpreter():
+    """In a process of its own: the interpreter is chosen before triton is imported."""
+    pytest.importorskip("triton")
+    script = Path(__file__).resolve().parent.parent / "benchmarks" / "block64_triton.py"
+    done = subprocess.run(
+        [sys.executable, str(script)], env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "what the plain form gives" in done.stdout

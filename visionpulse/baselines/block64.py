@@ -49,8 +49,13 @@ def anchor(
 ) -> tuple[Tensor, Blocks]:
     """Dense attention of the anchor, and the blocks that its followers attend to."""
     z, v, visible = _logits(q, kv)
-    is_visual = visual.mask(kv.capacity) & visible
     maxima = _blocks(z, -torch.inf).amax(-1)  # [B, H, blocks]
+    return _weigh(z, v, q.dtype), choose(maxima, visible, visual, config)
+
+
+def choose(maxima: Tensor, visible: Tensor, visual: VisualTokens, config: PulseConfig) -> Blocks:
+    """Rank blocks by their largest logits [B, H, blocks]; `visible` is bool [B, N]."""
+    is_visual = visual.mask(visible.shape[1]) & visible
     p = (maxima / config.tau).softmax(-1)
     used = _blocks(visible, False).any(-1)  # [B, blocks]
     wholly = used & ~_blocks(visible & ~is_visual, False).any(-1)
@@ -58,7 +63,7 @@ def anchor(
     score = p.mean(1).masked_fill(~wholly, -torch.inf)  # [B, blocks]
     low, high = config.ratio
     rows, chosen = [], []
-    for b in range(q.shape[0]):
+    for b in range(visible.shape[0]):
         ratio = min(max(mass[b].item(), low), high)
         wanted = math.ceil(ratio * is_visual[b].sum().item() / BLOCK)
         count = min(max(wanted, 1), int(wholly[b].sum().item()))
@@ -67,14 +72,13 @@ def anchor(
         rows.append(torch.cat((others, best)).sort().values)
         chosen.append(count)
     indices = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
-    counts = tuple(len(row) for row in rows)
-    return _weigh(z, v, q.dtype), Blocks(indices, counts, tuple(chosen), mass)
+    return Blocks(indices, tuple(len(row) for row in rows), tuple(chosen), mass)
 
 
 def follower(q: Tensor, kv: KVCache, blocks: Blocks) -> Tensor:
     """A layer after the anchor: attention over the kept blocks, [B, H, D]."""
     k, v = repeated(kv.k, q.shape[1]), repeated(kv.v, q.shape[1])
-    visible = _visible(kv)
+    visible = visible_keys(kv)
     within = torch.arange(BLOCK, device=q.device)
     rows = []
     for b, count in enumerate(blocks.counts):
@@ -86,7 +90,8 @@ def follower(q: Tensor, kv: KVCache, blocks: Blocks) -> Tensor:
     return torch.cat(rows)
 
 
-def _visible(kv: KVCache) -> Tensor:
+def visible_keys(kv: KVCache) -> Tensor:
+    """Which slots a step may see: bool [B, N]."""
     n = torch.arange(kv.capacity, device=kv.device)[None]
     visible = torch.ones(kv.batch, kv.capacity, dtype=torch.bool, device=kv.device)
     if kv.lengths is not None:
@@ -106,7 +111,7 @@ def _scaled(q: Tensor, k: Tensor) -> Tensor:
 def _logits(q: Tensor, kv: KVCache) -> tuple[Tensor, Tensor, Tensor]:
     """Logits [B, H, N], -inf where hidden; the repeated values; which keys are visible [B, N]."""
     z = _scaled(q, repeated(kv.k, q.shape[1]))
-    visible = _visible(kv)
+    visible = visible_keys(kv)
     return z.masked_fill(~visible[:, None], -torch.inf), repeated(kv.v, q.shape[1]), visible
 
 

@@ -452,6 +452,10 @@ class Oracle:
         return attended
 
 
+def pytest_report_header():
+    return f"transformers: {transformers.__version__} ({os.path.dirname(transformers.__file__)})"
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
     before = torch.get_num_threads()

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .lookback import LookBack
 from .state import CacheState
 
 SLACK_TOKENS = 256  # slack of a short cache
@@ -123,11 +124,13 @@ class Carrier:
     """
 
     visionpulse: ClassVar[CacheState | None] = None
+    spare: ClassVar[LookBack | None] = None  # of the conversation before a reset
 
     def reset(self: Any) -> None:
         """Forget the conversation."""
         super().reset()  # type: ignore[misc]
-        self.visionpulse = None
+        if self.visionpulse is not None:  # a graph knows the buffers by their addresses
+            self.spare, self.visionpulse = self.visionpulse.window, None
 
     def crop(self: Any, *args: Any, **kwargs: Any) -> None:
         """Drop tokens from the end."""
@@ -204,7 +207,8 @@ def release(cache: Any) -> None:
     for i, layer in enumerate(getattr(cache, "layers", ())):
         if isinstance(layer, Carrier):
             cache.layers[i] = _as(type(layer).__mro__[2], layer)
-            cache.layers[i].__dict__.pop("visionpulse", None)
+            for name in ("visionpulse", "spare"):
+                cache.layers[i].__dict__.pop(name, None)
 
 
 def _as(kind: Any, layer: Any) -> Any:

@@ -161,6 +161,8 @@ class Hooks:
         total = past + inputs.shape[1]
         state.model_path = _has_holes(mask, total)
         self._see(state, inputs, found, past, limit)
+        if limit > 0 and session.plan.looks_back:
+            state.look_back(getattr(cache.layers[self._layer], "spare", None))
         session.recorder.prepare(inputs.device)
         if cache is None:
             waiting.state = state

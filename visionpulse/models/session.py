@@ -186,9 +186,9 @@ class Session:
         elif not is_embedded and not is_empty:
             self._warn(
                 "features",
-                "the prompt has image tokens but no image came with it: with "
-                "prefill_chunk_size set, transformers drops pixel_values, so the answer does not "
-                "depend on the picture; prefill in one piece",
+                "the prompt has image tokens but no image came with it, so the answer does not "
+                "depend on a picture: transformers drops pixel_values where prefill_chunk_size is "
+                "set, and for an assistant model; prefill in one piece",
             )
 
     def _warn(self, kind: str, text: str) -> None:

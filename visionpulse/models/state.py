@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..structs import Selection, VisualTokens
+from .lookback import LookBack
 
 
 @dataclass
@@ -20,6 +21,8 @@ class CacheState:
     kept: Selection | None = None  # of the previous step, for the schedule that looks back
     kept_by: object = field(default=None, repr=False)  # the plan that made `kept`
 
+    window: LookBack | None = None  # the same for a compiled step, with a static cache
+
     def see(self, visual: VisualTokens | None) -> None:
         """Take a new visual set; the steps start anew."""
         self.visual = visual
@@ -32,6 +35,19 @@ class CacheState:
     def restart(self) -> None:
         """Forget the previous step: after a prefill or a crop nothing is kept."""
         self.steps, self.kept, self.kept_by = 0, None, None
+        if self.window is not None:
+            self.window.restart()
+
+    def look_back(self, spare: LookBack | None) -> None:
+        """Make buffers for a compiled lookback, or take those of the cache's last conversation."""
+        if self.visual is None:
+            return
+        spare = self.window or spare
+        if spare is not None and spare.fits(self.visual):
+            spare.load(self.visual)
+            self.window = spare
+        else:
+            self.window = LookBack(self.visual)
 
     def crop(self, length: int) -> None:
         """Cut to the first `length` tokens."""
@@ -47,6 +63,8 @@ class CacheState:
             self.inverse = self.inverse[rows] if self.inverse is not None else None
         if self.kept is not None:
             self.kept = self.kept.rows(rows.to(self.kept.indices.device))
+        if self.window is not None and len(rows) == len(self.window.counts):
+            self.window.take(rows.to(self.window.counts.device))
 
     def repeat(self, times: int) -> None:
         """Repeat each row."""

@@ -45,7 +45,10 @@ class Step:
         self.roles = plan.text if state.visual is None else plan.roles(state.steps)
         self.selection: Selection | None = None
         self.is_first = True  # no anchor has selected yet
-        if plan.looks_back and self.roles is plan.later:
+        if self.compiled and state.window is not None and self.roles is not plan.text:
+            if plan.looks_back:  # the choice between a fresh and a later step is made on the device
+                self.roles, self.selection = plan.later, state.window.early(plan.config.refresh)
+        elif plan.looks_back and self.roles is plan.later:
             if state.kept_by is plan and state.kept is not None:
                 self.selection = state.kept
             else:
@@ -137,8 +140,14 @@ class Step:
     def _keep(self, selection: Selection, layer: int) -> None:
         """Take the anchor's selection: for the followers, the next step and the statistics."""
         self.selection = selection
-        if self.plan.looks_back:
+        window = self.state.window
+        if self.compiled:
+            if self.plan.looks_back and window is not None:
+                window.keep(selection)
+        elif self.plan.looks_back:
             self.state.kept, self.state.kept_by = selection, self.plan
+            if window is not None:
+                window.restart()  # it has not seen this step
         step = (self.number, layer, self.token)
         self.recorder.add(selection, self.state, self.is_first, step)
         self.is_first = False

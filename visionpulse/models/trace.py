@@ -129,7 +129,8 @@ def trace_of(entries: list[Entry], about: dict[str, Any]) -> Trace:
             counts[entry.visual] = entry.visual.counts.cpu().numpy().tolist()
             for b, row in enumerate(entry.visual.spans.cpu().numpy()):  # [S, 2]
                 runs = [(int(begin), int(end)) for begin, end in row if begin < end]
-                spans[entry.conversation, b] = runs
+                if runs:
+                    spans[entry.conversation, b] = runs
         chosen = entry.selection
         indices, k = chosen.indices.cpu().numpy(), chosen.counts.cpu().numpy()
         mass, mass_mean = chosen.mass.cpu().numpy(), chosen.mass_mean.cpu().numpy()

@@ -1,0 +1,97 @@
+"""A static cache and torch.compile: one graph for prompts of any length, nothing breaks it."""
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from transformers import CompileConfig, StaticCache
+
+import visionpulse as vp
+
+PRUNED = vp.PulseConfig(tau=0.5, ratio=(0.05, 0.4))
+PROMPTS = ([5, "i", 7], [9, "i", 12], [3, "i", 4])
+LENGTH = 64
+
+
+def compiled(backend):
+    config = CompileConfig(fullgraph=True, dynamic=False, mode=None, backend=backend)
+    config._compile_all_devices = True  # generate compiles by itself on a GPU only
+    return {"compile_config": config}
+
+
+def answers(made, prompts=PROMPTS, **options):
+    text = made.model.config.get_text_config()
+    cache = StaticCache(config=text, max_cache_len=LENGTH)
+    outs = []
+    for parts in prompts:
+        cache.reset()
+        outs.append(made.generate(made.inputs(parts), past_key_values=cache, **options))
+    return outs
+
+
+def eager(made, prompts=PROMPTS):
+    return answers(made, prompts, disable_compile=True)
+
+
+def assert_same(left, right):
+    assert all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
+def test_three_prompts_share_one_graph(tiny, family):
+    made = tiny(family)
+    with vp.patch(made.model, PRUNED) as session:
+        expected = eager(made)
+        plain = session.stats
+        session.reset_stats()
+        made_by_graph = answers(made, **compiled("aot_eager"))
+        assert counters["stats"]["unique_graphs"] == 1
+        assert not counters["graph_break"]
+        assert_same(made_by_graph, expected)
+        assert session.stats == plain  # counted inside the graph
+        assert session.stats.steps == 21
+
+
+def test_inductor_gives_the_same_tokens(tiny):
+    made = tiny("llava", num_hidden_layers=4)
+    with vp.patch(made.model, PRUNED):
+        expected = eager(made)
+        assert_same(answers(made, **compiled("inductor")), expected)
+        assert counters["stats"]["unique_graphs"] == 1
+        assert not counters["graph_break"]
+
+
+def test_prompts_without_a_picture_share_the_graph(tiny):
+    made = tiny("llava")
+    prompts = ([5, "i", 7], [14], [3, "i", 4])
+    with vp.patch(made.model, PRUNED):
+        expected = eager(made, prompts)
+        assert_same(answers(made, prompts, **compiled("aot_eager")), expected)
+        assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("refresh", [0, 3])
+def test_lookback_is_one_graph_too(tiny, refresh):
+    made = tiny("llava")
+    config = PRUNED.updated(schedule="lookback", refresh=refresh)
+    with vp.patch(made.model, config):
+        expected = eager(made)
+        assert_same(answers(made, **compiled("aot_eager")), expected)
+        assert counters["stats"]["unique_graphs"] == 1
+        assert not counters["graph_break"]
+
+
+def test_unpatching_ends_with_the_graph(tiny):
+    made = tiny("llava", num_hidden_layers=4)
+    expected = answers(made, **compiled("aot_eager"))
+    with vp.patch(made.model, PRUNED):
+        pruned = answers(made, **compiled("aot_eager"))
+        assert_same(pruned, eager(made))
+    assert_same(answers(made, **compiled("aot_eager")), expected)

@@ -2,11 +2,13 @@
 
     python benchmarks/bench_decode.py --shapes b1-8k,b1-32k --dtypes bf16,fp32 --out rows.jsonl
 
-Ours runs whole steps. A baseline's layers are all alike, so one of each kind is timed, cold, and
-multiplied; its row says so. On a GPU a step of ours is one CUDA graph.
+On a GPU a step of ours is one CUDA graph. On a CPU one layer of each kind is timed, cold, and
+multiplied, for ours as for the baselines: a neighbour interrupts any run of 100 ms, and a best of
+whole steps would show that neighbour. `--whole` times the steps as well and puts them beside.
 """
 
 import argparse
+from collections import Counter
 from collections.abc import Callable, Mapping
 from types import ModuleType
 
@@ -72,6 +74,18 @@ class Step:
                 selection = self.decode(layer)
             else:
                 self.attend(layer, selection if role is Role.FOLLOWER else None)
+
+    def layer_name(self, role: Role) -> str:
+        """What one layer of this role is called among the variants."""
+        dense = role is Role.ANCHOR and self.config.anchor_output == "dense"
+        return f"{self.backend}:layer:{role.value}{'-dense-output' if dense else ''}"
+
+    def single(self, role: Role) -> Callable[[int], object]:
+        """One layer of this role, whichever inputs its turn brings."""
+        if role is Role.ANCHOR:
+            return self.decode
+        selection = self.decode(0) if role is Role.FOLLOWER else None
+        return lambda turn: self.attend(turn, selection)
 
     def check(self) -> None:
         """Hold a dense layer, an anchor and a follower against float64, one KV head of each."""
@@ -163,15 +177,28 @@ def composed(times: Mapping[str, Times], parts: Mapping[str, int]) -> Times:
     return Times(tuple(sum(c * t for c, t in zip(counts, r, strict=True)) for r in rounds))
 
 
-def recipes(count: int, forms: list[Form]) -> dict[str, dict[str, int]]:
-    """Which single layers make a step of each baseline."""
-    counts = cost.role_counts(vp.PulseConfig(), (True,) * count)
-    before, anchors, after = (counts[r] for r in (Role.DENSE, Role.ANCHOR, Role.FOLLOWER))
-    made = {form.name: {f"{form.name}:dense": count} for form in forms if form.dense}
-    made[PUBLISHED] = {
-        f"{PUBLISHED}:dense": before, f"{PUBLISHED}:anchor": anchors, f"{PUBLISHED}:follower": after
-    }  # fmt: skip
+def recipes(ours: Mapping[str, Step], forms: list[Form], count: int) -> dict[str, dict[str, int]]:
+    """Which single layers make a step."""
+    made = {}
+    for name, step in ours.items():
+        counts = Counter(step.roles)
+        made[name] = {step.layer_name(role): n for role, n in counts.items()}
+    made |= {form.name: {f"{form.name}:dense": count} for form in forms if form.dense}
+    if forms:
+        counts = Counter(roles(vp.PulseConfig(), (True,) * count, 1))
+        made[PUBLISHED] = {f"{PUBLISHED}:{role.value}": n for role, n in counts.items()}
     return made
+
+
+def our_layers(bench: Bench, ours: Mapping[str, Step]) -> dict[str, Callable[[int], object]]:
+    """One layer of ours of each kind that some step has."""
+    variants: dict[str, Callable[[int], object]] = {}
+    for step in ours.values():
+        for role in sorted(set(step.roles), key=lambda role: role.value):
+            if step.layer_name(role) not in variants:
+                layer = bench.captured_layers(step.single(role), len(step.layers))
+                variants[step.layer_name(role)] = layer
+    return variants
 
 
 def run(bench: Bench, shape: Shape, dtype: torch.dtype, options: argparse.Namespace) -> None:
@@ -186,34 +213,39 @@ def run(bench: Bench, shape: Shape, dtype: torch.dtype, options: argparse.Namesp
         step.check()
     chosen = layers.shape.config()
     _, selection = vp.decode(*layers.at(0), layers.visual, chosen)
-    singles = single_layers(bench, layers, forms, selection) if options.baselines else {}
-    steps = {name: bench.captured(step) for name, step in ours.items()}
+    singles = our_layers(bench, ours)
+    if forms:
+        singles |= single_layers(bench, layers, forms, selection)
+    is_whole = options.whole or device.type == "cuda"
+    steps = {f"whole:{name}": bench.captured(step) for name, step in ours.items() if is_whole}
     times, ceilings = bench.time({**steps, **singles}, dtype, shape.head_dim * dtype.itemsize)
-    made = recipes(count, forms) if options.baselines else {}
-    whole = {name: times[name] for name in steps}
-    whole |= {name: composed(times, parts) for name, parts in made.items()}
-    problem, shares = shape.cost(dtype), {}
-    for name, step in ours.items():
-        shares[name] = work_of(step.roles, problem, shape.kept, step.config)
-    all_dense = cost.dense(problem).times(count)
-    shares |= {form: all_dense for form in made}
-    shares[PUBLISHED] = work_of(roles(chosen, (True,) * count, 1), problem, shape.kept, chosen)
+    made = recipes(ours, forms, count)
+    whole = {name: composed(times, parts) for name, parts in made.items()}
+    problem = shape.cost(dtype)
+    work = {name: cost.dense(problem).times(count) for name in made}
+    work[PUBLISHED] = work_of(roles(chosen, (True,) * count, 1), problem, shape.kept, chosen)
     facts = {}
     for name in whole:
+        if name in ours:
+            work[name] = work_of(ours[name].roles, problem, shape.kept, ours[name].config)
         facts[name] = {
             "layers": count,
             "distinct_layers": len(layers),
             "visual": shape.visual,
             "retention": shape.retention,
-            "predicted_us": round(cost.predict(shares[name], ceilings.cost()) * 1e6, 1),
+            "predicted_us": round(cost.predict(work[name], ceilings.cost()) * 1e6, 1),
         }
-        if name in made:
-            facts[name]["composed"] = " + ".join(f"{c} x {part}" for part, c in made[name].items())
-    launches = {name: launches_of(step, device) for name, step in ours.items()}
+        composition = " + ".join(f"{n} x {part}" for part, n in made[name].items())
+        if f"whole:{name}" in times:
+            facts[name]["whole_step_us"] = round(1e6 * times[f"whole:{name}"].best, 1)
+        if device.type == "cuda" and name in ours:
+            whole[name] = times[f"whole:{name}"]
+        else:
+            facts[name]["composed"] = composition
     bench.add(
         "decode", shape.name, dtype, whole, ceilings, baseline=PLAIN, facts=facts,
-        bytes_={name: work.bytes for name, work in shares.items() if name in whole},
-        launches=launches,
+        bytes_={name: work[name].bytes for name in whole},
+        launches={name: launches_of(step, device) for name, step in ours.items()},
     )  # fmt: skip
 
 
@@ -236,6 +268,7 @@ def work_of(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=36)
+    parser.add_argument("--whole", action="store_true", help="time whole steps on a CPU as well")
     parser.add_argument("--schedules", default=",".join(SCHEDULES))
     bench = Bench(parser, shapes="b1-8k", dtypes="bf16")
     options = bench.options

@@ -21,7 +21,7 @@ from shapes import SHAPES, Layers, Shape
 import visionpulse as vp
 from visionpulse.analysis import cost
 from visionpulse.backends import get
-from visionpulse.baselines import block64
+from visionpulse.baselines import block64, sdpa
 from visionpulse.schedule import Role, roles
 from visionpulse.testing import assert_output, assert_valid_selection
 from visionpulse.testing.compare import Exact
@@ -36,6 +36,7 @@ SCHEDULES: dict[str, dict[str, object] | None] = {
     "per_layer": {"schedule": "per_layer"},
 }
 PUBLISHED = "published-block64"
+IN_TORCH = "torch-visionpulse"  # the same method in plain torch
 
 
 class Step:
@@ -130,6 +131,19 @@ def assert_selection(
     assert kept == layers.shape.kept, f"kept {kept}, wanted {layers.shape.kept}"
 
 
+def torch_anchor(layers: Layers) -> Callable[[int], object]:
+    """The anchor in plain torch, checked on the first layer."""
+    shape, config = layers.shape, layers.shape.config()
+    is_visual = layers.visual.mask(shape.keys)
+    visual, text = ((m.nonzero()[:, 1].view(shape.rows, -1)) for m in (is_visual, ~is_visual))
+    q, kv = layers.at(0)
+    out, positions, _ = sdpa.anchor(q, kv, visual, text, shape.kept, config)
+    # its own choice, held against attention over exactly these keys
+    torch.testing.assert_close(out, sdpa.gathered(q, kv, positions))
+    assert int(is_visual.gather(1, positions).sum(1)[0]) == shape.kept
+    return lambda turn: sdpa.anchor(*layers.at(turn), visual, text, shape.kept, config)
+
+
 def published(device: torch.device) -> ModuleType:
     """The published scheme: its kernels on a GPU, whole matrices elsewhere."""
     if device.type != "cuda":
@@ -159,6 +173,7 @@ def single_layers(
             variants[f"{form.name}:dense"] = dense(form)
         if form.sparse is not None:
             variants[f"{form.name}:follower"] = sparse(form)
+    variants[f"{IN_TORCH}:anchor"] = torch_anchor(layers)
     config, scheme = layers.shape.config(), published(bench.device)
     _, blocks = scheme.anchor(*layers.at(0), layers.visual, config)
     # never a graph: the published scheme reads the device, and that is part of its cost
@@ -187,6 +202,9 @@ def recipes(ours: Mapping[str, Step], forms: list[Form], count: int) -> dict[str
     if forms:
         counts = Counter(roles(vp.PulseConfig(), (True,) * count, 1))
         made[PUBLISHED] = {f"{PUBLISHED}:{role.value}": n for role, n in counts.items()}
+        if PLAIN in {form.name for form in forms}:
+            of = {Role.ANCHOR: f"{IN_TORCH}:anchor"}
+            made[IN_TORCH] = {of.get(r, f"{PLAIN}:{r.value}"): n for r, n in counts.items()}
     return made
 
 
@@ -223,7 +241,8 @@ def run(bench: Bench, shape: Shape, dtype: torch.dtype, options: argparse.Namesp
     whole = {name: composed(times, parts) for name, parts in made.items()}
     problem = shape.cost(dtype)
     work = {name: cost.dense(problem).times(count) for name in made}
-    work[PUBLISHED] = work_of(roles(chosen, (True,) * count, 1), problem, shape.kept, chosen)
+    paper = work_of(roles(chosen, (True,) * count, 1), problem, shape.kept, chosen)
+    work |= {PUBLISHED: paper, IN_TORCH: paper}
     facts = {}
     for name in whole:
         if name in ours:

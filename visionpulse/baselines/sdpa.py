@@ -3,9 +3,11 @@
 q is [B, H, D], the cache contiguous, the result [B, H, D].
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..config import PulseConfig
 from ..structs import KVCache
 
 
@@ -29,3 +31,22 @@ def gathered(q: Tensor, kv: KVCache, kept: Tensor) -> Tensor:
         at = kept[:, None, :, None].expand(-1, kv.kv_heads, -1, kv.head_dim)
         k, v = (t.gather(2, at) for t in (kv.k, kv.v))
     return grouped(q, KVCache(k, v))
+
+
+def anchor(
+    q: Tensor, kv: KVCache, candidates: Tensor, text: Tensor, kept: int, config: PulseConfig
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The anchor as one writes it in torch: whole logits, softmax twice, `topk`, then a follower.
+
+    `candidates` and `text` are the positions of visual and of text tokens, int64 [B, n]; `kept` is
+    a host number, so nothing is read back. Gives the output, the positions attended to, the mass.
+    """
+    folded = q.view(q.shape[0], kv.kv_heads, -1, q.shape[2])
+    z = torch.matmul(folded, kv.k.transpose(2, 3)).float().flatten(1, 2) * q.shape[2] ** -0.5
+    mass = (z / config.tau).softmax(-1)
+    rows = candidates[:, None].expand(-1, z.shape[1], -1)
+    mass = mass.gather(2, rows).sum(-1).amax(-1)  # [B]
+    score = z.softmax(-1).mean(1).gather(1, candidates)
+    best = candidates.gather(1, score.topk(kept).indices)
+    positions = torch.cat((text, best), dim=1).sort().values
+    return gathered(q, kv, positions), positions, mass

@@ -34,14 +34,15 @@ ALLOWED = {
     },
     "prepared": {"backends", "config", "ops", *STRUCTS},
     "models": {"backends", "config", "ops", "prepared", "schedule", "tracing", *STRUCTS},
-    "analysis": {"baselines", "config", "models", "ops", *STRUCTS},
+    "analysis": {"baselines", "config", "data", "models", "ops", *STRUCTS},
     "data": set(),
     "demo": {"analysis", "config", "data", "models"},
     "baselines": {"budgets", "config", "models", "ops", *STRUCTS},
     "analysis.cost": {"config", "schedule"},
-    "bench": {"__init__", "analysis", "baselines", "config", "schedule", "testing", *STRUCTS},
+    "bench": {"analysis", "baselines", "config", "ops", "schedule", "testing", *STRUCTS},
     "testing": {"analysis.cost", "budgets", "config", "reference", *STRUCTS},
-    "__init__": {"backends", "budgets", "config", "ops", *STRUCTS},
+    "__init__": {"backends", "budgets", "config", "models", "ops", *STRUCTS},
+    "harness": {"models"},
     "__main__": {"__init__", "backends"},
 }  # fmt: skip
 OPTIONAL = {"transformers", "triton", "matplotlib", "vllm", "lmms_eval", "accelerate", "peft"}

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from . import attend, decode
 from .analysis import cost, speed_plots
 from .baselines import sdpa
 from .config import PulseConfig
 from .config import resolve as resolve_config
+from .ops import attend, decode
 from .schedule import Role
 from .structs import Selection
 from .testing import rows as rows_

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..analysis import cost
+from ..analysis.cost import Shape as CostShape
 from ..config import PulseConfig
 from ..structs import KVCache, VisualTokens
 
@@ -40,9 +40,9 @@ class Shape:
         """K and V of one layer."""
         return 2 * self.rows * self.kv_heads * self.keys * self.head_dim * dtype.itemsize
 
-    def cost(self, dtype: torch.dtype) -> cost.Shape:
+    def cost(self, dtype: torch.dtype) -> CostShape:
         """The same problem for the cost model."""
-        return cost.Shape(
+        return CostShape(
             self.rows,
             self.heads,
             self.kv_heads,

@@ -1,0 +1,140 @@
+"""What only a GPU can show of the CUDA and Triton backends: graphs, streams, and no look back."""
+
+import pytest
+import torch
+
+import visionpulse as vp
+from visionpulse.backends import get
+from visionpulse.testing.cases import CASES, Case
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
+]
+
+SPANS = (((20, 700), (730, 1400)), ((5, 300),))
+LONG = Case("", SPANS, size=1500, heads=32, kv_heads=8, head_dim=128, lengths=(1500, 611))
+GPU_BACKENDS = ("cuda", "triton")
+
+
+@pytest.fixture(params=GPU_BACKENDS)
+def on(request):
+    reason = get(request.param).unavailable()
+    if reason:
+        pytest.skip(f"backend {request.param}: {reason}")
+    return request.param
+
+
+class Step:
+    """An anchor, a follower and a dense layer, on buffers of their own."""
+
+    def __init__(self, problem, backend, workspace=None):
+        self.problem, self.backend = problem, backend
+        self.workspace = workspace or vp.Workspace()
+        self.outs = [torch.empty_like(problem.q) for _ in range(3)]
+
+    def __call__(self):
+        q, kv, visual = self.problem.q, self.problem.kv, self.problem.visual
+        shared = {"workspace": self.workspace, "backend": self.backend}
+        _, self.selection = vp.decode(
+            q, kv, visual, self.problem.config, out=self.outs[0], **shared
+        )
+        vp.attend(q, kv, visual, self.selection, out=self.outs[1], **shared)
+        vp.attend(q, kv, out=self.outs[2], **shared)
+        return self
+
+    def results(self):
+        chosen = self.selection
+        tensors = (*self.outs, chosen.indices, chosen.counts, chosen.mass, chosen.mass_mean)
+        return [tensor.clone() for tensor in tensors]
+
+
+def assert_same(a, b):
+    for x, y in zip(a, b, strict=True):
+        assert torch.equal(x.nan_to_num(9), y.nan_to_num(9))
+
+
+def test_a_step_reads_nothing_back(on):
+    step = Step(LONG.build(torch.bfloat16, "cuda"), on)
+    step()  # buffers grow, kernels load
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_replayed_graph_follows_lengths_that_changed(on):
+    problem = LONG.build(torch.bfloat16, "cuda")
+    step = Step(problem, on)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for lengths in ((1500, 611), (900, 20), (64, 300), (1500, 1)):
+        problem.kv.lengths.copy_(torch.tensor(lengths, dtype=torch.int32))
+        graph.replay()
+        replayed = step.results()
+        assert_same(replayed, Step(problem, on)().results())
+
+
+def test_streams_do_not_disturb_each_other(on):
+    problems = [LONG.build(torch.bfloat16, "cuda", seed=seed) for seed in range(4)]
+    wanted = [Step(problem, on)().results() for problem in problems]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in problems]
+    steps = [Step(problem, on) for problem in problems]
+    for _ in range(50):
+        for stream, step in zip(streams, steps, strict=True):
+            with torch.cuda.stream(stream):
+                step()
+    torch.cuda.synchronize()
+    for step, results in zip(steps, wanted, strict=True):
+        assert_same(step.results(), results)
+
+
+def test_back_to_back_steps_give_the_same_bits(on):
+    """The counters re-arm, and a launch that starts early waits for what it reads."""
+    step = Step(LONG.build(torch.bfloat16, "cuda"), on)
+    wanted = step().results()
+    different = torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(2000):
+        for now, then in zip(step().results(), wanted, strict=True):
+            different += (now.nan_to_num(9) != then.nan_to_num(9)).sum()
+    assert int(different) == 0
+
+
+def test_a_dirty_workspace_changes_nothing(on):
+    problem = LONG.build(torch.bfloat16, "cuda")
+    workspace = vp.Workspace()
+    wanted = Step(problem, on, workspace)().results()
+    for buffer in workspace._buffers.values():
+        if buffer.dtype == torch.uint8:  # scratch; counters are kept by their kernels
+            buffer.fill_(0xFF)
+    assert_same(Step(problem, on, workspace)().results(), wanted)
+
+
+@pytest.mark.parametrize("name", ("grouped", "group32", "d256", "long"))
+def test_the_device_agrees_with_the_reference_selection(on, name):
+    problem = CASES[name].build(torch.float32, "cuda")
+    _, ours = vp.decode(problem.q, problem.kv, problem.visual, problem.config, backend=on)
+    _, other = vp.decode(problem.q, problem.kv, problem.visual, problem.config, backend="reference")
+    assert torch.equal(ours.counts, other.counts)
+
+
+def test_offsets_beyond_32_bits(on):
+    """The last row lies more than 2^31 elements into the cache."""
+    n, rows = 1 << 20, 18
+    memory = torch.zeros(rows, 1, n, 128, dtype=torch.bfloat16, device="cuda")
+    k = memory
+    k[-1, :, :300] = torch.randn(1, 300, 128, device="cuda").to(k.dtype)
+    lengths = torch.full((rows,), 300, dtype=torch.int32, device="cuda")
+    q = torch.randn(rows, 4, 128, device="cuda", dtype=torch.bfloat16)
+    out = vp.attend(q, vp.KVCache(k, k, lengths), backend=on)
+    last = vp.KVCache(k[-1:, :, :300].contiguous(), k[-1:, :, :300].contiguous())
+    alone = vp.attend(q[-1:], last, backend=on)
+    assert torch.equal(out[-1:], alone)

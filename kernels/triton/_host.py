@@ -12,7 +12,7 @@ from . import tuning
 # Arguments that Triton must not specialise on: a kernel that differed for N = 16 or B = 1 would
 # be compiled again for each, and could add in another order.
 PLAIN = [
-    "n_slots", "window", "n_pages", "n_spans", "k_max", "heads", "n_keys", "rows",
+    "n_slots", "window", "n_pages", "n_spans", "k_max", "heads", "n_tiles", "rows",
     "stride_qb", "stride_qh", "stride_ob", "stride_oh", "stride_tb",
     "stride_kb", "stride_kg", "stride_kn", "stride_vb", "stride_vg", "stride_vn",
 ]  # fmt: skip
@@ -38,6 +38,15 @@ def strides_of(kv: Any) -> Strides:
         k, v = (tuple(s * a for s, a in zip(t, alive, strict=True)) for t in (k, v))
     unit = gcd(16 // kv.k_data.element_size(), *k, *v)
     return Strides(tuple(s // unit for s in k), tuple(s // unit for s in v), unit)
+
+
+def slot_tiles(n_slots: int, device: torch.device) -> tuple[int, int]:
+    """Tiles, and slots of a tile, that a row of kept logits or keys is padded to.
+
+    The slots are a constant of the kernels, so the rows are provably aligned whatever N is.
+    """
+    tile = tuning.TABLE[tuning.target_of(device)[0]].rank_tile
+    return triton.cdiv(n_slots, tile), tile
 
 
 def span_steps(n_spans: int) -> int:

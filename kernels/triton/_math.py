@@ -73,25 +73,15 @@ def locate(pos, mask, table_ptr, n_pages, PAGE: tl.constexpr):
     In a contiguous cache the page is 0 and the slot the position.
     """
     if PAGE == 0:
-        return tl.zeros_like(pos).to(tl.int64), pos.to(tl.int64), mask
-    page = tl.load(table_ptr + pos // PAGE, mask=mask, other=-1)
-    known = mask & (page >= 0) & (page < n_pages)
-    return tl.where(known, page, 0).to(tl.int64), (pos % PAGE).to(tl.int64), known
-
-
-@triton.jit
-def dot_keys(q, k, GROUP: tl.constexpr, ROWS: tl.constexpr, DOT: tl.constexpr):
-    """q [ROWS, D] (GROUP of them real) times k [BLOCK_N, D]: float32 [ROWS, BLOCK_N]."""
-    if DOT:
-        return tl.dot(q, tl.trans(k), input_precision="ieee")
-    k = k.to(tl.float32)
-    offs_r = tl.arange(0, ROWS)
-    z = tl.zeros([ROWS, k.shape[0]], dtype=tl.float32)
-    for r in tl.static_range(GROUP):
-        # [D], the compiler moves this out of the loop over keys
-        row = tl.sum(tl.where(offs_r[:, None] == r, q, 0.0), axis=0)
-        z = tl.where(offs_r[:, None] == r, tl.sum(k * row[None, :], axis=1)[None, :], z)
-    return z
+        page = tl.zeros_like(pos)
+        slot = pos
+        known = mask
+    else:
+        page = tl.load(table_ptr + pos // PAGE, mask=mask, other=-1)
+        slot = pos % PAGE
+        known = mask & (page >= 0) & (page < n_pages)
+        page = tl.where(known, page, 0)
+    return page.to(tl.int64), slot.to(tl.int64), known
 
 
 @triton.jit
@@ -119,27 +109,6 @@ def block_max(m, z):
 def shift(m):
     """The maximum to subtract: 0 where nothing was seen, so that exp(-inf - 0) is 0, not NaN."""
     return tl.where(m == float("-inf"), 0.0, m)
-
-
-@triton.jit
-def add_values(acc, p, v, fade, GROUP: tl.constexpr, ROWS: tl.constexpr, DOT: tl.constexpr):
-    """Fade acc by a factor per head, then add p [ROWS, BLOCK_N] times v [BLOCK_N, D].
-
-    With DOT, acc is [ROWS, D]. Without, it is [ROWS, SUB, D]: each row of SUB takes every SUB-th
-    key, so a thread adds up alone and the sum over SUB waits until the last key.
-    """
-    if DOT:
-        return tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
-    acc = acc * fade[:, None, None]
-    SUB: tl.constexpr = acc.shape[1]
-    v = tl.reshape(v.to(tl.float32), [v.shape[0] // SUB, SUB, v.shape[1]])
-    offs_r = tl.arange(0, ROWS)
-    for r in tl.static_range(GROUP):
-        row = tl.sum(tl.where(offs_r[:, None] == r, p, 0.0), axis=0)
-        row = tl.reshape(row, [v.shape[0], SUB])
-        added = tl.sum(row[:, :, None] * v, axis=0)
-        acc = tl.where(offs_r[:, None, None] == r, acc + added[None, :, :], acc)
-    return acc
 
 
 @triton.jit
@@ -188,16 +157,20 @@ def merge_sums(
 
 @triton.jit
 def merge_values(
-    stats_ptr, acc_ptr, m, n_splits, stride_split, ROWS: tl.constexpr, BLOCK_D: tl.constexpr
-):
+    stats_ptr, acc_ptr, m, n_splits, stride_split,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """Merge the weighted values over the splits, in their order: [ROWS, BLOCK_D]."""
     offs_r = tl.arange(0, ROWS)
     offs_d = tl.arange(0, BLOCK_D)
+    real = (offs_r < GROUP)[:, None]
     acc = tl.zeros([ROWS, BLOCK_D], dtype=tl.float32)
-    for s in range(0, n_splits):
+    # the loads of several splits are in flight at once
+    for s in tl.range(0, n_splits, num_stages=4):
         m_s = tl.load(stats_ptr + s * stride_split + offs_r)
         # [ROWS, BLOCK_D]
-        part = tl.load(acc_ptr + (s * ROWS + offs_r[:, None]) * BLOCK_D + offs_d[None, :])
+        at = acc_ptr + (s * ROWS + offs_r[:, None]) * BLOCK_D + offs_d[None, :]
+        part = tl.load(at, mask=real, other=0.0)
         acc += tl.exp(m_s - shift(m))[:, None] * part
     return acc
 

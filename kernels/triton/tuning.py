@@ -4,16 +4,15 @@ A row's bits follow from how its keys are cut, so nothing here may look at B, N,
 size. A new GPU generation is one row in `TABLE`.
 """
 
-import os
 from functools import cache
 from typing import NamedTuple
 
 import torch
 
-# Query heads per KV head from which tensor cores pay: below, their 16 rows are mostly padding.
-DOT_FROM = 8
-# Slots above which several programs of a row write its kept positions.
-LONG_ROW = 32768
+# A dot has at least 16 rows. A group of fewer query heads pads it, which costs nothing: the tensor
+# cores idle otherwise, and without a dot the same loop takes more instructions even at group 1
+# (docs/triton-bounds.md). In float32 a dot is the CUDA cores' own (never TF32).
+MIN_ROWS = 16
 # Programs per multiprocessor that one long row should give, so that a batch of one fills the chip.
 PER_SM = 2
 
@@ -26,51 +25,63 @@ class Tile(NamedTuple):
     stages: int
 
 
+class Tiles(NamedTuple):
+    """One loop, by the bytes of an element."""
+
+    half: Tile
+    full: Tile  # eight warps: four spill
+
+
 class Target(NamedTuple):
     """One GPU generation."""
 
-    stream: Tile  # scan and dense decode, CUDA cores
-    stream_dot: Tile  # the same on tensor cores
-    gather: Tile  # followers and the anchor's output
-    gather_dot: Tile
+    stream: Tiles  # scan and dense decode
+    gather: Tiles  # followers and the anchor's output
     min_split: int  # keys a program gets at least
     max_splits: int  # programs a row gets at most, per KV head
     rank_chunk: int  # slots that one program ranks
     rank_tile: int  # keys that the last program looks at in one step
     rank_warps: int
+    long_row: int  # slots above which several programs write the kept positions of a row
 
 
-_NVIDIA = Target(
-    stream=Tile(16384, 4, 2),
-    stream_dot=Tile(16384, 4, 3),
-    gather=Tile(8192, 4, 1),
-    gather_dot=Tile(16384, 4, 2),
+# 227 KiB of shared memory: three blocks of three stages a multiprocessor
+_LARGE = Target(
+    stream=Tiles(half=Tile(16384, 4, 3), full=Tile(16384, 8, 3)),
+    gather=Tiles(half=Tile(16384, 4, 2), full=Tile(16384, 8, 2)),
     min_split=128,
     max_splits=64,
-    rank_chunk=512,
-    rank_tile=2048,
+    rank_chunk=1024,
+    rank_tile=4096,
     rank_warps=8,
+    long_row=32768,
 )
-_CDNA3 = _NVIDIA._replace(stream_dot=Tile(16384, 4, 2), gather_dot=Tile(16384, 4, 2))
+# 99 KiB: two stages, so that two blocks still fit
+_SMALL = _LARGE._replace(
+    rank_tile=2048,
+    stream=Tiles(half=Tile(16384, 4, 2), full=Tile(16384, 8, 2)),
+)
+# 64 KiB
+_CDNA3 = _SMALL
+_INTERPRETED = Tiles(half=Tile(16384, 4, 1), full=Tile(16384, 4, 1))
 TABLE = {
-    "sm_80": _NVIDIA,
-    "sm_86": _NVIDIA,
-    "sm_89": _NVIDIA,
-    "sm_90": _NVIDIA,
-    "sm_100": _NVIDIA,
-    "sm_120": _NVIDIA,
+    "sm_80": _LARGE,
+    "sm_86": _SMALL,
+    "sm_89": _SMALL,
+    "sm_90": _LARGE,
+    "sm_100": _LARGE,
+    "sm_120": _SMALL,
     "gfx942": _CDNA3,
-    # tiles so small that a short row passes through every loop, split and merge
+    # splits and chunks so short that a small case passes through every loop and merge
     "interpreter": Target(
-        stream=Tile(4096, 4, 1),
-        stream_dot=Tile(4096, 4, 1),
-        gather=Tile(4096, 4, 1),
-        gather_dot=Tile(4096, 4, 1),
+        stream=_INTERPRETED,
+        gather=_INTERPRETED,
         min_split=64,
         max_splits=8,
-        rank_chunk=64,
-        rank_tile=128,
+        rank_chunk=128,
+        rank_tile=256,
         rank_warps=4,
+        long_row=384,
     ),
 }
 
@@ -78,13 +89,11 @@ TABLE = {
 class Plan(NamedTuple):
     """The constants of one launch over keys."""
 
-    dot: bool
     rows: int  # query heads of a KV head, padded
     block_d: int  # head dim, padded
     block_n: int  # keys per step
     warps: int
     stages: int
-    sub: int  # partial sums over keys per head where no tensor core adds them
     min_split: int
     max_splits: int
 
@@ -101,16 +110,11 @@ def target_of(device: torch.device) -> tuple[str, int]:
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
         return "gfx942", properties.multi_processor_count
-    known = f"sm_{properties.major}{properties.minor}"
+    known = sorted(int(name[3:]) for name in TABLE if name.startswith("sm_"))
+    number = properties.major * 10 + properties.minor
     # an unlisted chip takes the newest row at or below it
-    numbers = sorted(int(name[3:]) for name in TABLE if name.startswith("sm_"))
-    at_most = [n for n in numbers if n <= int(known[3:])] or numbers[:1]
+    at_most = [n for n in known if n <= number] or known[:1]
     return f"sm_{at_most[-1]}", properties.multi_processor_count
-
-
-def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, on CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def plan(
@@ -118,20 +122,18 @@ def plan(
 ) -> Plan:
     """Choose tile, splits and warps from what does not depend on the batch."""
     row = TABLE[target]
-    dot = group >= DOT_FROM
-    tile = (row.gather_dot if dot else row.gather) if gather else (row.stream_dot if dot else row.stream)
+    tiles = row.gather if gather else row.stream
+    tile = tiles.half if itemsize == 2 else tiles.full
     block_d = max(16, _pow2(head_dim))
     block_n = max(16, min(128, tile.tile_bytes // (block_d * itemsize)))
-    # a row alone should fill the chip, but partial sums cost: a power of two between 8 and the most
-    wanted = _pow2(-(-PER_SM * sms // kv_heads))
+    # a row alone should fill the chip, but every split is merged: between 8 and the most
+    wanted = -(-PER_SM * sms // kv_heads)
     return Plan(
-        dot=dot,
-        rows=max(16, _pow2(group)) if dot else _pow2(group),
+        rows=max(MIN_ROWS, _pow2(group)),
         block_d=block_d,
         block_n=block_n,
         warps=tile.warps,
         stages=tile.stages,
-        sub=min(block_n, 16),
         min_split=max(row.min_split, block_n),
         max_splits=max(8, min(row.max_splits, wanted)),
     )

@@ -21,6 +21,7 @@ from ..workspace import Workspace
 
 _CLASSES = {
     "cuda": "CudaBackend",
+    "triton": "TritonBackend",
     "cpu": "CpuBackend",
     "reference": "ReferenceBackend",
 }

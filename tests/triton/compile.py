@@ -1,0 +1,45 @@
+"""Compile every launch ahead of time: `python tests/triton/compile.py [pytest arguments]`.
+
+A process of its own, without the interpreter; it needs no GPU. With `--write` it writes what it
+finds to limits.json instead.
+"""
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+# nothing that an earlier run compiled may stand in for the sources of today
+os.environ["TRITON_ALWAYS_COMPILE"] = "1"
+os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="visionpulse-triton-")
+os.environ.pop("TRITON_INTERPRET", None)
+
+import process
+
+HERE = Path(__file__).resolve().parent
+
+
+def write():
+    """Note what was found: registers up to 16, shared memory up to 1 KiB, wide loads down to 4."""
+    import aot
+    import machine_code
+
+    found = {}
+    for name in machine_code.ALL:
+        rows = found.setdefault(name, {})
+        for target in aot.TARGETS:
+            for kernel, report in machine_code.kernels_of(name, target).items():
+                rows.setdefault(kernel, {})[target] = [
+                    -(-report.registers // 16) * 16,
+                    -(-report.shared // 1024) * 1024,
+                    report.wide_loads // 4 * 4,
+                ]
+    lines = (f' "{name}": {json.dumps(rows)}' for name, rows in found.items())
+    (HERE / "limits.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--write"]:
+        sys.exit(write())
+    sys.exit(process.run([str(HERE / "machine_code.py")]))

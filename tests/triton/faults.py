@@ -1,0 +1,50 @@
+"""Faults planted to see that the checks catch them: text of the kernels exchanged at import."""
+
+import importlib.util
+import sys
+import tempfile
+from pathlib import Path
+
+KERNELS = Path(__file__).resolve().parents[2] / "kernels" / "triton"
+FAULTS = {
+    # of several equal scores the first is passed over
+    "ties": (
+        "_radix",
+        ("(n_equal_here < ties))", "(n_equal_here >= 1) & (n_equal_here <= ties))"),
+        ("tl.minimum(n_equal_here, ties)", "tl.minimum(tl.maximum(n_equal_here - 1, 0), ties)"),
+    ),
+    # -0.0 sorts below +0.0
+    "minus-zero": ("_radix", ("tl.where(size == 0, 0, bits", "tl.where(size < 0, 0, bits")),
+    # a row is cut by the capacity of the cache
+    "neighbours": ("score", ("split_of(end - begin,", "split_of(n_slots,")),
+    # the last split merges the values of all without fading them
+    "merge": ("_math", ("tl.exp(m_s - shift(m))[:, None] * part", "part")),
+    "tf32": (
+        "score",
+        ('tl.dot(q, tl.trans(k), input_precision="ieee")', "tl.dot(q, tl.trans(k))"),
+    ),
+    "spill": ("tuning", ("half=Tile(16384, 4, 3)", "half=Tile(65536, 1, 1)")),
+    "unfenced": ("_math", ('sem="acq_rel"', 'sem="relaxed"')),
+    "narrow": ("_host", ("unit = gcd(16 // kv.k_data.element_size(), *k, *v)", "unit = 1")),
+}
+
+
+def plant(name):
+    """Load the faulty module in the place of the right one."""
+    module, *exchanges = FAULTS[name]
+    text = (KERNELS / f"{module}.py").read_text()
+    for right, wrong in exchanges:
+        assert text.count(right) == 1, f"{right!r} stands {text.count(right)} times in {module}.py"
+        text = text.replace(right, wrong)
+    path = Path(tempfile.mkdtemp()) / f"{module}.py"
+    path.write_text(text)
+    # the package, but not yet its modules: they import one another by name
+    full = "visionpulse._triton"
+    spec = importlib.util.find_spec(full)
+    package = importlib.util.module_from_spec(spec)
+    sys.modules[full] = package
+    faulty = importlib.util.spec_from_file_location(f"{full}.{module}", path)
+    sys.modules[faulty.name] = importlib.util.module_from_spec(faulty)
+    setattr(package, module, sys.modules[faulty.name])
+    faulty.loader.exec_module(sys.modules[faulty.name])
+    spec.loader.exec_module(package)

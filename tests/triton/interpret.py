@@ -1,0 +1,24 @@
+"""Run tests with Triton interpreted: `python tests/triton/interpret.py [pytest arguments]`.
+
+A process of its own, because Triton reads the variable when a kernel is decorated.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import process
+import repairs
+
+HERE = Path(__file__).resolve().parent
+SUITE = [
+    str(HERE.parent / "test_backends.py"), str(HERE / "interpreted.py"), "--backends", "triton"
+]  # fmt: skip
+
+if __name__ == "__main__":
+    repairs.compute_dots()
+    repairs.patch_once()
+    repairs.keep_quiet()
+    sys.exit(process.run(SUITE))

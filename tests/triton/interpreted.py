@@ -1,0 +1,158 @@
+"""What the shared suite does not ask: launches, values out of range, offsets past 2**31 elements.
+
+Run by `interpret.py`, beside the shared suite.
+"""
+
+from contextlib import contextmanager
+
+import launches
+import numpy as np
+import pytest
+import torch
+
+import visionpulse as vp
+from visionpulse.backends import BackendUnavailableError, get
+from visionpulse.structs import KVCache, PagedKVCache, Selection
+from visionpulse.testing import CASES
+from visionpulse.testing.compare import Exact, assert_output
+from visionpulse.workspace import Workspace
+
+FAR = 2**31 + 8  # elements
+
+
+@contextmanager
+def counted():
+    """Names of the kernels launched inside."""
+    names, kept = [], {}
+
+    class Counted:
+        def __init__(self, name, kernel):
+            self.name, self.kernel = name, kernel
+
+        def __getitem__(self, grid):
+            names.append(self.name)
+            return self.kernel[grid]
+
+    for name, place in launches.PLACES.items():
+        kept[name] = getattr(place, name)
+        setattr(place, name, Counted(name, kept[name]))
+    try:
+        yield names
+    finally:
+        for name, place in launches.PLACES.items():
+            setattr(place, name, kept[name])
+
+
+@pytest.mark.parametrize(
+    "name, score, output, most",
+    (
+        ("grouped", "prob", "pruned", 3),
+        ("grouped", "logit", "pruned", 3),
+        ("grouped", "prob", "dense", 2),
+        ("grouped", "logit", "dense", 2),
+        # past `long_row` slots the kept positions are written by a launch of their own
+        ("long", "prob", "pruned", 4),
+    ),
+)
+def test_a_step_takes_few_launches(name, score, output, most):
+    problem = CASES[name].build(torch.bfloat16, "cpu")
+    config = problem.config.updated(score=score, anchor_output=output)
+    q, kv, visual = problem.q, problem.kv, problem.visual
+    with counted() as anchor:
+        _, selection = vp.decode(q, kv, visual, config, backend="triton")
+    with counted() as others:
+        vp.attend(q, kv, visual, selection, backend="triton")
+        vp.attend(q, kv, backend="triton")
+    assert len(anchor) == most, anchor
+    assert others == ["_attend_kernel", "_scan_kernel"]
+
+
+def both(q, kv, visual, params):
+    """The same call, unchecked, on this backend and on the reference."""
+    for name in ("triton", "reference"):
+        out, scores = torch.empty_like(q), torch.empty(kv.batch, kv.capacity)
+        selection = get(name).decode(
+            q, kv, visual, params, scores=scores, out=out, workspace=Workspace()
+        )
+        yield out, selection, scores
+
+
+@pytest.mark.parametrize("output", ("pruned", "dense"))
+def test_page_ids_out_of_range_are_skipped(output, params_of):
+    problem = CASES["paged-nhd"].build(torch.float32, "cpu")
+    kv = problem.kv
+    table = kv.block_table.clone()
+    table[0, 1], table[1, 0] = -7, 2**31 - 1
+    kv = PagedKVCache(kv.k_pages, kv.v_pages, table, kv.lengths, kv.starts, kv.layout)
+    params = params_of(problem)._replace(anchor_output=output)
+    (out, mine, scores), (wanted, theirs, exact) = both(problem.q, kv, problem.visual, params)
+    torch.testing.assert_close(out, wanted)
+    torch.testing.assert_close(scores, exact)
+    assert torch.equal(mine.counts, theirs.counts)
+
+
+def test_lengths_and_starts_out_of_range_are_clamped(params_of):
+    problem = CASES["grouped"].build(torch.float32, "cpu")
+    kv, params = problem.kv, params_of(problem)
+    lengths = torch.tensor([2**31 - 1, -5], dtype=torch.int32)
+    starts = torch.tensor([-3, 4], dtype=torch.int32)
+    kv = KVCache(kv.k, kv.v, lengths, starts)
+    (out, mine, scores), (wanted, theirs, exact) = both(problem.q, kv, problem.visual, params)
+    torch.testing.assert_close(out, wanted)
+    torch.testing.assert_close(scores, exact)
+    assert torch.equal(mine.indices, theirs.indices) and mine.counts[1] == 0
+
+
+def test_selected_positions_out_of_range_are_skipped(params_of):
+    """Also those that point at text, which is attended once anyway."""
+    problem = CASES["grouped"].build(torch.float32, "cpu")
+    q, kv, visual, params = problem.q, problem.kv, problem.visual, params_of(problem)
+    indices = torch.tensor([[-9, 2, 5, 40, 96, 2**31 - 1], [11, 12, 13, 95, -1, -1]])
+    counts = torch.tensor([6, 99], dtype=torch.int32)
+    mass = torch.zeros(2)
+    selection = Selection(indices.int(), counts, mass, mass, trusted=True)
+    out, wanted = torch.empty_like(q), torch.empty_like(q)
+    for name, into in (("triton", out), ("reference", wanted)):
+        get(name).attend(q, kv, visual, selection, params, out=into, workspace=Workspace())
+    torch.testing.assert_close(out, wanted)
+
+
+def far_apart(t, axis):
+    """A copy whose `axis` has a stride past 2**31 elements; untouched memory costs nothing."""
+    memory = torch.from_numpy(np.empty(FAR * (t.shape[axis] - 1) + t.numel(), np.float16))
+    strides = list(t.contiguous().stride())
+    strides[axis] = FAR
+    view = memory.as_strided(t.shape, strides)
+    view.copy_(t)
+    return view
+
+
+@pytest.mark.parametrize("paged", (False, True))
+def test_offsets_pass_32_bits(paged, params_of):
+    problem = CASES["paged-hnd" if paged else "grouped"].build(torch.float16, "cpu")
+    kv = problem.kv
+    if paged:
+        # two pages, the second far away
+        table = torch.tensor([[0], [1]], dtype=torch.int32)
+        pools = (far_apart(t[table[:, 0].long()], 0) for t in (kv.k_pages, kv.v_pages))
+        pools = [pool.nan_to_num_(0.5) for pool in pools]
+        lengths = torch.tensor([kv.page_size, kv.page_size - 2], dtype=torch.int32)
+        kv = PagedKVCache(*pools, table, lengths, None, kv.layout)
+        visual = vp.VisualTokens.from_spans([((1, 9),), ((3, 8),)])
+    else:
+        kv = KVCache(far_apart(kv.k, 0), far_apart(kv.v, 0), kv.lengths, kv.starts)
+        visual = problem.visual
+    assert kv.k_strides[0] > 2**31 - 1
+    out, selection = vp.decode(problem.q, kv, visual, problem.config, backend="triton")
+    params = params_of(problem._replace(visual=visual))
+    exact = Exact(problem.q, kv, visual, params)
+    assert_output(out, exact, selection)
+    follow = vp.attend(problem.q, kv, visual, selection, backend="triton")
+    assert_output(follow, exact, selection)
+
+
+def test_float64_is_refused():
+    problem = CASES["grouped"].build(torch.float32, "cpu")
+    kv = KVCache(problem.kv.k.double(), problem.kv.v.double())
+    with pytest.raises(BackendUnavailableError, match="float64"):
+        vp.attend(problem.q.double(), kv, backend="triton")

@@ -1,0 +1,146 @@
+"""The launches whose machine code is checked: the public launchers, run on meta tensors."""
+
+from contextlib import contextmanager
+from importlib import import_module
+from typing import NamedTuple
+
+import torch
+import visionpulse._triton as kernels
+from visionpulse._triton import tuning
+
+from visionpulse.structs import KVCache, PagedKVCache, Params, VisualTokens
+from visionpulse.workspace import Workspace
+
+SMS = {"sm_80": 108, "sm_86": 84, "sm_89": 142, "sm_90": 132, "sm_100": 148, "sm_120": 188}
+# the package gives the launchers the names of their modules
+PLACES = {
+    name: import_module(f"visionpulse._triton.{module}")
+    for name, module in (
+        ("_scan_kernel", "score"),
+        ("_rank_kernel", "select"),
+        ("_write_kernel", "select"),
+        ("_attend_kernel", "attend"),
+    )
+}
+
+
+class Launch(NamedTuple):
+    """One launch: the kernel, its arguments by name, and the compiler's options."""
+
+    kernel: object
+    arguments: dict
+    options: dict
+
+
+class _Recorder:
+    def __init__(self, kernel, found):
+        self.kernel, self.found = kernel, found
+
+    def __getitem__(self, grid):
+        def launch(*args, **named):
+            options = {k: named.pop(k) for k in ("num_warps", "num_stages") if k in named}
+            arguments = dict(zip(self.kernel.arg_names, args, strict=False)) | named
+            assert set(arguments) == set(self.kernel.arg_names)
+            self.found.append(Launch(self.kernel, arguments, options))
+
+        return launch
+
+
+@contextmanager
+def recorded(target):
+    """Collect the launches made inside, as they would be on this target."""
+    found, kept, chooser = [], {}, tuning.target_of
+    tuning.target_of = lambda device: (target, SMS.get(target, 304))
+    for name, place in PLACES.items():
+        kept[name] = getattr(place, name)
+        setattr(place, name, _Recorder(kept[name], found))
+    try:
+        yield found
+    finally:
+        tuning.target_of = chooser
+        for name, place in PLACES.items():
+            setattr(place, name, kept[name])
+
+
+class Shape(NamedTuple):
+    """What a launch is specialised on."""
+
+    group: int = 4
+    head_dim: int = 128
+    dtype: torch.dtype = torch.bfloat16
+    page: int = 0
+    softcap: float = 0.0
+    spans: int = 3
+    capacity: int = 4096
+    cut: bool = True  # starts and lengths are given
+
+
+def _inputs(shape):
+    rows, kv_heads = 2, 8
+    meta = {"dtype": shape.dtype, "device": "meta"}
+    per_row = {"dtype": torch.int32, "device": "meta"}
+    q = torch.empty(rows, kv_heads * shape.group, shape.head_dim, **meta)
+    starts = lengths = None
+    if shape.cut:
+        starts, lengths = (torch.empty(rows, **per_row) for _ in range(2))
+    if shape.page:
+        pool = torch.empty(64, shape.page, kv_heads, shape.head_dim, **meta)
+        table = torch.empty(rows, shape.capacity // shape.page, **per_row)
+        kv = PagedKVCache(pool, pool, table, lengths, starts)
+    else:
+        k = torch.empty(rows, kv_heads, shape.capacity, shape.head_dim, **meta)
+        kv = KVCache(k, k, lengths, starts)
+    visual = VisualTokens(
+        torch.empty(rows, shape.spans, 2, **per_row), torch.empty(rows, shape.spans + 1, **per_row),
+        torch.empty(rows, **per_row), shape.capacity, shape.capacity,
+    )  # fmt: skip
+    return q, kv, visual
+
+
+def dense(shape):
+    q, kv, _ = _inputs(shape)
+    params = Params(scale=0.1, softcap=shape.softcap)
+    kernels.dense(q, kv, params, out=torch.empty_like(q), workspace=Workspace())
+
+
+def decode(shape, *, score, output):
+    """The launches of a decode step, as the backend makes them."""
+    from visionpulse.backends.triton import TritonBackend
+
+    q, kv, visual = _inputs(shape)
+    params = Params(
+        scale=0.1, softcap=shape.softcap, score=score, anchor_output=output, k_max=400, tau=0.4
+    )
+    TritonBackend().decode(
+        q, kv, visual, params, scores=None, out=torch.empty_like(q), workspace=Workspace()
+    )
+
+
+def follow(shape):
+    q, kv, visual = _inputs(shape)
+    params = Params(scale=0.1, softcap=shape.softcap)
+    chosen = torch.empty(2, 400, dtype=torch.int32, device="meta")
+    kernels.attend(
+        q, kv, visual, chosen, torch.empty(2, dtype=torch.int32, device="meta"), params,
+        logits=None, out=torch.empty_like(q), workspace=Workspace(),
+    )  # fmt: skip
+
+
+def choose(shape):
+    scores = torch.empty(2, shape.capacity, device="meta")
+    mass = torch.empty(2, device="meta")
+    _, _, visual = _inputs(shape)
+    params = Params(scale=1.0, k_max=400)
+    kernels.choose(
+        scores, mass, mass, visual, params, starts=None, lengths=None, workspace=Workspace()
+    )
+
+
+def score(shape):
+    from visionpulse.backends.triton import TritonBackend
+
+    q, kv, visual = _inputs(shape)
+    scores = torch.empty(2, shape.capacity, device="meta")
+    TritonBackend().score(
+        q, kv, visual, Params(scale=0.1), scores=scores, out=None, workspace=Workspace()
+    )

@@ -1,0 +1,94 @@
+"""The machine code of every launch on every target: no spill, in its table, wide loads, no TF32.
+
+Run by `compile.py` in a process without the interpreter and without a GPU.
+"""
+
+import functools
+import json
+from pathlib import Path
+
+import aot
+import launches
+import pytest
+import torch
+import triton
+
+# At most so many registers a thread and bytes of shared memory, at least so many 128-bit loads,
+# per launch, kernel and target, with the pinned Triton. `compile.py --write` makes it.
+LIMITS = json.loads(Path(__file__).with_name("limits.json").read_text())
+PINNED = triton.__version__.startswith("3.6.")
+# What a block may have on the chip: registers a thread, bytes of shared memory.
+CHIP = {
+    "sm_80": (255, 163 << 10),
+    "sm_86": (255, 99 << 10),
+    "sm_89": (255, 99 << 10),
+    "sm_90": (255, 227 << 10),
+    "sm_100": (255, 227 << 10),
+    "sm_120": (255, 99 << 10),
+    "gfx942": (512, 64 << 10),
+}
+Shape = launches.Shape
+PRUNED, DENSE = ({"score": "prob", "output": output} for output in ("pruned", "dense"))
+# more slots than 32 bits count elements of
+FAR = 2**22
+
+# What is compiled: each kernel in each dtype, then each constant that changes the code, where it
+# weighs most. (name: shape, launcher, its options)
+PLAIN = {
+    f"{name}-{str(dtype).removeprefix('torch.')}": (Shape(dtype=dtype), call, options)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32)
+    for name, call, options in (
+        ("dense", launches.dense, {}),
+        ("pruned", launches.decode, PRUNED),
+        ("dense-anchor", launches.decode, DENSE),
+        ("follow", launches.follow, {}),
+    )
+}
+SPECIAL = {
+    "dense-anchor-logit": (Shape(), launches.decode, {"score": "logit", "output": "dense"}),
+    "pruned-logit": (Shape(), launches.decode, {"score": "logit", "output": "pruned"}),
+    "choose": (Shape(), launches.choose, {}),
+    "choose-long": (Shape(capacity=131072), launches.choose, {}),
+    "score": (Shape(), launches.score, {}),
+    "anchor-g32-d256": (Shape(group=32, head_dim=256), launches.decode, DENSE),
+    "anchor-g32-d256-float32": (
+        Shape(group=32, head_dim=256, dtype=torch.float32), launches.decode, DENSE,
+    ),
+    "follow-g32-d256": (Shape(group=32, head_dim=256), launches.follow, {}),
+    "follow-g7-d80": (Shape(group=7, head_dim=80), launches.follow, {}),
+    "dense-paged-softcap": (Shape(page=16, softcap=30.0), launches.dense, {}),
+    "pruned-paged-spans": (Shape(page=16, spans=300), launches.decode, PRUNED),
+    "follow-far": (Shape(capacity=FAR, cut=False), launches.follow, {}),
+}  # fmt: skip
+ALL = PLAIN | SPECIAL
+
+
+@functools.cache
+def kernels_of(name, target):
+    """Report of each kernel that a launch compiles, by its own name."""
+    shape, call, options = ALL[name]
+    with launches.recorded(target) as found:
+        call(shape, **options)
+    return {
+        one.kernel.__name__: aot.report(one.kernel, one.arguments, one.options, target)
+        for one in found
+    }
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("target", aot.TARGETS)
+def test_machine_code(name, target):
+    most_registers, most_shared = CHIP[target]
+    for kernel, found in kernels_of(name, target).items():
+        where = f"{kernel} of {name} on {target}"
+        assert found.spills == 0, f"{where}: {found.spills} spills, bytes of stack or local memory"
+        assert found.registers <= most_registers and found.shared <= most_shared, where
+        assert not found.tf32, f"{where}: TF32 in the machine code"
+        assert found.wide_loads, f"{where}: no 128-bit load"
+        assert found.fenced, f"{where}: the arrival count is not fenced on both sides"
+        if PINNED:
+            registers, shared, wide_loads = LIMITS[name][kernel][target]
+            assert found.registers <= registers, f"{where}: {found.registers} registers"
+            assert found.shared <= shared, f"{where}: {found.shared} bytes of shared memory"
+            few = f"{where}: {found.wide_loads} of {wide_loads} 128-bit loads"
+            assert found.wide_loads >= wide_loads, few

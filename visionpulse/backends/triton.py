@@ -1,0 +1,172 @@
+"""The Triton backend: any GPU that Triton reaches, without a build; CPU tensors interpreted."""
+
+import importlib.util
+import os
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..structs import Cache, Params, Selection, VisualTokens
+from ..workspace import Workspace
+from . import Backend
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def _kernels() -> ModuleType:
+    """The kernels; imported when first used, since they need triton."""
+    return importlib.import_module("visionpulse._triton")
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Launch on the device of the tensors; Triton itself takes the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+class TritonBackend(Backend):
+    """Kernels compiled by Triton where they run."""
+
+    name = "triton"
+    auto_devices = ("cuda",)
+
+    def unavailable(self) -> str | None:
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed; pip install triton"
+        if _interpreted() or torch.cuda.is_available():
+            return None
+        return (
+            "no GPU is visible to torch; TRITON_INTERPRET=1, set before the first call, runs the "
+            "kernels in Triton's interpreter on CPU tensors (slow, for tests)"
+        )
+
+    def _refuses(self, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> str | None:
+        if tensor.dtype not in dtypes:
+            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            return f"it takes {known}, got {tensor.dtype}"
+        wanted = "cpu" if _interpreted() else "cuda"
+        if tensor.device.type == wanted:
+            return None
+        if wanted == "cuda":
+            return (
+                f"it takes tensors on a GPU, got {tensor.device}; "
+                "TRITON_INTERPRET=1 runs it on CPU tensors (slow, for tests)"
+            )
+        return f"TRITON_INTERPRET=1 runs it on CPU tensors, got {tensor.device}; unset it for a GPU"
+
+    def refuses(
+        self, q: Tensor, kv: Cache, visual: VisualTokens | None, params: Params
+    ) -> str | None:
+        return self._refuses(q, _DTYPES)
+
+    def refuses_select(self, scores: Tensor, params: Params) -> str | None:
+        return self._refuses(scores, (torch.float32,))
+
+    def score(
+        self,
+        q: Tensor,
+        kv: Cache,
+        visual: VisualTokens,
+        params: Params,
+        *,
+        scores: Tensor,
+        out: Tensor | None,
+        workspace: Workspace,
+    ) -> tuple[Tensor, Tensor]:
+        sums = params.score == "logit"
+        kernels = _kernels()
+        with _on(q.device):
+            logits, final = kernels.scan(
+                q, kv, visual, params, sums_only=sums, out=out, workspace=workspace
+            )
+            ranked = kernels.rank(
+                logits, final, kv, q.shape[1], visual, params,
+                sums_only=sums, select=False, scores=scores, workspace=workspace,
+            )  # fmt: skip
+        return ranked.mass, ranked.mass_mean
+
+    def select(
+        self,
+        scores: Tensor,
+        mass: Tensor,
+        mass_mean: Tensor,
+        visual: VisualTokens,
+        params: Params,
+        *,
+        starts: Tensor | None,
+        lengths: Tensor | None,
+        workspace: Workspace,
+    ) -> Selection:
+        with _on(scores.device):
+            kept = _kernels().choose(
+                scores, mass, mass_mean, visual, params,
+                starts=starts, lengths=lengths, workspace=workspace,
+            )  # fmt: skip
+        return _selection(kept)
+
+    def attend(
+        self,
+        q: Tensor,
+        kv: Cache,
+        visual: VisualTokens | None,
+        selection: Selection | None,
+        params: Params,
+        *,
+        out: Tensor,
+        workspace: Workspace,
+    ) -> Tensor:
+        kernels = _kernels()
+        with _on(q.device):
+            if visual is None or selection is None:
+                kernels.dense(q, kv, params, out=out, workspace=workspace)
+            else:
+                kernels.attend(
+                    q, kv, visual, selection.indices, selection.counts, params,
+                    logits=None, out=out, workspace=workspace,
+                )  # fmt: skip
+        return out
+
+    def decode(
+        self,
+        q: Tensor,
+        kv: Cache,
+        visual: VisualTokens,
+        params: Params,
+        *,
+        scores: Tensor | None,
+        out: Tensor,
+        workspace: Workspace,
+    ) -> Selection:
+        """Scan K, rank and select, and for a pruned output gather V: two or three launches."""
+        kernels = _kernels()
+        dense = params.anchor_output == "dense"
+        # a pruned output needs the logits of every head, a dense one by "logit" only their sums
+        sums = dense and params.score == "logit"
+        with _on(q.device):
+            logits, final = kernels.scan(
+                q, kv, visual, params,
+                sums_only=sums, out=out if dense else None, workspace=workspace,
+            )  # fmt: skip
+            kept = kernels.rank(
+                logits, final, kv, q.shape[1], visual, params,
+                sums_only=sums, select=True, scores=scores, workspace=workspace,
+            )  # fmt: skip
+            if not dense:
+                kernels.attend(
+                    q, kv, visual, kept.indices, kept.counts, params,
+                    logits=logits, out=out, workspace=workspace,
+                )  # fmt: skip
+        return _selection(kept)
+
+
+def _selection(kept: Any) -> Selection:
+    return Selection(kept.indices, kept.counts, kept.mass, kept.mass_mean, trusted=True)

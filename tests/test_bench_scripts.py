@@ -81,6 +81,21 @@ def test_a_decode_step_is_timed_under_every_schedule(run, tmp_path):
     assert all(row.checked and row.ceiling_gb_s > 0 for row in found.values())
 
 
+def test_every_stage_is_timed_against_a_baseline_of_its_own(run, tmp_path):
+    out = tmp_path / "rows.jsonl"
+    small = ("--rounds", "1", "--budget", "32", "--quiet", "--dtypes", "fp32")
+    run("bench_stages.py", "--shapes", "b1-1k", *small, "--out", out)
+    found = {(row.bench, row.backend): row for row in rows.read(out)}
+    ours = {stage: row for (stage, name), row in found.items() if name == "cpu"}
+    assert {stage: row.baseline for stage, row in ours.items()} == {
+        "dense": "torch-sdpa-grouped", "score": "torch-score", "select": "torch-topk",
+        "anchor": "torch-visionpulse", "follower": "torch-sdpa-grouped",
+    }  # fmt: skip
+    assert all((row.bench, row.baseline) in found for row in ours.values())
+    # the fused anchor moves what score moves and V of fewer keys than the dense layer
+    assert ours["score"].bytes < ours["anchor"].bytes < ours["dense"].bytes
+
+
 @pytest.mark.parametrize("sweep", ["retention", "batch"])
 def test_a_sweep_says_from_where_a_follower_pays(run, tmp_path, sweep):
     out, drawn = tmp_path / "rows.jsonl", tmp_path / "plots"
@@ -176,7 +191,7 @@ def test_committed_rows_are_whole():
 def test_committed_ratios_hold_here(run):
     """Best of three runs at 0.6 of each; other instruction sets than the committed have none."""
     command = (
-        "bench_decode.py --shapes b1-4k --dtypes bf16,fp32 --schedules dense,paper,lookback "
-        "--baselines torch-sdpa-grouped --rounds 5 --budget 320"
+        "bench_stages.py --shapes b1-4k --dtypes bf16,fp32 --baselines torch-sdpa-grouped "
+        "--rounds 15"
     )
     run("compare.py", RESULTS, "--gate", "0.6", "--attempts", "3", "--run", command)

@@ -46,7 +46,7 @@ def fresh_dynamo():
 
 @pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
 def test_three_prompts_share_one_graph(tiny, family):
-    made = tiny(family)
+    made = tiny(family, num_hidden_layers=4)
     with vp.patch(made.model, PRUNED) as session:
         expected = eager(made)
         plain = session.stats
@@ -60,7 +60,7 @@ def test_three_prompts_share_one_graph(tiny, family):
 
 
 def test_inductor_gives_the_same_tokens(tiny):
-    made = tiny("llava", num_hidden_layers=4)
+    made = tiny("llava", num_hidden_layers=2)
     with vp.patch(made.model, PRUNED):
         expected = eager(made)
         assert_same(answers(made, **compiled("inductor")), expected)
@@ -69,7 +69,7 @@ def test_inductor_gives_the_same_tokens(tiny):
 
 
 def test_prompts_without_a_picture_share_the_graph(tiny):
-    made = tiny("llava")
+    made = tiny("llava", num_hidden_layers=2)
     prompts = ([5, "i", 7], [14], [3, "i", 4])
     with vp.patch(made.model, PRUNED):
         expected = eager(made, prompts)
@@ -79,7 +79,7 @@ def test_prompts_without_a_picture_share_the_graph(tiny):
 
 @pytest.mark.parametrize("refresh", [0, 3])
 def test_lookback_is_one_graph_too(tiny, refresh):
-    made = tiny("llava")
+    made = tiny("llava", num_hidden_layers=3)
     config = PRUNED.updated(schedule="lookback", refresh=refresh)
     with vp.patch(made.model, config):
         expected = eager(made)
@@ -89,7 +89,7 @@ def test_lookback_is_one_graph_too(tiny, refresh):
 
 
 def test_unpatching_ends_with_the_graph(tiny):
-    made = tiny("llava", num_hidden_layers=4)
+    made = tiny("llava", num_hidden_layers=2)
     expected = answers(made, **compiled("aot_eager"))
     with vp.patch(made.model, PRUNED):
         pruned = answers(made, **compiled("aot_eager"))

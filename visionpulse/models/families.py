@@ -139,7 +139,7 @@ def anatomy(model: Any) -> Anatomy:
         )
     base = getattr(model, "base_model", model)
     return Anatomy(
-        model, base, decoder, config, full, ids, _published(model), _dense_because(decoder)
+        model, base, decoder, config, full, ids, _published(model, full), _dense_because(decoder)
     )
 
 
@@ -195,6 +195,7 @@ def _dense_because(decoder: nn.Module) -> str | None:
     return None
 
 
-def _published(model: Any) -> int | None:
+def _published(model: Any, full: tuple[bool, ...]) -> int | None:
     name = getattr(model.config, "name_or_path", "") or ""
-    return next((anchor for part, anchor in PUBLISHED.items() if part in name), None)
+    found = (anchor for part, anchor in PUBLISHED.items() if part in name)
+    return next((anchor for anchor in found if anchor < len(full) and full[anchor]), None)

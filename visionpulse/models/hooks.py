@@ -115,6 +115,7 @@ class Hooks:
         waiting = self._waiting
         if waiting.is_known or waiting.token is not None:
             waiting.found, waiting.is_known, waiting.token = None, False, None
+            waiting.state = None
 
     def _before_decoder(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -107,7 +107,7 @@ class Step:
             self.selection = self.selection.to(key.device)
         kv = KVCache(key, value, self.lengths, self.starts)
         query_shape, key_shape, device, dtype, scale, softcap = shapes
-        name = (query_shape, key_shape[1], key_shape[3], device, dtype, scale, softcap, self.config)
+        name = (query_shape, key_shape[1], key_shape[3], device, dtype, scale, softcap, self.plan)
         ready = self.layers.get(name)
         if ready is None:
             ready = Prepared(q, kv, self.visual, self.config, scale=scale, softcap=softcap)
@@ -133,7 +133,10 @@ class Step:
         if role is Role.DENSE:
             return ops.attend(q, kv, backend=self.config.backend, **numbers)
         assert self.visual is not None
-        out, selection = ops.decode(q, kv, self.visual, self.config, **numbers)
+        if self.heads is not None and self.heads.splits(q):
+            out, selection = self.heads.decode(q, kv, self.visual, self.config, scale, softcap)
+        else:
+            out, selection = ops.decode(q, kv, self.visual, self.config, **numbers)
         self._keep(selection, layer)
         return out
 

@@ -1,10 +1,11 @@
 """Let a model answer a set of pictures under one setting, and count what it got right."""
 
+import contextlib
+import copy
 import math
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ import torch
 import visionpulse as vp
 from visionpulse import baselines
 from visionpulse.data import trail
+from visionpulse.data.tiny import Clock, inputs_of, until_end
 
 MOST_TOKENS = 64  # the longest right answer has 39
 
@@ -30,105 +32,90 @@ class Answers:
     """What a model said: per picture the tokens, and the share of visual tokens of each step."""
 
     tokens: list[list[int]]
-    shares: list[np.ndarray]
+    shares: list[list[float]]
     seconds: list[float]  # of every decode step of a batch
 
-
-class Clock:
-    """Times every decode step of a model: the whole forward, language head included."""
-
-    def __init__(self, model) -> None:
-        self.seconds, self._begun = [], 0.0
-        self._handles = [
-            model.register_forward_pre_hook(self._begin, with_kwargs=True),
-            model.register_forward_hook(self._end, with_kwargs=True),
-        ]
-
-    def _begin(self, module, args, kwargs) -> None:
-        self._begun = time.perf_counter()
-
-    def _end(self, module, args, kwargs, output) -> None:
-        if output.logits.shape[1] == 1 and kwargs.get("pixel_values") is None:
-            self.seconds.append(time.perf_counter() - self._begun)
-
-    def close(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-
-def inputs_of(drawn: Sequence[tuple[trail.Picture, trail.Question]]) -> dict:
-    """What `generate` takes, for pictures of one size."""
-    side = drawn[0][0].side
-    ids = torch.tensor([trail.prefix(side) + question.prompt for _, question in drawn])
-    return {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "mm_token_type_ids": (ids == trail.IMAGE).int(),
-        "pixel_values": torch.from_numpy(trail.patches([picture for picture, _ in drawn])),
-        "image_grid_thw": torch.tensor([[1, side, side]] * len(drawn)),
-    }
-
-
-@contextmanager
-def under(model, setting) -> Iterator[Callable[[int], list[np.ndarray]]]:
-    """Put a setting on the model; gives what reads the shares of the last batch, by row."""
-    if setting is None:
-        yield lambda rows: [np.zeros(0)] * rows
-    elif isinstance(setting, vp.PulseConfig):
-        with vp.patch(model, setting, record=True) as session:
-
-            def shares(rows: int) -> list[np.ndarray]:
-                trace = session.trace
-                counts = np.diff(trace.ends, prepend=0)
-                share = counts / np.maximum(trace.n_visual, 1)
-                steps = int(trace.step.max()) + 1 if len(trace) else 0
-                total, times = np.zeros((rows, steps)), np.zeros((rows, steps))
-                np.add.at(total, (trace.row, trace.step), share)  # several anchors: their mean
-                np.add.at(times, (trace.row, trace.step), 1)
-                session.reset_stats()
-                return list(total / np.maximum(times, 1))
-
-            yield shares
-    else:
-        with baselines.apply(model, setting()) as run:
-
-            def shares(rows: int) -> list[np.ndarray]:
-                found = [share.float().numpy() for share in run.shares]
-                run.shares.clear()
-                run.kept.clear()
-                return list(np.stack(found, 1)) if found else [np.zeros(0)] * rows
-
-            yield shares
+    def add(self, more: "Answers") -> None:
+        self.tokens += more.tokens
+        self.shares += more.shares
+        self.seconds += more.seconds
 
 
 def answer(
     model,
     drawn: Sequence[tuple[trail.Picture, trail.Question]],
-    setting,
-    *,
-    batch: int = 50,
-    tick: Callable[[int], None] = lambda done: None,
-) -> Answers:
-    """Greedy answers to all pictures; `tick` hears how many are done."""
-    made = Answers([], [], [])
-    with under(model, setting) as shares_of:
-        clock = Clock(model)
-        try:
-            for begin in range(0, len(drawn), batch):
-                part = drawn[begin : begin + batch]
-                given = inputs_of(part)
-                out = model.generate(**given, do_sample=False, max_new_tokens=MOST_TOKENS)
-                for row, share in zip(
-                    out[:, given["input_ids"].shape[1] :].tolist(), shares_of(len(part)), strict=True
-                ):
-                    length = row.index(trail.END) + 1 if trail.END in row else len(row)
-                    made.tokens.append(row[:length])
-                    made.shares.append(share[: length - 1])  # the first token comes from prefill
-                tick(len(made.tokens))
-        finally:
-            clock.close()
-    made.seconds = clock.seconds
-    return made
+    settings: Mapping[str, Any],
+    tick: Callable[[str], None] = lambda name: None,
+) -> dict[str, Answers]:
+    """Greedy answers to one batch of pictures under every setting; `tick` hears each name.
+
+    A setting is a PulseConfig, None for full attention, or what makes a baseline. The first two
+    change decode steps alone, so they share one prefill, each with a copy of its cache.
+    """
+    given = inputs_of(drawn)
+    made = {}
+    pulses = {n: s for n, s in settings.items() if s is None or isinstance(s, vp.PulseConfig)}
+    if pulses:
+        for name, found in _from_one_prefill(model, given, pulses):
+            made[name] = found
+            tick(name)
+    for name, make in settings.items():
+        if name in pulses:
+            continue
+        with baselines.apply(model, make()) as run, Clock(model) as clock:
+            out = model.generate(**given, do_sample=False, max_new_tokens=MOST_TOKENS)
+        shares = torch.stack(run.shares, 1).float().numpy()
+        made[name] = _answers(out, given, shares, clock)
+        tick(name)
+    return {name: made[name] for name in settings}
+
+
+def _from_one_prefill(model, given: dict, pulses: dict) -> Iterator[tuple[str, Answers]]:
+    from transformers import DynamicCache
+
+    size = given["input_ids"].shape[1]
+    with vp.patch(model, record=True) as session, torch.no_grad():
+        cache = DynamicCache(config=model.config.text_config)
+        logits = model(**given, past_key_values=cache, logits_to_keep=1).logits
+        first = logits[:, -1].argmax(-1, keepdim=True)  # comes out of prefill, as in generate()
+        ids = torch.cat([given["input_ids"], first], 1)
+        for name, config in pulses.items():
+            go_on = {
+                "input_ids": ids,
+                "attention_mask": torch.ones_like(ids),
+                "past_key_values": copy.deepcopy(cache),
+                "max_new_tokens": MOST_TOKENS - 1,
+            }
+            session.reset_stats()
+            with contextlib.ExitStack() as stack:
+                clock = stack.enter_context(Clock(model))
+                if config is None:
+                    stack.enter_context(session.paused())
+                else:
+                    session.update(**{f.name: getattr(config, f.name) for f in fields(config)})
+                out = model.generate(**go_on, do_sample=False)
+            shares = None if config is None else _shares(session.trace, len(out))
+            yield name, _answers(out, {"input_ids": ids[:, :size]}, shares, clock)
+
+
+def _shares(trace: vp.Trace, rows: int) -> np.ndarray:
+    """Share of visual tokens kept, [rows, steps]; of several anchors their mean."""
+    share = np.diff(trace.ends, prepend=0) / np.maximum(trace.n_visual, 1)
+    total = np.zeros((rows, int(trace.step.max()) + 1))
+    times = np.zeros_like(total)
+    np.add.at(total, (trace.row, trace.step), share)
+    np.add.at(times, (trace.row, trace.step), 1)
+    return total / np.maximum(times, 1)
+
+
+def _answers(out: torch.Tensor, given: dict, shares: np.ndarray | None, clock: Clock) -> Answers:
+    said = [until_end(row) for row in out[:, given["input_ids"].shape[1] :].tolist()]
+    # the first token comes from prefill; steps after an answer's end are not counted
+    kept = [
+        [] if shares is None else shares[b, : len(tokens) - 1].tolist()
+        for b, tokens in enumerate(said)
+    ]
+    return Answers(said, kept, clock.seconds)
 
 
 def hops_right(said: Sequence[int], answer: Sequence[int]) -> tuple[int, int]:
@@ -155,7 +142,7 @@ def summary(drawn: Sequence[tuple[trail.Picture, trail.Question]], made: Answers
     right = [said == answer for said, answer in zip(made.tokens, wanted, strict=True)]
     hops = [hops_right(said, answer) for said, answer in zip(made.tokens, wanted, strict=True)]
     low, high = wilson(sum(right), len(right))
-    steps = np.concatenate(made.shares)
+    steps = np.concatenate([np.asarray(shares) for shares in made.shares])
     return {
         "n": len(right),
         "exact": sum(right) / len(right),

@@ -159,9 +159,10 @@ class Trainer:
         self.align = Alignment()
         self.steps, self.decay_from, self.penalty = steps, decay_from, penalty
         self.packed = Packed()
-        AttentionInterface.register("trail_packed", self.packed)
-        AttentionMaskInterface.register("trail_packed", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
-        self.model.set_attn_implementation("trail_packed")
+        name = f"trail_packed_{id(self.packed)}"
+        AttentionInterface.register(name, self.packed)
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+        self.model.set_attn_implementation(name)
         self.seen = torch.zeros(0)  # vision output of the last forward
         self.model.model.visual.register_forward_hook(self._look)
         named = dict(self.model.named_parameters())
@@ -276,8 +277,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--decay-from", type=int, default=4300, help="step of the full rate's end")
+    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--decay-from", type=int, default=4000, help="step of the full rate's end")
     parser.add_argument("--penalty", type=float, default=0.05, help="weight of the visual mass")
     parser.add_argument("--resume", type=Path, help="folder of a checkpoint to go on from")
     args = parser.parse_args()

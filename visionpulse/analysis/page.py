@@ -30,6 +30,8 @@ def to_html(
     """Write the page to `path`; it needs no network and no other file."""
     told = [_told(sequence, text_of(tokenizer)) for sequence in sequences(trace, pictures)]
     about = {key: trace.about.get(key) for key in ("model", "config", "anchors", "layers")}
+    if str(about["model"]).startswith("/"):  # a folder: where it lies is nobody's business
+        about["model"] = Path(str(about["model"])).name
     data = {"title": title, "note": note, "about": about, "sequences": told}
     # a closing tag inside a string would end the script
     text = json.dumps(data, separators=(",", ":")).replace("</", "<\\/")

@@ -100,8 +100,13 @@ def _marks_of(rng: np.random.Generator, copies: int) -> Ints:
     return rng.permutation(np.repeat(which, rarest + shares))
 
 
-def draw(rng: np.random.Generator, side: int, colours: int, per_colour: int) -> Picture:
-    """Draw a picture with so many colours and cells per colour."""
+def draw(
+    rng: np.random.Generator, side: int, colours: int, per_colour: int, even: bool = False
+) -> Picture:
+    """Draw a picture with so many colours and cells per colour.
+
+    Sizes of nodes are log-uniform, so that small ones are as frequent as large ones, or `even`.
+    """
     cells = np.full((side * side, 4), -1, np.int64)
     free, at = rng.permutation(side * side), 0
     paths: dict[int, list[Node]] = {}
@@ -109,8 +114,10 @@ def draw(rng: np.random.Generator, side: int, colours: int, per_colour: int) -> 
         sizes: list[int] = []
         left = per_colour
         while left and len(sizes) < GLYPHS:
-            # log-uniform: small nodes are as frequent as large ones
-            copies = int(np.exp(rng.uniform(0.0, np.log(MOST_COPIES + 1))))
+            if even:
+                copies = int(rng.integers(1, MOST_COPIES + 1))
+            else:
+                copies = int(np.exp(rng.uniform(0.0, np.log(MOST_COPIES + 1))))
             sizes.append(min(left, copies))
             left -= sizes[-1]
         glyphs = rng.permutation(GLYPHS)[: len(sizes)].tolist()
@@ -181,7 +188,8 @@ CROWDS = ("crowded", "sparse")
 def test_set(seed: int, count: int, side: int, crowd: str) -> list[tuple[Picture, Question]]:
     """Pictures with one question each of 2 to 6 hops; pictures of another seed are other pictures.
 
-    Crowded: all eight colours fill the grid. Sparse: one colour on an eighth of it.
+    Crowded: all eight colours fill the grid. Sparse: one colour on an eighth of it. Nodes of 1 to
+    20 copies are equally frequent.
     """
     if crowd not in CROWDS:
         raise ValueError(f"crowd must be one of {CROWDS}, got {crowd!r}")
@@ -190,7 +198,7 @@ def test_set(seed: int, count: int, side: int, crowd: str) -> list[tuple[Picture
     colours, per_colour = (COLOURS, cells // COLOURS) if crowd == "crowded" else (1, cells // 8)
     drawn = []
     for _ in range(count):
-        picture = draw(rng, side, colours, per_colour)
+        picture = draw(rng, side, colours, per_colour, even=True)
         drawn.append((picture, ask(rng, picture, int(rng.integers(2, MOST_HOPS + 1)))))
     return drawn
 

@@ -1,0 +1,185 @@
+"""Print the accuracy table of the tiny model: `python benchmarks/accuracy/table.py`.
+
+Every row runs through vp.patch or a baseline over the model, on the kernels of this machine; rows
+of one table answer the same pictures, which no training run has seen.
+"""
+
+import argparse
+import hashlib
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple
+
+import rows as table
+import torch
+from measure import Answers, answer, summary
+
+from visionpulse.data import tiny, trail
+
+SEED = 90_000  # training draws from another stream of seeds, see train.Trainer
+LARGE_SIDE = 40  # 1600 tokens: four times the largest pictures of training
+HEADERS = ("", "n", "exact % (95 %)", "hops %", "tokens", "kept %", "ms/step", "vs full")
+
+
+def settings_of(which: str) -> dict:
+    """What is asked of a test set: row name -> setting."""
+    rows = (table.FULL, table.FIRST, *table.ROWS)
+    wanted = {"sparse": table.SPARSE, "large": table.LARGE}.get(which)
+    return {row.name: row.setting for row in rows if wanted is None or row.name in wanted}
+
+
+class Job(NamedTuple):
+    """One batch of one test set, under some rows."""
+
+    which: str
+    crowd: str
+    side: int
+    seed: int
+    pictures: int
+    rows: tuple[str, ...]
+    weights: Path
+
+
+def run(job: Job) -> tuple[Job, dict[str, Answers]]:
+    """Answer a batch in a process of its own, on one thread."""
+    torch.set_num_threads(1)
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    drawn = trail.test_set(job.seed, job.pictures, job.side, job.crowd)
+    known = settings_of(job.which)
+    return job, answer(tiny.load(job.weights), drawn, {name: known[name] for name in job.rows})
+
+
+def about(weights: Path) -> dict:
+    """What a row was measured with."""
+    import transformers
+
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False,
+        cwd=Path(__file__).parent,
+    ).stdout.strip()  # fmt: skip
+    digest = hashlib.sha256((weights / "model.safetensors").read_bytes()).hexdigest()[:12]
+    return {
+        "weights": digest, "commit": commit, "torch": torch.__version__,
+        "transformers": transformers.__version__, "machine": platform.machine(), "seed": SEED,
+    }  # fmt: skip
+
+
+def jobs_of(args: argparse.Namespace) -> Iterator[tuple[str, Job]]:
+    """All batches, a share of every set at a time, so that a stopped run has rows of one length."""
+    wanted = [part for part in args.only.split(",") if part]
+    sets = {
+        "crowded": ("crowded", tiny.SIDE, args.n, args.batch),
+        "sparse": ("sparse", tiny.SIDE, args.n, args.batch),
+        "large": ("crowded", LARGE_SIDE, args.large, max(1, args.batch // 5)),
+    }
+    for part in range(max(-(-n // batch) for _, _, n, batch in sets.values())):
+        for which, (crowd, side, n, batch) in sets.items():
+            pictures = min(batch, n - part * batch)
+            if pictures <= 0:
+                continue
+            rows = tuple(
+                name
+                for name in settings_of(which)
+                if not wanted or name == table.FULL.name or any(w in name for w in wanted)
+            )
+            yield which, Job(which, crowd, side, SEED + part, pictures, rows, args.weights)
+
+
+class Made:
+    """The answers so far, by test set and row."""
+
+    def __init__(self) -> None:
+        self.parts: dict[tuple[str, int], tuple[Job, dict[str, Answers]]] = {}
+
+    def add(self, job: Job, answers: dict[str, Answers]) -> None:
+        self.parts[job.which, job.seed] = job, answers
+
+    def rows(self, groups: dict[str, str]) -> list[dict]:
+        found = []
+        for which in ("crowded", "sparse", "large"):
+            parts = [self.parts[key] for key in sorted(self.parts) if key[0] == which]
+            if not parts:
+                continue
+            first = parts[0][0]
+            drawn = [
+                one
+                for job, _ in parts
+                for one in trail.test_set(job.seed, job.pictures, job.side, job.crowd)
+            ]
+            for name in first.rows:
+                whole = Answers([], [], [])
+                for _, answers in parts:
+                    whole.add(answers[name])
+                where = {"set": which, "side": first.side, "visual_tokens": first.side**2}
+                what = {"bench": "accuracy", "name": name, "group": groups[name]}
+                found.append(what | where | summary(drawn, whole) | {"batch": first.pictures})
+        return found
+
+
+def printed(found: list[dict]) -> str:
+    """The rows as a table of Markdown."""
+    full = {row["set"]: row for row in found if row["name"] == table.FULL.name}
+    lines = []
+    for which in dict.fromkeys(row["set"] for row in found):
+        here = [row for row in found if row["set"] == which]
+        tokens = here[0]["visual_tokens"]
+        lines += ["", f"**{which}**, {tokens} visual tokens, answers of "
+                  f"{here[0]['length_wanted']:.1f} tokens", ""]  # fmt: skip
+        lines += ["| " + " | ".join(HEADERS) + " |", "|---" * len(HEADERS) + "|"]
+        for row in here:
+            pairs = list(zip(full[which]["right"], row["right"], strict=True))
+            lost, won = pairs.count(("1", "0")), pairs.count(("0", "1"))
+            kept = "" if row["retention"] is None else f"{100 * row['retention']:.2f}"
+            exact = f"{100 * row['exact']:.1f} ({100 * row['exact_low']:.1f}.."
+            cells = (
+                row["name"], str(row["n"]), exact + f"{100 * row['exact_high']:.1f})",
+                f"{100 * row['hops']:.1f}", f"{row['length']:.1f}", kept,
+                f"{row['step_ms_p50']:.1f}", "" if row is full[which] else f"-{lost} +{won}",
+            )  # fmt: skip
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--weights", type=Path, default=tiny.FOLDER)
+    parser.add_argument("--n", type=int, default=500, help="pictures of a row")
+    parser.add_argument("--large", type=int, default=100, help="pictures of 1600 tokens, 0: none")
+    parser.add_argument("--batch", type=int, default=50)
+    parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
+    parser.add_argument("--sets", default="", help="of crowded, sparse, large, by comma")
+    parser.add_argument("--only", default="", help="rows whose name holds one of these, by comma")
+    parser.add_argument("--out", type=Path, help="write the rows as JSON lines, after every batch")
+    parser.add_argument("--show", type=Path, help="print a table from rows that were written")
+    args = parser.parse_args()
+    if args.show:
+        print(printed([json.loads(line) for line in args.show.read_text().splitlines()]))
+        return
+    jobs = [job for which, job in jobs_of(args) if not args.sets or which in args.sets.split(",")]
+    groups = {row.name: row.group for row in (table.FULL, table.FIRST, *table.ROWS)}
+    known, begun, made = about(args.weights), time.monotonic(), Made()
+    with get_context("spawn").Pool(args.jobs) as pool:
+        for done, (job, answers) in enumerate(pool.imap_unordered(run, jobs), 1):
+            made.add(job, answers)
+            if args.out:
+                args.out.parent.mkdir(parents=True, exist_ok=True)
+                lines = [json.dumps(row | known) for row in made.rows(groups)]
+                args.out.write_text("\n".join(lines) + "\n")
+            spent, share = time.monotonic() - begun, done / len(jobs)
+            print(f"\r[{'#' * round(30 * share):<30}] {done}/{len(jobs)} batches, {spent:.0f} s, "
+                  f"{spent / share - spent:.0f} s to go ", end="", file=sys.stderr)  # fmt: skip
+    print(file=sys.stderr)
+    print(printed(made.rows(groups)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""`visionpulse calibrate`: suggest anchor, tau and bounds for a model, on your own inputs."""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..config import PRESETS
+from ..data import tiny, trail
+from .calibration import calibrate
+
+TINY = "tiny"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write a config file that `patch` takes, and say what it rests on."""
+    parser = argparse.ArgumentParser("visionpulse calibrate", description=main.__doc__)
+    parser.add_argument("model", help=f"folder or name for from_pretrained, or {TINY!r}")
+    parser.add_argument(
+        "--data", type=Path,
+        help='JSON lines like {"image": "a.png", "prompt": "..."}; several images as a list',
+    )  # fmt: skip
+    parser.add_argument("--count", type=int, default=8, help="lines of --data to use")
+    parser.add_argument("--tokens", type=int, default=128, help="of each dense answer")
+    parser.add_argument("--start", choices=sorted(PRESETS), help="a preset to compare with")
+    parser.add_argument("--out", type=Path, default=Path("visionpulse.json"))
+    parser.add_argument("--plot", type=Path, help="draw error against retention")
+    args = parser.parse_args(argv)
+    if args.model != TINY and args.data is None:
+        parser.error("--data is needed: a model is calibrated on inputs like those it will serve")
+    try:
+        model, inputs, options = _tiny(args.count) if args.model == TINY else _loaded(args)
+        found = calibrate(
+            model, inputs, start=PRESETS.get(args.start), max_new_tokens=args.tokens,
+            tick=_progress, **options,
+        )  # fmt: skip
+    except (ImportError, OSError, ValueError) as error:
+        sys.stderr.write(f"\nvisionpulse calibrate: {error}\n")
+        return 1
+    sys.stderr.write("\n")
+    sys.stdout.write(f"{found.report()}\n\nwritten: {found.save(args.out)}\n")
+    if args.plot:
+        sys.stdout.write(f"drawn: {found.plot(args.plot)}\n")
+    return 0
+
+
+def _progress(what: str, done: int, total: int) -> None:
+    bar = "#" * round(30 * done / total)
+    sys.stderr.write(f"\r[{bar:<30}] {what} {done}/{total}   ")
+    sys.stderr.flush()
+
+
+def _tiny(count: int) -> tuple[Any, list[Any], dict[str, Any]]:
+    drawn = trail.test_set(11, 4 * count, tiny.SIDE, "crowded")
+    batches = [tiny.inputs_of(drawn[i : i + 4]) for i in range(0, len(drawn), 4)]
+    return tiny.load(), batches, {}
+
+
+def _loaded(args: argparse.Namespace) -> tuple[Any, list[Any], dict[str, Any]]:
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    models: Any = AutoModelForImageTextToText
+    processors: Any = AutoProcessor
+    model = models.from_pretrained(args.model, dtype="auto").eval()
+    processor = processors.from_pretrained(args.model)
+    lines = args.data.read_text().splitlines()[: args.count]
+    items = [json.loads(line) for line in lines if line.strip()]
+    return model, list(prompts(processor, items, args.data.parent)), {}
+
+
+def prompts(
+    processor: Any, items: Sequence[Mapping[str, Any]], folder: Path
+) -> Iterator[Mapping[str, Any]]:
+    """What `generate` takes, of lines of --data; pictures lie beside the file."""
+    for number, item in enumerate(items, 1):
+        if "prompt" not in item or "image" not in item:
+            raise ValueError(f"line {number} needs 'image' and 'prompt', got {sorted(item)}")
+        images = item["image"] if isinstance(item["image"], list) else [item["image"]]
+        content = [{"type": "image", "image": str(folder / image)} for image in images]
+        content.append({"type": "text", "text": item["prompt"]})
+        yield processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )

@@ -1,0 +1,86 @@
+"""`visionpulse plot`: draw a saved trace again, without the model."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..models.trace import Trace
+from .page import to_html
+from .plots import plot
+from .scene import Shown, picture_from
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write a page (.html) or a plot (.png, .pdf, .svg) of a trace."""
+    parser = argparse.ArgumentParser("visionpulse plot", description=main.__doc__)
+    parser.add_argument("trace", type=Path, help="what trace.save(path) wrote")
+    parser.add_argument("--out", type=Path, help="default: the trace's name with .html")
+    parser.add_argument(
+        "--picture",
+        action="append",
+        default=[],
+        type=Path,
+        help="in the prompt's order, repeatable",
+    )
+    parser.add_argument(
+        "--grid", action="append", default=[], metavar="ROWSxCOLUMNS",
+        help="tokens of each picture after merging; one for all, or one each",
+    )  # fmt: skip
+    parser.add_argument("--tokenizer", help="folder or name, to show tokens as text")
+    parser.add_argument("--conversation", type=int, default=0, help="of a plot; a page has all")
+    parser.add_argument("--row", type=int, default=0, help="of a plot; a page has all")
+    args = parser.parse_args(argv)
+    if not args.trace.exists():
+        parser.error(f"no file {args.trace}; record one with patch(model, record=True)")
+    trace = Trace.load(args.trace)
+    out: Path = args.out or args.trace.with_suffix(".html")
+    try:
+        shown = _shown(args.picture, args.grid)
+        options: dict[str, Any] = {"pictures": shown, "tokenizer": _tokenizer(args.tokenizer)}
+        if out.suffix == ".html":
+            to_html(trace, out, title=args.trace.stem, **options)
+        else:
+            plot(trace, out, conversation=args.conversation, row=args.row, **options)
+    except (ValueError, ImportError, OSError) as error:
+        sys.stderr.write(f"visionpulse plot: {error}\n")
+        return 1
+    sys.stdout.write(f"{out}\n")
+    return 0
+
+
+def _shown(pictures: Sequence[Path], grids: Sequence[str]) -> list[Shown] | None:
+    """Pictures with their grids; None leaves the layout to the trace."""
+    if not pictures and not grids:
+        return None
+    sizes = [_grid(text) for text in grids]
+    count = max(len(pictures), len(sizes))
+    if len(sizes) == 1:
+        sizes *= count
+    if len(sizes) != count or (pictures and len(pictures) != count):
+        raise ValueError(
+            f"{len(pictures)} pictures and {len(grids)} grids; give one grid for all or one each"
+        )
+    if not pictures:
+        return [Shown(*size) for size in sizes]
+    return [
+        Shown(*size, picture_from(path), path.name)
+        for size, path in zip(sizes, pictures, strict=True)
+    ]
+
+
+def _grid(text: str) -> tuple[int, int]:
+    rows, _, columns = text.partition("x")
+    if not (rows.isdigit() and columns.isdigit()):
+        raise ValueError(f"a grid is ROWSxCOLUMNS, for example 24x32, got {text!r}")
+    return int(rows), int(columns)
+
+
+def _tokenizer(name: str | None) -> Any:
+    if name is None:
+        return None
+    from transformers import AutoTokenizer
+
+    found: Any = AutoTokenizer
+    return found.from_pretrained(name)

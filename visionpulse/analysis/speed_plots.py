@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 # Colours that differ in lightness too, for print and for the colour-blind.
-_COLOURS = ("#0b3c5d", "#d1495b", "#edae49", "#2e8b57", "#7a5195", "#8c8c8c", "#00a6a6")
+_COLOURS = ("#0b3c5d", "#d1495b", "#edae49", "#2e8b57", "#7a5195", "#8c8c8c", "#00a6a6", "#8b5a2b")
 _MARKERS = "osD^vPX*"
 
 

@@ -121,6 +121,24 @@ def test_keeping_everything_changes_no_token(tiny, family, situation):
     assert torch.equal(situation(made), expected)
 
 
+@pytest.mark.parametrize(
+    "situation",
+    (greedy, left_padded, beams_of_a_batch, static_cache, second_turn),
+    ids=lambda f: f.__name__,
+)
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3"])
+def test_eager_models_too(tiny, family, situation):
+    made = tiny(family)
+    made.model.set_attn_implementation("eager")
+    try:
+        expected = situation(made)
+        with vp.patch(made.model, KEEP_ALL) as session:
+            assert torch.equal(situation(made), expected)
+            assert session.stats.retention.min == 1.0
+    finally:
+        made.model.set_attn_implementation("sdpa")
+
+
 def _prompts(situation):
     if situation is row_without_picture:
         return ([4, "i", 5], [12])

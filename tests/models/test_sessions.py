@@ -142,6 +142,13 @@ def test_unsupported_models_are_refused_with_the_reason(tiny):
         vp.patch(fake)
 
 
+def test_flex_attention_is_refused(tiny):
+    made = tiny("llava", num_hidden_layers=2)
+    made.model.get_decoder().config._attn_implementation_internal = "flex_attention"
+    with pytest.raises(vp.UnsupportedModelError, match="set_attn_implementation"):
+        vp.patch(made.model)
+
+
 def test_a_family_row_can_name_other_ids(tiny, monkeypatch):
     made = tiny("llava")
     monkeypatch.setitem(FAMILIES, "llava", Family(ids=("bos_token_id",)))

@@ -30,6 +30,7 @@ def attention(
         if (
             role is not Role.MODEL
             and key.shape == value.shape
+            and not (attention_mask is None and step.needs_mask)
             and not query.requires_grad
             and kwargs.get("s_aux") is None
             and kwargs.get("position_bias") is None

@@ -132,6 +132,11 @@ def anatomy(model: Any) -> Anatomy:
             "visionpulse/models/families.py"
         )
     decoder, config = _decoder(model, kind)
+    if config._attn_implementation == "flex_attention":
+        raise UnsupportedModelError(
+            "flex attention keeps its mask as blocks, from which no row can be cut; "
+            "call model.set_attn_implementation('sdpa') first"
+        )
     full = _full_layers(config)
     if not any(full):
         raise UnsupportedModelError(

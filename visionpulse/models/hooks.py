@@ -160,7 +160,7 @@ class Hooks:
             limit = _static_length(cache, self._layer)
         state = session.new_state() if state is None else state
         total = past + inputs.shape[1]
-        state.model_path = _has_holes(mask, total)
+        state.model_path, state.needs_mask = _has_holes(mask, total), limit > 0
         self._see(state, inputs, found, past, limit)
         if limit > 0 and session.plan.looks_back:
             state.look_back(getattr(cache.layers[self._layer], "spare", None))

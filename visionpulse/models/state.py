@@ -17,6 +17,7 @@ class CacheState:
     visual: VisualTokens | None = None  # None: no row has a visual token
     inverse: Tensor | None = None  # float32 [B], 1 / N_v, and 0 for rows without visual tokens
     model_path: bool = False  # rows have hidden keys in the middle: the model's attention only
+    needs_mask: bool = False  # a static cache: without a mask its empty slots would be keys
     steps: int = 0  # decode steps since the last prefill or crop
     kept: Selection | None = None  # of the previous step, for the schedule that looks back
     kept_by: object = field(default=None, repr=False)  # the plan that made `kept`

@@ -44,6 +44,7 @@ class Step:
         self.number = state.steps
         self.roles = plan.text if state.visual is None else plan.roles(state.steps)
         self.selection: Selection | None = None
+        self.needs_mask = state.needs_mask
         self.is_first = True  # no anchor has selected yet
         if self.compiled and state.window is not None and self.roles is not plan.text:
             if plan.looks_back:  # the choice between a fresh and a later step is made on the device

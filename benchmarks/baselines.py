@@ -84,6 +84,7 @@ def transformers_eager(q: Tensor, kv: vp.KVCache) -> Tensor:
 def _flex() -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
+    torch._dynamo.config.recompile_limit = 64  # one graph per shape, each as good as it gets
     return torch.compile(flex_attention, dynamic=False)
 
 

@@ -162,10 +162,13 @@ def single_layers(
     kept = attended_positions(layers.kv[0], layers.visual, selection)
 
     def dense(form: Form) -> Callable[[int], object]:
-        return bench.captured_layers(lambda turn: form.dense(*layers.at(turn)), len(layers))
+        return bench.captured_layers(
+            lambda turn: form.dense(*layers.at(turn)), len(layers), form.name
+        )
 
     def sparse(form: Form) -> Callable[[int], object]:
-        return bench.captured_layers(lambda turn: form.sparse(*layers.at(turn), kept), len(layers))
+        layer = lambda turn: form.sparse(*layers.at(turn), kept)  # noqa: E731
+        return bench.captured_layers(layer, len(layers), form.name)
 
     for form in forms:
         baselines.check(form.name, layers.q[0].device.type)

@@ -106,10 +106,10 @@ def theirs(bench: Bench, layers: Layers, forms: list[Form], ours: Ours) -> dict[
         baselines.check(form.name, bench.device.type)
         if form.dense is not None:
             layer = lambda turn, form=form: form.dense(*layers.at(turn))  # noqa: E731
-            made["dense"][form.name] = bench.captured_layers(layer, many)
+            made["dense"][form.name] = bench.captured_layers(layer, many, form.name)
         if form.sparse is not None:
             layer = lambda turn, form=form: form.sparse(*layers.at(turn), kept)  # noqa: E731
-            made["follower"][form.name] = bench.captured_layers(layer, many)
+            made["follower"][form.name] = bench.captured_layers(layer, many, form.name)
     made["score"]["torch-score"] = bench.captured_layers(torch_score(layers), many)
     made["select"]["torch-topk"] = bench.captured_layers(torch_topk(layers, ours), many)
     made["anchor"]["torch-visionpulse"] = bench.captured_layers(torch_anchor(layers), many)

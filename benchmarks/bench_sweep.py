@@ -34,19 +34,23 @@ def run(bench: Bench, shape: Shape, dtype: torch.dtype, retentions: tuple[float,
     variants = {PLAIN: lambda turn: sdpa.grouped(*layers.at(turn))}
     work, shares = {PLAIN: cost.dense(problem)}, {}
     for backend in bench.backends(*layers.at(0), visual):
-        variants[f"{backend}:dense"] = dense(layers, backend)
+        common = {"workspace": vp.Workspace(), "backend": backend}
+        variants[f"{backend}:dense"] = dense(layers, common)
         work[f"{backend}:dense"] = cost.dense(problem)
-        variants[f"{backend}:anchor"] = anchor(layers, shape.config(), backend)
+        variants[f"{backend}:anchor"] = anchor(layers, shape.config(), common)
         work[f"{backend}:anchor"] = cost.decode(problem, shape.kept)
         for share in retentions:
             _, kept = vp.decode(
-                *layers.at(0), visual, vp.PulseConfig(ratio=(share, share)), backend=backend
+                *layers.at(0), visual, vp.PulseConfig(ratio=(share, share)), **common
             )
             name = f"{backend}:follower-{100 * share:g}%"
-            variants[name] = follower(layers, kept, backend)
+            variants[name] = follower(layers, kept, common)
             work[name] = cost.attend(problem, int(kept.counts[0]))
             shares[name] = share
             check(layers, kept, backend)
+    variants = {
+        name: bench.captured_layers(layer, len(layers), name) for name, layer in variants.items()
+    }
     times, ceilings = bench.time(variants, dtype, shape.head_dim * dtype.itemsize)
     facts = {
         name: {
@@ -65,16 +69,16 @@ def run(bench: Bench, shape: Shape, dtype: torch.dtype, retentions: tuple[float,
     )  # fmt: skip
 
 
-def dense(layers: Layers, backend: str):
-    return lambda turn: vp.attend(*layers.at(turn), backend=backend)
+def dense(layers: Layers, common: dict):
+    return lambda turn: vp.attend(*layers.at(turn), **common)
 
 
-def anchor(layers: Layers, config: vp.PulseConfig, backend: str):
-    return lambda turn: vp.decode(*layers.at(turn), layers.visual, config, backend=backend)
+def anchor(layers: Layers, config: vp.PulseConfig, common: dict):
+    return lambda turn: vp.decode(*layers.at(turn), layers.visual, config, **common)
 
 
-def follower(layers: Layers, kept: vp.Selection, backend: str):
-    return lambda turn: vp.attend(*layers.at(turn), layers.visual, kept, backend=backend)
+def follower(layers: Layers, kept: vp.Selection, common: dict):
+    return lambda turn: vp.attend(*layers.at(turn), layers.visual, kept, **common)
 
 
 def check(layers: Layers, kept: vp.Selection, backend: str) -> None:

@@ -56,6 +56,7 @@ class Bench:
         self.dtypes = [DTYPES[name] for name in self.options.dtypes.split(",")]
         self.machine = Machine.here(self.device)
         self.rows: list[Row] = []
+        self._pool: object = None
 
     def say(self, text: str) -> None:
         if not self.options.quiet:
@@ -78,21 +79,30 @@ class Bench:
         """On a GPU the step as one CUDA graph, so that the host's pace is not what is timed."""
         if self.device.type != "cuda":
             return lambda turn: step()
+        torch.cuda.synchronize()
         side = torch.cuda.Stream()
-        with torch.cuda.stream(side):
+        with torch.cuda.stream(side):  # compiles and allocates, which a capture cannot
             step()
             step()
-        side.synchronize()
+        torch.cuda.synchronize()
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()  # graphs never run at once: they share
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=self._pool):
             step()
+        torch.cuda.synchronize()
         return lambda turn: graph.replay()
 
-    def captured_layers(self, layer: Variant, count: int) -> Variant:
+    def captured_layers(self, layer: Variant, count: int, name: str = "") -> Variant:
         """The same for one layer: a graph per set of inputs, so that they still rotate."""
         if self.device.type != "cuda":
             return layer
-        replays = [self.captured(lambda turn=turn: layer(turn)) for turn in range(count)]
+        try:
+            replays = [self.captured(lambda turn=turn: layer(turn)) for turn in range(count)]
+        except RuntimeError as error:  # somebody else's form that reads the device
+            torch.cuda.synchronize()
+            self.say(f"{name} is timed without a graph: {str(error).splitlines()[0]}")
+            return layer
         return lambda turn: replays[turn % count](turn)
 
     def time(

@@ -52,12 +52,11 @@ def sanitize(backends: str) -> list[Command]:
 
 def bench(rows: Path, backends: str) -> list[Command]:
     shared = ["--device", "cuda", "--backends", backends, "--out", str(rows)]
-    script = [sys.executable, "benchmarks/bench_decode.py", *shared, "--dtypes", "bf16"]
-    sweep = [sys.executable, "benchmarks/bench_sweep.py", *shared, "--dtypes", "bf16"]
-    shapes = "b1-4k,b1-16k,b1-128k,b8-16k,b8-32k,b8-128k"
+    stages = [sys.executable, "benchmarks/bench_stages.py", *shared, "--dtypes", "bf16"]
+    steps = [sys.executable, "benchmarks/bench_decode.py", *shared, "--dtypes", "bf16"]
     return [
-        [*script, "--shapes", "b1-16k,b8-8k,b8-16k,b8-32k", "--baselines", "all"],
-        [*sweep, "--shapes", shapes, "--sweep", "retention"],
+        [*stages, "--shapes", "b1-4k,b1-16k,b1-128k,b8-16k,b8-32k,b8-128k"],
+        [*steps, "--shapes", "b1-16k,b8-8k,b8-16k,b8-32k", "--baselines", "all"],
     ]
 
 

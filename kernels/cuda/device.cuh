@@ -299,7 +299,7 @@ VP_DEVICE uint32_t cluster_rank() {
   return rank;
 }
 VP_DEVICE void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive;\nbarrier.cluster.wait;" ::: "memory");
 }
 // What the launch before this one wrote is there from here on.
 VP_DEVICE void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }

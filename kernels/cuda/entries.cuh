@@ -13,6 +13,7 @@
   VP_HALF_ROWS(X, bf16, BFloat16, d) \
   VP_HALF_ROWS(X, fp16, Float16, d)  \
   VP_FLOAT_ROWS(X, d)
+#ifndef VP_STREAM_KERNELS
 #define VP_STREAM_KERNELS(X) \
   VP_HEAD_DIM(X, 64)         \
   VP_HEAD_DIM(X, 80)         \
@@ -20,6 +21,7 @@
   VP_HEAD_DIM(X, 128)        \
   VP_HEAD_DIM(X, 192)        \
   VP_HEAD_DIM(X, 256)
+#endif
 
 namespace visionpulse::cuda {
 

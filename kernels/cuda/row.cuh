@@ -135,6 +135,7 @@ VP_DEVICE Share share_of(const StreamArgs& args) {
 struct Key {
   int32_t position;  // -1: none
   bool visual;
+  bool there;    // false: none, or its page is not in the pool
   int64_t k, v;  // element offsets from the KV head's base
 };
 
@@ -156,7 +157,7 @@ struct KeyFinder {
 
   // `index` of the virtual order; -1 stands for none.
   __device__ __forceinline__ Key find(const StreamArgs& args, const Share& share, int32_t index) {
-    Key key = {-1, false, 0, 0};
+    Key key = {-1, false, false, 0, 0};
     if (index < 0) return key;
     if (args.selection.indices == nullptr) {
       key.position = share.keys.begin + index;
@@ -185,10 +186,10 @@ struct KeyFinder {
       outer = kv.table[b * kv.table_stride + page];
       token = key.position - page * kv.page_size;
       if (outer < 0 || outer >= kv.pages) {
-        key.position = -1;
         return;
       }
     }
+    key.there = true;
     key.k = outer * kv.k_stride.outer + token * kv.k_stride.token;
     key.v = outer * kv.v_stride.outer + token * kv.v_stride.token;
   }

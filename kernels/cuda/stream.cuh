@@ -19,7 +19,9 @@ template <class T, int D, int kRows>
 using TileOf = std::conditional_t<Element<T>::kTensorCores && (kRows > 4), MmaTile<T, D, kRows>,
                                   DotTile<T, D, kRows>>;
 
-constexpr int32_t kVisualBit = 1 << 30;
+// Beside a position: it is visual; its page is missing. The host keeps positions below both.
+constexpr int32_t kVisualBit = 1 << 30, kMissingBit = 1 << 29;
+constexpr int32_t kPosition = kMissingBit - 1;
 
 // Rows of a tile are 16 bytes longer than D, which spreads eight of them over all banks.
 template <class T, int D>
@@ -105,11 +107,14 @@ struct Stream {
 
   // Starts the copies of the tile found last, and finds the next.
   __device__ __forceinline__ void load(int32_t stage) {
-    const uint32_t there = __ballot_sync(kWarp, ahead.position >= 0);
+    const uint32_t there = __ballot_sync(kWarp, ahead.there);
     char* to = stages + stage * (args.k_bytes + args.v_bytes);
     if (lane() < Tile::kKeys) {
+      // a score without its key is -inf; an output needs no such key at all
+      const int32_t missing = kScore ? ahead.position | kMissingBit : -1;
+      const int32_t place = ahead.there || ahead.position < 0 ? ahead.position : missing;
       positions[stage * Tile::kKeys + lane()] =
-          ahead.position < 0 || !ahead.visual ? ahead.position : ahead.position | kVisualBit;
+          place < 0 || !ahead.visual ? place : place | kVisualBit;
     }
     if (args.kept) {
       fill_logits(to, there);
@@ -183,7 +188,12 @@ struct Stream {
         }
       }
     }
-    if (kScore) keep(z, place);
+    if (kScore) {
+      VP_UNROLL for (int i = 0; i < Tile::kZ; ++i) {
+        if (place[Tile::owned_of(i)] & kMissingBit) z[i] = minus_infinity();
+      }
+      keep(z, place);
+    }
     VP_UNROLL for (int i = 0; i < Tile::kZ; ++i) {
       z[i] = place[Tile::owned_of(i)] < 0 ? minus_infinity() : z[i] * kLog2e;
     }
@@ -240,7 +250,7 @@ struct Stream {
         const int32_t at = place[Tile::owned_of(i)];
         if (at >= wanted && Tile::head_of(i) < share.heads) {
           const int64_t head = static_cast<int64_t>(share.b) * args.heads + share.first_head;
-          args.logits[(head + Tile::head_of(i)) * args.logits_row + (at & ~kVisualBit)] = z[i];
+          args.logits[(head + Tile::head_of(i)) * args.logits_row + (at & kPosition)] = z[i];
         }
       }
     }
@@ -257,7 +267,7 @@ struct Stream {
       const bool first = lane() % Tile::kHeadLanes == 0;
       if (first && place[o] >= kVisualBit) {
         const int64_t row = static_cast<int64_t>(share.b) * gridDim.y + share.block;
-        args.sums[row * args.logits_row + (place[o] & ~kVisualBit)] = sum[o];
+        args.sums[row * args.logits_row + (place[o] & kPosition)] = sum[o];
       }
     }
   }

@@ -49,10 +49,13 @@ struct Place {
   int line;
   bool operator==(const Place& other) const { return line == other.line && file == other.file; }
   std::string text() const { return std::string(file) + ":" + std::to_string(line); }
+  // As a default argument: where the function that has it is called.
+  static Place current(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+    return {file, line};
+  }
 };
 
-#define CUSIM_HERE \
-  ::cusim::Place { __builtin_FILE(), __builtin_LINE() }
+#define CUSIM_HERE ::cusim::Place::current()
 
 constexpr int kPayload = 48;  // bytes a lane can hand to its warp at once
 
@@ -156,6 +159,18 @@ inline void run_thread() {
   abort();
 }
 
+// The lanes of a warp together, the warps in any order: the last one may run far ahead.
+inline void wake_warps(const std::vector<Thread*>& threads) {
+  std::vector<size_t> firsts;
+  for (size_t i = 0; i < threads.size(); i += 32) firsts.push_back(i);
+  if (settings.shuffle) std::shuffle(firsts.begin(), firsts.end(), machine.random);
+  for (const size_t first : firsts) {
+    for (size_t i = first; i < std::min(first + 32, threads.size()); ++i) {
+      if (threads[i] != machine.current) wake(threads[i]);
+    }
+  }
+}
+
 inline void block_barrier(Place place) {
   Block& block = *machine.current->block;
   if (block.live != block.threads.size()) fail("barrier after a thread of the block left", place);
@@ -165,9 +180,7 @@ inline void block_barrier(Place place) {
   block.barrier = place;
   if (++block.at_barrier < block.threads.size()) return sleep("__syncthreads", place);
   block.at_barrier = 0;
-  for (Thread* thread : block.threads) {
-    if (thread != machine.current) wake(thread);
-  }
+  wake_warps(block.threads);
 }
 
 inline void cluster_barrier(Place place) {
@@ -183,21 +196,9 @@ inline void cluster_barrier(Place place) {
   if (++machine.at_cluster < machine.threads.size()) return sleep("cluster barrier", place);
   machine.at_cluster = 0;
   ++machine.cluster_barriers;
-  for (Thread& thread : machine.threads) {
-    if (&thread != machine.current) wake(&thread);
-  }
-}
-
-// Shared memory of another block of the cluster, at the place of `local` in one's own.
-template <class Pointer>
-Pointer remote(Pointer local, unsigned rank, Place place) {
-  Block& target = machine.cluster.at(rank);
-  if (machine.cluster_barriers == 0) {
-    fail("shared memory of a block that may not have started: no cluster barrier yet", place);
-  }
-  if (target.live != target.threads.size()) fail("shared memory of a block that left", place);
-  const auto offset = reinterpret_cast<const char*>(local) - machine.current->block->shared;
-  return reinterpret_cast<Pointer>(target.shared + offset);
+  std::vector<Thread*> all;
+  for (Thread& thread : machine.threads) all.push_back(&thread);
+  wake_warps(all);
 }
 
 inline uint32_t lanes_that_exist(const Thread& me) {
@@ -269,44 +270,11 @@ T shuffle(uint32_t mask, T value, unsigned source, const char* what, Place place
   return slot_value<T>(slots, source);
 }
 
-inline void async_copy(void* to, const void* from, size_t bytes, size_t valid, Place place) {
-  if (reinterpret_cast<uintptr_t>(to) % bytes) fail("cp.async: misaligned shared address", place);
-  if (valid && reinterpret_cast<uintptr_t>(from) % bytes) {
-    fail("cp.async: misaligned global address", place);
-  }
-  Thread& me = *machine.current;
-  static const char zeros[16] = {};
-  auto add = [&](void* where, const void* what, size_t count) {
-    if (count == 0) return;
-    if (settings.early) {
-      memcpy(where, what, count);
-    } else {
-      me.open.push_back({where, what, count});
-    }
-  };
-  add(to, from, valid);
-  add(static_cast<char*>(to) + valid, zeros, bytes - valid);
-}
-
-inline void async_commit() {
-  Thread& me = *machine.current;
-  me.groups.push_back(std::move(me.open));
-  me.open.clear();
-}
-
-inline void async_wait(size_t keep) {
-  auto& groups = machine.current->groups;
-  while (groups.size() > keep) {
-    for (const Copy& copy : groups.front()) memcpy(copy.to, copy.from, copy.bytes);
-    groups.erase(groups.begin());
-  }
-}
-
 inline void report_deadlock() {
   std::string text = "deadlock:";
   int shown = 0;
   for (const Thread& thread : machine.threads) {
-    if (thread.done || shown++ == 4) continue;
+    if (thread.done || shown++ >= 4) continue;
     text += " thread " + std::to_string(thread.linear) + " waits for " + thread.waits + " at " +
             thread.place.text() + ";";
   }
@@ -315,6 +283,9 @@ inline void report_deadlock() {
 
 inline void run_resident() {
   auto& ready = machine.ready;
+  if (settings.shuffle) std::shuffle(ready.begin(), ready.end(), machine.random);
+  // Two adversaries: all threads at once in any order, or one warp as far ahead as it gets.
+  const bool any_order = settings.shuffle && machine.random() % 2 == 0;
   while (machine.live > 0) {
     if (ready.empty()) {
       if (machine.error.empty()) report_deadlock();
@@ -323,7 +294,7 @@ inline void run_resident() {
         if (!thread.done) ready.push_back(&thread);
       }
     }
-    if (settings.shuffle) std::swap(ready[machine.random() % ready.size()], ready.back());
+    if (any_order) std::swap(ready[machine.random() % ready.size()], ready.back());
     Thread* next = ready.back();
     ready.pop_back();
     if (next->done) continue;
@@ -393,3 +364,5 @@ inline void launch(dim3 grid, dim3 block, size_t shared_bytes, unsigned cluster,
 }
 
 }  // namespace cusim
+
+#include "memory.h"

@@ -26,11 +26,14 @@ def load() -> ModuleType:
     return module
 
 
-def plug_in() -> None:
+def plug_in() -> ModuleType:
     """Make `cuda` the simulated GPU for the rest of this process."""
     simulated = load()
     _native._load = lambda: (simulated, None)
     cuda.CudaBackend.auto_devices = ("cpu", "cuda")
+    return simulated
 
 
-plug_in()
+def pytest_configure() -> None:
+    """Run the suite's tests of `cuda` on it."""
+    plug_in()

@@ -44,7 +44,7 @@ struct cudaLaunchConfig_t {
 namespace cusim {
 
 struct Gpu {
-  int capability = 90, multiprocessors = 4, shared_bytes = 227 << 10;
+  int capability = 90, multiprocessors = 2, shared_bytes = 227 << 10;
 };
 inline Gpu gpu;
 inline std::string last_error;

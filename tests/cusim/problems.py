@@ -1,0 +1,161 @@
+"""Run problems on the simulated GPU and hold the results against the contract.
+
+A process of its own: `python tests/cusim/problems.py cases bfloat16`. Fails with the first problem
+that the simulator refuses or whose result is wrong. What is run: `cases` (the shared test cases),
+`kernels` (each compiled kernel once), `probe` (few problems that every planted bug disturbs),
+`garbage` (values that nobody can check on a device), `traffic` (bytes that are read).
+"""
+
+import sys
+
+import stand_in
+import torch
+
+import visionpulse as vp
+from visionpulse import ops
+from visionpulse.backends import get
+from visionpulse.testing.cases import CASES, Case, Problem
+from visionpulse.testing.compare import (
+    Exact,
+    assert_counts,
+    assert_masses,
+    assert_output,
+    assert_scores,
+    assert_valid_selection,
+)
+
+SPANS = ((4, 30), (37, 80))
+HEAD_DIMS = (64, 80, 96, 128, 192, 256)
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
+
+
+def check_decode(problem: Problem, config: vp.PulseConfig) -> vp.Selection:
+    """One anchor, with everything it gives."""
+    q, kv, visual, options = problem.q, problem.kv, problem.visual, problem.case.options
+    params = ops.numbers(q, *(options.get(name) for name in ("scale", "softcap", "window")))
+    params, _ = ops.budget(params, config, visual, kv.batch, q.device)
+    scores = torch.full((kv.batch, kv.capacity), torch.nan)
+    out = torch.full_like(q, torch.nan)
+    vp.decode(q, kv, visual, config, out=out, scores=scores, backend="cuda", **options)
+    # without a buffer for scores the kernels may take another way to the same selection
+    again, selection = vp.decode(q, kv, visual, config, backend="cuda", **options)
+    exact = Exact(q, kv, visual, params)
+    assert_masses(selection.mass, selection.mass_mean, exact)
+    assert_scores(scores, exact)
+    assert_counts(selection, exact.n_visual, params)
+    assert_valid_selection(selection, scores, exact.candidate)
+    kept = selection if config.anchor_output == "pruned" else None
+    assert_output(out, exact, kept)
+    assert torch.equal(out.nan_to_num(9), again.nan_to_num(9)), "two runs gave two results"
+    return selection
+
+
+def check_attend(problem: Problem, selection: vp.Selection) -> None:
+    """Dense decode and a follower."""
+    q, kv, visual, options = problem.q, problem.kv, problem.visual, problem.case.options
+    params = ops.numbers(q, *(options.get(name) for name in ("scale", "softcap", "window")))
+    exact = Exact(q, kv, visual, params)
+    assert_output(vp.attend(q, kv, backend="cuda", **options), exact, None)
+    out = vp.attend(q, kv, visual, selection, backend="cuda", **options)
+    assert_output(out, exact, selection)
+
+
+def check(case: Case, dtype: torch.dtype, anchor_output: str) -> None:
+    """All the ops on one problem."""
+    problem = case.build(dtype)
+    config = problem.config.updated(anchor_output=anchor_output)
+    check_attend(problem, check_decode(problem, config))
+
+
+def cases(dtype: torch.dtype) -> None:
+    """Every shared case; the output of the anchor alternates."""
+    for i, case in enumerate(CASES.values()):
+        check(case, dtype, ("pruned", "dense")[i % 2])
+
+
+def kernels(dtype: torch.dtype) -> None:
+    """Every kernel of a dtype: all head dims, and a group for each row tile."""
+    for i, head_dim in enumerate(HEAD_DIMS):
+        for group in (4, 8) if dtype == torch.float32 else (4, 8, 16):
+            case = Case("", (SPANS,), heads=group, kv_heads=1, head_dim=head_dim)
+            check(case, dtype, ("pruned", "dense")[i % 2])
+
+
+def probe(dtype: torch.dtype) -> None:
+    """Long enough for splits and refilled stages; and a head dim that no kernel has."""
+    spans = (((9, 700), (731, 880)), ((0, 300),))
+    config = vp.PulseConfig(tau=0.3, ratio=(0.1, 0.1))
+    for group in (4, 8):
+        case = Case("", spans, 900, group, 1, 60, lengths=(900, 611), config=config)
+        for anchor_output in ("pruned", "dense"):
+            check(case, dtype, anchor_output)
+    logit = config.updated(score="logit")
+    check(Case("", spans, 900, 4, 1, 60, values="ties", config=logit), dtype, "pruned")
+
+
+def garbage(dtype: torch.dtype) -> None:
+    """Values that nobody checks on a device: pages and positions that are not there."""
+    problem = CASES["paged-hnd"].build(dtype)
+    q, kv, visual = problem.q, problem.kv, problem.visual
+    table = kv.block_table.clone()
+    table[0, 1], table[0, 3], table[1, 3] = 10**6, -5, 2**31 - 1
+    lengths = torch.tensor([10**6, 77], dtype=torch.int32)
+    starts = torch.tensor([-3, 33], dtype=torch.int32)
+    # pages beyond the pool; behind the row nothing is known, so its length ends at the capacity
+    table = table.masked_fill(table == -1, 10**6)
+    kv = vp.PagedKVCache(kv.k_pages, kv.v_pages, table, lengths, starts, kv.layout)
+    params = ops.numbers(q, None, None, None)
+    params, _ = ops.budget(params, problem.config, visual, kv.batch, q.device)
+    indices = torch.tensor([[-9, 5, 20, 50, 10**6], [34, 40, 69, 95, 96]], dtype=torch.int32)
+    counts = torch.tensor([99, 4], dtype=torch.int32)
+    mass = torch.zeros(2)
+    chosen = vp.Selection(indices, counts, mass, mass)
+    backend, exact = get("cuda"), Exact(q, kv, visual, params)
+    for selection in (None, chosen):
+        out = torch.full_like(q, torch.nan)
+        given = (q, kv, visual if selection else None, selection, params)
+        backend.attend(*given, out=out, workspace=vp.Workspace())
+        assert_output(out, exact, selection)
+    results = []
+    for dirt in (0, 255):
+        workspace = vp.Workspace()
+        workspace.take("cuda", 1 << 22, torch.uint8, q.device).fill_(dirt)
+        out = torch.full_like(q, torch.nan)
+        ranked = backend.decode(q, kv, visual, params, scores=None, out=out, workspace=workspace)
+        results.append((out, ranked.indices, ranked.counts, ranked.mass))
+        assert torch.isfinite(out).all() and torch.isfinite(ranked.mass).all()
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b), "what lay in the workspace leaked"
+
+
+def traffic(dtype: torch.dtype) -> None:
+    """Each key and value that counts is read once, by all query heads of its KV head together."""
+    config = vp.PulseConfig(tau=0.3, ratio=(0.1, 0.1))
+    problem = Case("", (((9, 700),),), 900, 16, 2, 64, config=config).build(dtype)
+    q, kv, visual = problem.q, problem.kv, problem.visual
+    row = kv.kv_heads * kv.head_dim * kv.k.element_size()  # bytes of one token's keys
+    text, heads = 900 - 691, 16
+
+    def read() -> int:
+        return int(simulated.bytes_read())
+
+    read()
+    vp.attend(q, kv, backend="cuda")
+    assert read() == 2 * 900 * row
+    _, chosen = vp.decode(q, kv, visual, config, backend="cuda")
+    kept = int(chosen.counts)
+    assert kept == 69
+    # K of every key once, then V and the kept logits of what is attended to
+    assert read() == 900 * row + (text + kept) * (row + 4 * heads)
+    vp.attend(q, kv, visual, chosen, backend="cuda")
+    assert read() == 2 * (text + kept) * row
+    vp.decode(q, kv, visual, config.updated(anchor_output="dense"), backend="cuda")
+    assert read() == 2 * 900 * row
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)  # fresh memory holds NaN
+    simulated = stand_in.plug_in()
+    modes = (cases, kernels, probe, garbage, traffic)
+    {mode.__name__: mode for mode in modes}[sys.argv[1]](DTYPES[sys.argv[2]])

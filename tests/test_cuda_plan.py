@@ -1,0 +1,112 @@
+"""How the CUDA engine cuts work: host functions, tested on facts of chips that are not here."""
+
+import importlib.util
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent / "cusim"))
+from build import build
+
+pytestmark = pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler"
+)
+
+# (compute capability, multiprocessors, shared memory that a block may ask for)
+CHIPS = {
+    "a100": (80, 108, 166912),
+    "rtx3090": (86, 82, 101376),
+    "l4": (89, 58, 101376),
+    "h200": (90, 132, 232448),
+    "b200": (100, 148, 232448),
+    "rtx5090": (120, 170, 101376),
+}
+DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
+HEAD_DIMS = (16, 64, 72, 80, 96, 128, 192, 256)
+GROUPS = (1, 4, 5, 8, 9, 16, 17, 24, 32)
+STREAMS = ((True, True), (True, False), (False, True))
+
+by_chip = pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS.keys())
+
+
+@pytest.fixture(scope="module")
+def engine():
+    spec = importlib.util.spec_from_file_location("_cusim", build())
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def shape(dtype="bfloat16", rows=1, group=4, kv_heads=8, head_dim=128, capacity=16384):
+    return (DTYPES[dtype], rows, group * kv_heads, kv_heads, head_dim, capacity)
+
+
+@by_chip
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_shape_fits_with_stages_to_spare(engine, chip, dtype):
+    for head_dim in HEAD_DIMS:
+        for group in GROUPS:
+            for keys, values in STREAMS:
+                of = shape(dtype, group=group, head_dim=head_dim)
+                plan = engine.plan(keys, chip, of, keys, values)
+                assert plan["shared_bytes"] <= chip[2]
+                assert plan["stages"] >= 2 and plan["warps"] in (1, 2, 4)
+                assert plan["head_blocks"] * plan["block_heads"] >= group
+                assert plan["block_heads"] <= plan["row_tile"]
+
+
+def test_two_blocks_of_the_common_shape_share_an_h200(engine):
+    for values in (True, False):
+        plan = engine.plan(True, CHIPS["h200"], shape(), True, values)
+        assert plan["kernel"] == "vp_score_bf16_d128_r4"
+        assert plan["warps"] == 4 and plan["stages"] >= 3
+        assert 2 * (plan["shared_bytes"] + 1024) <= CHIPS["h200"][2] + 1024
+        # bytes on their way to a multiprocessor: 32 a nanosecond over the 800 of a trip to memory
+        assert 2 * 4 * (plan["stages"] - 1) * plan["stage_bytes"] >= 32 * 800
+
+
+@by_chip
+def test_a_row_is_cut_by_itself_alone(engine, chip):
+    """Neither the batch nor the capacity moves a cut; the grid has room for every part."""
+    for kv_heads in (1, 2, 8, 32):
+        plans = [
+            engine.plan(False, chip, shape(rows=b, kv_heads=kv_heads, capacity=n), True, True)
+            for b in (1, 7, 64)
+            for n in (1, 1000, 131072, 1 << 20)
+        ]
+        for same in ("wanted", "tile", "warps", "stages", "shared_bytes"):
+            assert len({plan[same] for plan in plans}) == 1, same
+
+
+@by_chip
+def test_the_grid_holds_every_part(engine, chip):
+    for kv_heads in (1, 2, 3, 8, 32, 200):
+        for capacity in (1, 63, 64, 65, 1000, 4097, 131072):
+            plan = engine.plan(False, chip, shape(kv_heads=kv_heads, capacity=capacity), True, True)
+            for length in {0, 1, capacity // 3, capacity - 1, capacity}:
+                splits = engine.splits(plan["wanted"], plan["tile"], length, kv_heads)
+                assert splits <= plan["max_splits"], (kv_heads, capacity, length)
+
+
+def test_one_row_fills_an_h200(engine):
+    """A follower at 5 % of 16k, and the dense layer before it."""
+    plan = engine.plan(False, CHIPS["h200"], shape(), True, True)
+    for keys in (256 + 819, 16384):
+        assert 8 * engine.splits(plan["wanted"], plan["tile"], keys, 8) >= 132
+
+
+@by_chip
+def test_select_keeps_its_keys_where_they_fit(engine, chip):
+    for candidates in (0, 1, 4096, 131072, 1 << 20):
+        cluster, cached, shared_bytes = engine.plan_select(chip, candidates)
+        assert cluster == (chip[0] >= 90)
+        assert shared_bytes <= chip[2]
+        assert cached == 0 or cached * (8 if cluster else 1) >= candidates
+
+
+def test_a_head_dim_without_kernel_is_refused_by_name(engine):
+    with pytest.raises(ValueError, match="head dim 257"):
+        engine.plan(False, CHIPS["h200"], shape(head_dim=257), True, True)

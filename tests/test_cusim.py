@@ -1,0 +1,207 @@
+"""The CUDA kernels on a simulated GPU: the contract, and planted bugs that must not pass."""
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent / "cusim"))
+from build import ROOT, Edit, build
+
+COMPILER = os.environ.get("CXX", "g++")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which(COMPILER) is None, reason="no C++ compiler"),
+]
+
+LANDINGS = ("late", "early")
+# Threads and blocks in an order of their own, and a dtype, per seed.
+RUNS = {1: "bfloat16", 2: "float16", 3: "float32"}
+SMALL = ("bf16, BFloat16, 64, 4", "bf16, BFloat16, 64, 8")
+HALF_GPU = "80,5,101376"  # no clusters, and less shared memory
+ONE_SM = "90,1,232448"  # few splits: every warp meets more tiles than it has stages
+
+
+def run(module, what, dtype, *, seed=1, landing="late", asan=False, gpu=None):
+    """Run problems in a process of their own; its exit code and what it said last."""
+    environment = os.environ | {
+        "CUSIM_MODULE": str(module),
+        "CUSIM_SEED": str(seed),
+        "CUSIM_LANDING": landing,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+    }
+    if gpu:
+        environment["CUSIM_GPU"] = gpu
+    if asan:
+        library = subprocess.check_output([COMPILER, "-print-file-name=libasan.so"], text=True)
+        environment["LD_PRELOAD"] = library.strip()
+        environment["ASAN_OPTIONS"] = "detect_leaks=0:detect_stack_use_after_return=0"
+    script = ROOT / "tests" / "cusim" / "problems.py"
+    command = [sys.executable, str(script), what, dtype]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    return done.returncode, (done.stdout + done.stderr)[-3000:]
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return build()
+
+
+@pytest.fixture(scope="module")
+def watched():
+    return build(asan=True)
+
+
+@pytest.mark.parametrize("landing", LANDINGS)
+@pytest.mark.parametrize("seed, dtype", RUNS.items())
+def test_shared_cases_in_any_order(plain, seed, dtype, landing):
+    code, text = run(plain, "cases", dtype, seed=seed, landing=landing)
+    assert code == 0, text
+
+
+@pytest.mark.parametrize("landing", LANDINGS)
+@pytest.mark.parametrize("seed, dtype", RUNS.items())
+def test_shared_cases_touch_no_memory_but_theirs(watched, seed, dtype, landing):
+    code, text = run(watched, "cases", dtype, seed=seed, landing=landing, asan=True)
+    assert code == 0, text
+
+
+@pytest.mark.parametrize("dtype", RUNS.values())
+def test_every_kernel_is_the_contract(plain, dtype):
+    code, text = run(plain, "kernels", dtype, seed=5)
+    assert code == 0, text
+
+
+@pytest.mark.parametrize("dtype", RUNS.values())
+def test_a_small_gpu_without_clusters(plain, dtype):
+    code, text = run(plain, "kernels", dtype, seed=6, gpu=HALF_GPU)
+    assert code == 0, text
+
+
+@pytest.mark.parametrize("dtype", ("bfloat16", "float32"))
+def test_garbage_is_skipped(watched, dtype):
+    code, text = run(watched, "garbage", dtype, asan=True)
+    assert code == 0, text
+
+
+@pytest.mark.parametrize("dtype", RUNS.values())
+def test_each_key_is_read_once(plain, dtype):
+    code, text = run(plain, "traffic", dtype)
+    assert code == 0, text
+
+
+STREAM, MERGE = "kernels/cuda/stream.cuh", "kernels/cuda/merge.cuh"
+PLAN = "csrc/cuda/plan.cpp"
+DOTS, MMA, SELECT = "kernels/cuda/dots.cuh", "kernels/cuda/mma.cuh", "kernels/cuda/select.cu"
+
+
+@dataclass(frozen=True)
+class Bug:
+    """A change that must be caught, how: landing of copies, ASan, and a word of what is said."""
+
+    edits: tuple[Edit, ...]
+    says: str  # "" where the results are wrong
+    landing: str = "late"
+    asan: bool = False
+
+
+WAIT = "copy_wait_for(args.stages - 1);\n      __syncwarp();"
+BUGS = {
+    "missing-barrier-after-wait": Bug(
+        (Edit(STREAM, WAIT, "copy_wait_for(args.stages - 1);"),), ""
+    ),
+    "short-wait": Bug(
+        (Edit(STREAM, WAIT, "copy_wait_for(args.stages);\n      __syncwarp();"),), ""
+    ),
+    "missing-barrier-before-weights": Bug(
+        (Edit(DOTS, "= p[i];\n    __syncwarp();", "= p[i];"),), ""
+    ),
+    "missing-barrier-before-join": Bug(
+        (Edit(STREAM, "  __syncthreads();\n  finish<", "  finish<"),), ""
+    ),
+    "divergent-barrier": Bug(
+        (Edit(STREAM, "__syncthreads();  // the stages", "if (warp) __syncthreads();  // the"),),
+        "different barriers",
+    ),
+    "left-before-barrier": Bug(
+        (Edit(STREAM, "  let_next_start();\n", "  if (warps > 1 && warp == 0) return;\n"),),
+        "barrier after a thread",
+    ),
+    "bad-shuffle-mask": Bug(
+        (Edit(DOTS, "__shfl_xor_sync(kWarp, given", "__shfl_xor_sync(0xffffu, given"),),
+        "not in its own mask",
+    ),
+    "half-a-warp-skips": Bug(
+        (Edit(STREAM, "if (!__any_sync(kWarp, grown)) return;",
+              "if (lane() < 16 && !grown) return;\n    if (!__any_sync(kWarp, grown)) return;"),),
+        "",
+    ),
+    "off-by-one-key": Bug(
+        (Edit(STREAM, "index < share.end ? index", "index <= share.end ? index"),), ""
+    ),
+    "off-by-one-read": Bug(
+        (Edit(STREAM, "d < args.head_dim ? q", "d <= args.head_dim ? q"),),
+        "heap-buffer-overflow",
+        asan=True,
+    ),
+    "off-by-one-write": Bug(
+        (Edit(MERGE, "if (d >= args.head_dim) return;", "if (d > args.head_dim) return;"),),
+        "heap-buffer-overflow",
+        asan=True,
+    ),
+    "off-by-one-shared": Bug(
+        (Edit(PLAN, "plan.shared_bytes = bytes;", "plan.shared_bytes = bytes - 16;"),),
+        "",
+        asan=True,
+    ),
+    "stage-refilled-early": Bug(
+        (
+            Edit(STREAM, "int32_t t = 1 - args.stages;", "int32_t t = -args.stages;"),
+            Edit(STREAM, "if (t + args.stages - 1 < tiles)", "if (t + args.stages < tiles)"),
+            Edit(STREAM, WAIT, "copy_wait_for(args.stages);\n      __syncwarp();"),
+        ),
+        "",
+        landing="early",
+    ),
+    "counter-not-rearmed": Bug(
+        (Edit(MERGE, "row_block, last) == last", "row_block, last + 7) == last"),), ""
+    ),
+    "histogram-race-clear": Bug(
+        (Edit(SELECT, "scratch.bins[i] = 0;\n    __syncthreads();", "scratch.bins[i] = 0;"),), ""
+    ),
+    "histogram-race-read": Bug(
+        (Edit(SELECT, "  cluster_sync();\n  constexpr int kOwn", "  constexpr int kOwn"),),
+        "no cluster barrier yet",
+    ),
+    "histogram-race-total": Bug(
+        (Edit(SELECT, "  cluster_sync();\n  return scratch.total;", "  return scratch.total;"),), ""
+    ),
+    "ties-not-counted": Bug(
+        (Edit(SELECT, "above == 0 && ties < pivot.need", "above == 0 && ties <= pivot.need"),), ""
+    ),
+    "fragment-not-turned": Bug(
+        (Edit(MMA, "b[n][0] = transpose_matrix(Element<T>::pack(p[n * 4], p[n * 4 + 1]));",
+              "b[n][0] = Element<T>::pack(p[n * 4], p[n * 4 + 1]);"),),
+        "",
+    ),
+}  # fmt: skip
+
+
+def test_the_probe_passes_without_a_bug():
+    for asan in (False, True):
+        module = build(asan, kernels=SMALL)
+        code, text = run(module, "probe", "bfloat16", asan=asan, gpu=ONE_SM)
+        assert code == 0, text
+
+
+@pytest.mark.parametrize("bug", BUGS.values(), ids=BUGS.keys())
+def test_a_planted_bug_is_caught(bug):
+    module = build(bug.asan, bug.edits, SMALL)
+    code, text = run(module, "probe", "bfloat16", landing=bug.landing, asan=bug.asan, gpu=ONE_SM)
+    assert code != 0, "the bug went through"
+    assert bug.says in text, text

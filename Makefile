@@ -29,9 +29,9 @@ format: $(READY)
 
 # A few minutes on two cores: the tables, then the ratios of short ops against the committed ones.
 BENCH_ROWS := build/bench.jsonl
-GATED := bench_stages.py --shapes b1-4k --dtypes bf16,fp32 --baselines torch-sdpa-grouped --rounds 15
+GATED := bench_layers.py --shapes b1-4k --dtypes bf16,fp32 --baselines torch-sdpa-grouped --rounds 15
 bench: $(READY)
-	$(BIN)/python benchmarks/bench_stages.py --shapes b1-8k --dtypes bf16,fp32 --rounds 5 \
+	$(BIN)/python benchmarks/bench_layers.py --shapes b1-8k --dtypes bf16,fp32 --rounds 5 \
 		--out $(BENCH_ROWS) $(BENCH_ARGS)
 	$(BIN)/python benchmarks/bench_decode.py --shapes b1-8k --dtypes bf16,fp32 --rounds 5 \
 		--out $(BENCH_ROWS) $(BENCH_ARGS)

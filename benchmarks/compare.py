@@ -2,7 +2,7 @@
 
     python benchmarks/compare.py old.jsonl new.jsonl            # new against old, with the noise
     python benchmarks/compare.py results/cpu.jsonl new.jsonl --gate 0.6
-    python benchmarks/compare.py results/cpu.jsonl --gate 0.6 --attempts 3 --run "bench_stages.py"
+    python benchmarks/compare.py results/cpu.jsonl --gate 0.6 --attempts 3 --run "bench_layers.py"
 
 The gate holds each row's ratio to its baseline, both bests of one interleaved run, against the
 committed one. Times themselves are not gated: another machine, or a neighbour, changes them.

@@ -52,7 +52,7 @@ def sanitize(backends: str) -> list[Command]:
 
 def bench(rows: Path, backends: str) -> list[Command]:
     shared = ["--device", "cuda", "--backends", backends, "--out", str(rows)]
-    stages = [sys.executable, "benchmarks/bench_stages.py", *shared, "--dtypes", "bf16"]
+    stages = [sys.executable, "benchmarks/bench_layers.py", *shared, "--dtypes", "bf16"]
     steps = [sys.executable, "benchmarks/bench_decode.py", *shared, "--dtypes", "bf16"]
     return [
         [*stages, "--shapes", "b1-4k,b1-16k,b1-128k,b8-16k,b8-32k,b8-128k"],

@@ -83,7 +83,7 @@ def test_a_decode_step_is_timed_under_every_schedule(run, tmp_path):
 def test_every_stage_is_timed_against_a_baseline_of_its_own(run, tmp_path):
     out = tmp_path / "rows.jsonl"
     small = ("--rounds", "1", "--budget", "32", "--quiet", "--dtypes", "fp32")
-    run("bench_stages.py", "--shapes", "b1-1k", *small, "--out", out)
+    run("bench_layers.py", "--shapes", "b1-1k", *small, "--out", out)
     found = {(row.bench, row.backend): row for row in rows.read(out)}
     ours = {stage: row for (stage, name), row in found.items() if name == "cpu"}
     assert {stage: row.baseline for stage, row in ours.items()} == {
@@ -189,7 +189,7 @@ def test_committed_rows_are_whole():
 def test_committed_ratios_hold_here(run):
     """Best of three runs at 0.6 of each; other instruction sets than the committed have none."""
     command = (
-        "bench_stages.py --shapes b1-4k --dtypes bf16,fp32 --baselines torch-sdpa-grouped "
+        "bench_layers.py --shapes b1-4k --dtypes bf16,fp32 --baselines torch-sdpa-grouped "
         "--rounds 15"
     )
     run("compare.py", RESULTS, "--gate", "0.6", "--attempts", "3", "--run", command)

@@ -49,7 +49,7 @@ class Machine:
             clock = "clocks not locked; L2 overwritten before each call"
         else:
             name, isa = f"{_cpu_model()}, {os.cpu_count()} cores", _cpu_isa()
-            clock = f"{_priority()}, clocks not locked; buffers rotated past the last cache"
+            clock = f"{_clock()}, clocks not locked; buffers rotated past the last cache"
         return cls(
             name, isa, torch.get_num_threads(), round(_load(), 2), _commit(), _versions(), clock
         )
@@ -233,11 +233,11 @@ def _load() -> float:
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
 
 
-def _priority() -> str:
-    """Whether a neighbour could interrupt a run: real-time priority is set with `chrt -r 1`."""
+def _clock() -> str:
+    """What kept neighbours out of the times, if anything did."""
     if hasattr(os, "sched_getscheduler") and os.sched_getscheduler(0) != os.SCHED_OTHER:
         return "real-time priority"
-    return "ordinary priority"
+    return "CPU time of the one thread" if torch.get_num_threads() == 1 else "wall clock"
 
 
 def _capability(device: torch.device) -> str:

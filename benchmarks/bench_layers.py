@@ -1,6 +1,6 @@
 """Each stage by itself, on cold layers: dense, score, select, anchor, follower.
 
-    python benchmarks/bench_stages.py --shapes b1-8k,b1-32k --dtypes bf16,fp32 --out rows.jsonl
+    python benchmarks/bench_layers.py --shapes b1-8k,b1-32k --dtypes bf16,fp32 --out rows.jsonl
 
 `follower` is the stage attend over text and kept tokens; `anchor` is the fused score, select and
 attend. Every stage has its own baseline, the best plain torch form of the same work, and all

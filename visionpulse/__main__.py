@@ -38,6 +38,12 @@ def _later(module: str) -> Verb:
 VERBS: dict[str, tuple[Verb, str]] = {
     "info": (info, "what is installed, and which backends can run here"),
     "demo": (_later("demo"), "a picture answered dense and with VisionPulse, side by side"),
+    "run": (_later("models.launch"), "a program, with every model that it loads patched"),
+    "calibrate": (
+        _later("analysis.command_calibrate"),
+        "anchor, tau and bounds for a model, from your own inputs",
+    ),
+    "plot": (_later("analysis.command_plot"), "a saved trace, drawn again without the model"),
     "bench": (_later("bench"), "what you would gain on this machine, for a model's config"),
 }
 

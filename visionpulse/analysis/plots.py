@@ -58,11 +58,13 @@ def plot(
     wrong = [step for step in shown_steps if not 0 <= step < len(frames)]
     if wrong:
         raise ValueError(f"steps must be in 0..{len(frames) - 1}, got {wrong}")
-    height = 2.6 + 2.4 * len(told.shown) * bool(shown_steps)
-    figure = pyplot()(figsize=(max(9.0, min(24.0, 0.32 * len(frames))), height))
+    width = max(9.0, min(24.0, 0.32 * len(frames)))
+    column = width / max(len(shown_steps), 1)
+    below = sum(column * shown.rows / shown.columns for shown in told.shown) + 0.4
+    figure = pyplot()(figsize=(width, 2.6 + below * bool(shown_steps)))
     upper, *lower = figure.subfigures(
         1 + bool(shown_steps), 1, squeeze=False,
-        height_ratios=[2.6, 2.4 * len(told.shown)][: 1 + bool(shown_steps)],
+        height_ratios=[2.6, below][: 1 + bool(shown_steps)],
     )[:, 0]  # fmt: skip
     _over_steps(upper.subplots(), frames, told.n_visual, [text(f.token) for f in frames])
     if lower:

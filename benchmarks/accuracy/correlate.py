@@ -1,0 +1,95 @@
+"""Mass against activated tokens, by layer and threshold: `python benchmarks/accuracy/correlate.py`.
+
+Also how similar the layers are, what is never active, and what the mass is in each kind of step.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from table import SEED, about
+
+from visionpulse.analysis.correlation import (
+    correlations,
+    pearson,
+    plot_correlation,
+    plot_similarity,
+    similarity,
+)
+from visionpulse.analysis.watch import THRESHOLDS, Observation, observe
+from visionpulse.data import tiny, trail
+
+# those of the paper, and larger ones: 400 tokens share what thousands share there
+LIMITS = (*THRESHOLDS, 0.005, 0.01, 0.02)
+BATCH = 25
+
+
+def by_kind(seen: Observation, drawn: list) -> list[dict]:
+    """What steps that write marks, pointers, sums and words look like, and r with the true need."""
+    kinds, needs = [], []
+    for prompt, step in zip(seen.prompt, seen.step, strict=True):
+        question = drawn[prompt][1]
+        at = int(step) + 1  # a decode step writes the token after the one it reads
+        on_path = seen.answers[prompt][: at + 1] == tuple(question.answer[: at + 1])
+        kinds.append(question.kinds[at] if on_path else "")
+        needs.append(len(question.needs[at]) if kinds[-1] == "marks" else
+                     min(1, len(question.needs[at])) if on_path else 0)  # fmt: skip
+    kinds, needs = np.array(kinds), np.array(needs)
+    rows = []
+    for i, layer in enumerate(seen.layers):
+        row = {"bench": "accuracy-mass", "layer": layer, "steps": int((kinds != "").sum())}
+        for kind in ("marks", "next", "sum", "word"):
+            row[f"mass {kind}"] = float(seen.mass_mean[kinds == kind, i].mean())
+        row["r need"] = pearson(seen.mass_mean[kinds != "", i], needs[kinds != ""])
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--weights", type=Path, default=tiny.FOLDER)
+    parser.add_argument("--n", type=int, default=200, help="pictures")
+    parser.add_argument("--layer", type=int, default=2, help="of the scatter plot")
+    parser.add_argument("--out", type=Path, help="write the rows as JSON lines")
+    parser.add_argument("--plots", type=Path, help="folder for scatter and similarity plots")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    drawn = trail.test_set(SEED, args.n, tiny.SIDE, "crowded")
+    inputs = [tiny.inputs_of(drawn[i : i + BATCH]) for i in range(0, args.n, BATCH)]
+    seen = observe(
+        tiny.load(args.weights), inputs, thresholds=LIMITS,
+        tick=lambda done: print(f"\r{done}/{len(inputs)}", end="", flush=True),
+    )  # fmt: skip
+    kinds = by_kind(seen, drawn)
+    print("\n\n| layer | mass: marks | next | sum | words | r with the tokens a step needs |")
+    print("|---|---|---|---|---|---|")
+    for row in kinds:
+        cells = [f"{row[f'mass {kind}']:.3f}" for kind in ("marks", "next", "sum", "word")]
+        print(f"| {row['layer']} | " + " | ".join(cells) + f" | {row['r need']:.2f} |")
+    found = correlations(seen)
+    print("\nPearson's r of mass and activated tokens, pooled (median within steps); never active")
+    print("\n| layer | " + " | ".join(f"{limit:g}" for limit in LIMITS) + " |")
+    print("|---" * (len(LIMITS) + 1) + "|")
+    for layer in seen.layers:
+        here = [row for row in found if row.layer == layer]
+        cells = [f"{r.pooled:.2f} ({r.per_step:.2f}); {100 * r.never:.0f} %" for r in here]
+        print(f"| {layer} | " + " | ".join(cells) + " |")
+    cosine = similarity(seen)
+    print("\nmean cosine of the visual attention of two layers\n")
+    for layer, line in zip(seen.layers, cosine, strict=True):
+        print(f"  {layer}: " + "  ".join(f"{value:.2f}" for value in line))
+    if args.out:
+        rows = [{"bench": "accuracy-correlation", **row._asdict()} for row in found] + kinds
+        rows.append({"bench": "accuracy-similarity", "cosine": np.round(cosine, 4).tolist()})
+        known = about(args.weights) | {"n": args.n}
+        args.out.write_text("".join(json.dumps(row | known) + "\n" for row in rows))
+    if args.plots:
+        args.plots.mkdir(parents=True, exist_ok=True)
+        print(plot_correlation(seen, args.layer, args.plots / "correlation.png"))
+        print(plot_similarity(seen, args.plots / "similarity.png"))
+
+
+if __name__ == "__main__":
+    main()

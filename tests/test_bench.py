@@ -9,7 +9,8 @@ import torch
 
 from visionpulse import __main__ as command_line
 from visionpulse.analysis import cost, speed_plots
-from visionpulse.bench import PLAIN, TODAY, Bar, main
+from visionpulse.analysis.gain import PLAIN, TODAY
+from visionpulse.bench import Bar, main
 from visionpulse.testing import layers, rows, timing
 from visionpulse.testing.ceilings import measure
 

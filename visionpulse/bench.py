@@ -10,48 +10,24 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .analysis import cost, speed_plots
+from .analysis.gain import PLAIN, TODAY, Measured, Report
 from .baselines import sdpa
 from .config import PulseConfig
 from .config import resolve as resolve_config
 from .ops import attend, decode
-from .schedule import Role
 from .structs import Selection
 from .testing import rows as rows_
 from .testing.ceilings import Ceilings
 from .testing.layers import Layers, Shape
-from .testing.timing import Times, interleaved
+from .testing.timing import interleaved
 
-PLAIN, TODAY = "torch-sdpa-grouped", "torch-sdpa-per-head"
-TITLES = {
-    TODAY: "torch, as models call it",
-    PLAIN: "torch, best form",
-    "dense": "ours, dense",
-    "anchor": "ours, anchor",
-    "follower": "ours, follower",
-}
-_ROLES = {"dense": Role.DENSE, "anchor": Role.ANCHOR, "follower": Role.FOLLOWER}
 MOST_ROUNDS, LEAST_ROUNDS = 15, 3
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One context: seconds of each kind of layer, and the ceilings beside them."""
-
-    shape: Shape
-    times: dict[str, Times]
-    ceilings: cost.Ceilings
-    read: rows_.Ceiling
-
-    def best(self, name: str) -> float:
-        """Seconds of the fastest round."""
-        return self.times[name].best
 
 
 def main(argv: Sequence[str]) -> int:
@@ -197,158 +173,6 @@ def _check(layers: Layers, selection: Selection) -> None:
                 f"our {name} output differs from torch's by {error:.2e}, allowed {allowed:.2e}; "
                 "timings of a wrong answer are worth nothing: please report this"
             )
-
-
-class Report:
-    """What was measured, added up to steps: as text, data and plots."""
-
-    def __init__(
-        self,
-        decoder: cost.Decoder,
-        config: PulseConfig,
-        dtype: torch.dtype,
-        machine: rows_.Machine,
-        measured: Sequence[Measured],
-        options: argparse.Namespace,
-    ) -> None:
-        self.decoder, self.config, self.dtype = decoder, config, dtype
-        self.machine, self.measured, self.options = machine, measured, options
-        # one machine: the best of all contexts, so that a busy minute does not lower a roof
-        every = [one.ceilings for one in measured]
-        self.roof = cost.Ceilings(
-            max(c.read for c in every),
-            max(c.compute for c in every),
-            max(c.gather or 0.0 for c in every),
-        )
-        self.counts = cost.role_counts(config, decoder.is_full)
-        self.full = sum(decoder.is_full)
-        self.steps = [self._step(one) for one in measured]
-
-    def _step(self, one: Measured) -> dict[str, Any]:
-        """One step at one context, in seconds."""
-        shape = one.shape
-        step = cost.decode_step(
-            self.decoder, shape.text, shape.visual, rows=shape.rows, config=self.config,
-            retention=shape.retention, itemsize=self.dtype.itemsize,
-        )  # fmt: skip
-        sparse = sum(self.counts[role] * one.best(name) for name, role in _ROLES.items())
-        weights = cost.predict(step.weights, self.roof)
-        return {
-            "visual": shape.visual,
-            "kept": shape.kept,
-            "attention": {
-                TODAY: self.full * one.best(TODAY),
-                PLAIN: self.full * one.best(PLAIN),
-                "dense": self.full * one.best("dense"),
-                self.config.schedule: sparse,
-            },
-            "predicted_attention": cost.predict(step.attention, self.roof),
-            "predicted_weights": weights,
-        }
-
-    def text(self) -> str:
-        """The answer as a table."""
-        schedule, options = self.config.schedule, self.options
-        heads = (
-            "visual", "kept", "torch, as called", "torch, best", "ours dense", f"ours {schedule}",
-            "predicted", "weights*", "attention", "step*",
-        )  # fmt: skip
-        lines: list[tuple[str, ...]] = [heads]
-        for step in self.steps:
-            spent, weights = step["attention"], step["predicted_weights"]
-            ours = spent[schedule]
-            gains = [spent[form] / ours for form in (TODAY, PLAIN)]
-            steps = [(weights + spent[form]) / (weights + ours) for form in (TODAY, PLAIN)]
-            values = (*spent.values(), step["predicted_attention"], weights)
-            lines.append(
-                (
-                    speed_plots.short(step["visual"]), str(step["kept"]),
-                    *(f"{1e3 * v:.1f} ms" for v in values),
-                    " / ".join(f"{gain:.1f}x" for gain in gains),
-                    " / ".join(f"{gain:.2f}x" for gain in steps),
-                )
-            )  # fmt: skip
-        widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
-        table = "\n".join(
-            "  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)) for line in lines
-        )
-        machine, roof = self.machine, self.roof
-        rounds = [len(one.times["dense"].seconds) for one in self.measured]
-        return (
-            f"\n{options.model}, {self.decoder.layers} layers, batch {options.batch}, "
-            f"{options.dtype}, {options.text} text tokens, schedule {schedule!r}\n"
-            f"{machine.device}, {machine.isa}, {machine.threads} thread(s), "
-            f"load {machine.load:g} before the run\n"
-            f"ceilings: {self.measured[0].read.name} {roof.read / 1e9:.1f} GB/s, "
-            f"torch's gather {(roof.gather or 0) / 1e9:.1f} GB/s, "
-            f"product {roof.compute / 1e9:,.0f} GFLOP/s\n\n"
-            f"Attention of one decode step, bests of {min(rounds)} to {max(rounds)} rounds; the "
-            f"gains are against torch as models call it / in its best form.\n{table}\n"
-            "* the weights' time is predicted from the read ceiling, not measured; "
-            "'predicted' is the sparse attention at the ceilings."
-        )
-
-    def rows(self) -> list[rows_.Row]:
-        """The layers as rows."""
-        made = []
-        for one in self.measured:
-            shape, problem = one.shape, one.shape.cost(self.dtype)
-            work = {
-                TODAY: cost.dense(problem), PLAIN: cost.dense(problem),
-                "dense": cost.dense(problem), "anchor": self._anchor(one),
-                "follower": cost.attend(problem, shape.kept),
-            }  # fmt: skip
-            made += rows_.rows_of(
-                "layer", shape.name, self.dtype, {name: one.times[name] for name in work},
-                self.machine, baseline=PLAIN, ceiling=one.read,
-                bytes_={name: w.bytes for name, w in work.items()},
-                facts={n: {"visual": shape.visual, "flops": w.flops} for n, w in work.items()},
-            )  # fmt: skip
-        return made
-
-    def _anchor(self, one: Measured) -> cost.Work:
-        return cost.decode(one.shape.cost(self.dtype), one.shape.kept, self.config.anchor_output)
-
-    def data(self) -> dict[str, Any]:
-        """The answer as data."""
-        return {
-            "model": self.options.model,
-            "decoder": asdict(self.decoder),
-            "config": {k: str(v) for k, v in vars(self.config).items()},
-            "steps_seconds": self.steps,
-            "rows": [asdict(row) for row in self.rows()],
-        }
-
-    def plots(self, folder: Path) -> list[Path]:
-        """Draw the roofline and the times by context."""
-        where = f"{self.machine.device}, {self.options.dtype}, batch {self.options.batch}"
-        points = [
-            speed_plots.Point(
-                TITLES[row.backend], speed_plots.short(row.facts["visual"]), row.facts["flops"],
-                float(row.bytes or 1), row.us_best / 1e6,
-            )
-            for row in self.rows()
-        ]  # fmt: skip
-        roof = speed_plots.Roof(*self.roof)
-        names = {**TITLES, self.config.schedule: f"ours, {self.config.schedule!r}"}
-        series = {
-            names[name]: {step["visual"]: step["attention"][name] for step in self.steps}
-            for name in self.steps[0]["attention"]
-        }
-        written = []
-        for ending in ("png", "svg"):
-            path = folder / f"roofline.{ending}"
-            speed_plots.roofline(
-                points, roof, path, title="One layer of decoding, under the roofs", note=where
-            )
-            written.append(path)
-            path = folder / f"latency.{ending}"
-            speed_plots.by_context(
-                series, path, title=f"Attention of one decode step, {self.full} layers",
-                weights=self.steps[-1]["predicted_weights"], note=where,
-            )  # fmt: skip
-            written.append(path)
-        return written
 
 
 class Bar:

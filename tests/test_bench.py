@@ -10,7 +10,7 @@ import torch
 from visionpulse import __main__ as command_line
 from visionpulse.analysis import cost, speed_plots
 from visionpulse.analysis.gain import PLAIN, TODAY
-from visionpulse.bench import Bar, main
+from visionpulse.bench import Bar, _threads, main
 from visionpulse.testing import layers, rows, timing
 from visionpulse.testing.ceilings import measure
 
@@ -77,6 +77,12 @@ def test_a_step_adds_its_layers_up(tmp_path, capsys):
 def test_the_verb_refuses_with_a_way_out(wrong, words, capsys):
     assert main(wrong) == 2
     assert words in capsys.readouterr().err
+
+
+def test_a_busy_machine_is_measured_on_one_thread(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    assert _threads(load=0.1) == 8
+    assert _threads(load=3.0) == 1
 
 
 def test_the_progress_bar_stays_on_its_line():

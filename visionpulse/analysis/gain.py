@@ -119,7 +119,7 @@ class Report:
             f"\n{options.model}, {self.decoder.layers} layers, batch {options.batch}, "
             f"{options.dtype}, {options.text} text tokens, schedule {schedule!r}\n"
             f"{machine.device}, {machine.isa}, {machine.threads} thread(s), "
-            f"load {machine.load:g} before the run\n"
+            f"load {machine.load:g} before the run; {machine.clock_note.split(',')[0]}\n"
             f"ceilings: {self.measured[0].read.name} {roof.read / 1e9:.1f} GB/s, "
             f"torch's gather {(roof.gather or 0) / 1e9:.1f} GB/s, "
             f"product {roof.compute / 1e9:,.0f} GFLOP/s\n\n"

@@ -26,16 +26,27 @@ const Kernels& find(const std::string& name, const std::string& asked_by) {
 
 std::vector<const Kernels*> available() {
   std::vector<const Kernels*> found;
-#if defined(VP_HAVE_AVX2)
+#if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                     __builtin_cpu_supports("f16c");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("bmi2");
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(&kAvx512Bf16);
+  // all of x86-64-v4, which the compiler may use there
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
+                      __builtin_cpu_supports("lzcnt");
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  (void)bf16;
+#if defined(VP_HAVE_AVX512_BF16)
+  if (bf16) found.push_back(&kAvx512Bf16);
+#endif
+#if defined(VP_HAVE_AVX512)
   if (avx512) found.push_back(&kAvx512);
+#endif
+#if defined(VP_HAVE_AVX2)
   if (avx2) found.push_back(&kAvx2);
+#endif
 #endif
 #if defined(VP_HAVE_NEON)
   found.push_back(&kNeon);

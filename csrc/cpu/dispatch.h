@@ -11,8 +11,8 @@ namespace visionpulse::cpu {
 // The instruction sets that this build has and this CPU runs, the best first.
 std::vector<const Kernels*> available();
 
-// The set in use: the best, or the one that VISIONPULSE_CPU_ISA names. Throws std::invalid_argument for a
-// name that is unknown or that this CPU lacks, with those there are.
+// The set in use: the best, or the one that VISIONPULSE_CPU_ISA names. Throws std::invalid_argument
+// for a name that is unknown or that this CPU lacks, with those there are.
 const Kernels& current();
 
 // Changes the set in use for this process.

@@ -58,8 +58,9 @@ struct Plan {
 Row row_of(const Call& c, int b) {
   Row row = {};
   const CacheArgs& a = c.cache;
-  row.visible = visible_range(a.starts != nullptr ? a.starts[b] : 0,
-                              a.lengths != nullptr ? a.lengths[b] : a.capacity, a.capacity, c.score.window);
+  row.visible =
+      visible_range(a.starts != nullptr ? a.starts[b] : 0,
+                    a.lengths != nullptr ? a.lengths[b] : a.capacity, a.capacity, c.score.window);
   row.padded = (row.visible.end - row.visible.begin + kBlock - 1) / kBlock * kBlock;
   if (c.visual.spans != nullptr) {
     const int32_t s = c.visual.spans_per_row;
@@ -82,8 +83,12 @@ Cut cut_of(const int32_t* kept, int32_t begin, int32_t keys, int32_t kv_heads) {
 
 void lay_out(const Kernels& kernels, Call& c, const Needs& needs, Arena& arena, Plan& plan) {
   const int group = c.H / c.G, heads = padded_heads(group);
-  plan = {arena.take<Row>(c.B), arena.take<Cut>(c.B), arena.take<Cut>(c.B),
-          arena.take<int32_t>(c.B + 1), 0, 0};
+  plan = {arena.take<Row>(c.B),
+          arena.take<Cut>(c.B),
+          arena.take<Cut>(c.B),
+          arena.take<int32_t>(c.B + 1),
+          0,
+          0};
   int64_t kept_parts = 0;
   for (int b = 0; b < c.B; ++b) {
     Row row = row_of(c, b);
@@ -92,7 +97,8 @@ void lay_out(const Kernels& kernels, Call& c, const Needs& needs, Arena& arena, 
     if (needs.scores) row.scores = arena.take<float>(row.padded);
     row.scores_begin = row.visible.begin;
     if (needs.kept) {
-      const int32_t most = std::min(visible, visible - row.n_visual + std::min(needs.k_max, row.n_visual));
+      const int32_t most =
+          std::min(visible, visible - row.n_visual + std::min(needs.k_max, row.n_visual));
       row.kept = arena.take<int32_t>(most);
       kept_parts += c.G * most_splits(most, c.G);
     }
@@ -112,7 +118,8 @@ void lay_out(const Kernels& kernels, Call& c, const Needs& needs, Arena& arena, 
   }
   if (plan.rows != nullptr) plan.chunks[c.B] = plan.n_chunks;
   c.rows = plan.rows;
-  c.part_floats = (4 * heads + kLanes - 1) / kLanes * kLanes + int64_t{group} * padded_dim(c.D, kernels.unit);
+  c.part_floats =
+      (4 * heads + kLanes - 1) / kLanes * kLanes + int64_t{group} * padded_dim(c.D, kernels.unit);
   c.parts = arena.take<float>(std::max<int64_t>(plan.all_parts, kept_parts) * c.part_floats);
   const int64_t lanes = needs.logits ? int64_t{c.B} * c.G * head_tiles(group) * kLanes : 0;
   c.head_max = arena.take<float>(lanes);
@@ -120,7 +127,8 @@ void lay_out(const Kernels& kernels, Call& c, const Needs& needs, Arena& arena, 
 }
 
 // Plans with the scratch given; the bytes that lack, or 0.
-int64_t plan_call(const Kernels& kernels, Call& c, const Needs& needs, const Scratch& scratch, Plan& plan) {
+int64_t plan_call(const Kernels& kernels, Call& c, const Needs& needs, const Scratch& scratch,
+                  Plan& plan) {
   // room to align the base by hand
   constexpr int64_t kAlign = 64;
   Arena measure(nullptr);
@@ -167,8 +175,8 @@ void stream(const Kernels& kernels, Call& c, const Plan& plan, int threads) {
   run_parts(c, plan.all_parts, threads, kernels.stream[static_cast<int>(c.dtype)]);
 }
 
-// Text keys and the selected ones among the visible, ascending. What is not a visible visual position
-// after the one before it is passed over: no index leads outside the cache.
+// Text keys and the selected ones among the visible, ascending. What is not a visible visual
+// position after the one before it is passed over: no index leads outside the cache.
 int32_t keep_positions(const Call& c, const Row& row, int b) {
   const int32_t* indices = c.selection.indices + int64_t{b} * c.selection.k_max;
   const int32_t count = std::min(std::max(c.selection.counts[b], 0), c.selection.k_max);
@@ -213,7 +221,8 @@ void rank(const Kernels& kernels, Call& c, const Plan& plan, float* scores, int 
     if (scores != nullptr) {
       float* all = scores + int64_t{b} * c.cache.capacity;
       std::fill(all, all + row.visible.begin, -std::numeric_limits<float>::infinity());
-      std::fill(all + row.visible.end, all + c.cache.capacity, -std::numeric_limits<float>::infinity());
+      std::fill(all + row.visible.end, all + c.cache.capacity,
+                -std::numeric_limits<float>::infinity());
       row.scores = all;
       row.scores_begin = 0;
     }

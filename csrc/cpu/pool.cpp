@@ -15,7 +15,8 @@
 namespace visionpulse::cpu {
 namespace {
 
-// About 20 us: longer than the pause between two phases of a call, far shorter than a scheduler slice.
+// About 20 us: longer than the pause between two phases of a call, far shorter than a scheduler
+// slice.
 constexpr int kSpins = 2000;
 
 void relax() {
@@ -35,7 +36,8 @@ struct Job {
   std::mutex mutex;
   std::condition_variable finished;
 
-  // A worker may come late, after the caller has left: it then finds no task, and touches nothing else.
+  // A worker may come late, after the caller has left: it then finds no task, and touches nothing
+  // else.
   void work(bool caller) {
     for (int task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
       body(context, task);

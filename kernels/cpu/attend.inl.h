@@ -69,17 +69,22 @@ VP_INLINE void locate(const Call& c, const Cut& cut, int row, int kv_head, int f
 // Logits [tiles, head tiles, kLanes] of a block; lanes without a key get -inf.
 template <class T, int HT>
 VP_INLINE void dot_block(const Query<T>& q, Keys<T>& keys, int dim, int tiles_of_heads,
-                         const Scaling& scaling, const T* const* ahead, int ahead_count, float* x) {
+                         const Scaling& scaling, const Ahead<T>& ahead, float* x) {
   constexpr int kTileKeys = kLanes / HT, kDotKeys = kDotLanes / HT;
   const int whole = (keys.count + kTileKeys - 1) / kTileKeys * kTileKeys;
   // a partial tile repeats its last key: every logit comes from the same instructions
   for (int i = keys.count; i < whole; ++i) keys.k[i] = keys.k[keys.count - 1];
   for (int first = 0; first < whole; first += kDotKeys) {
-    for (int i = first; i < first + kDotKeys && i < ahead_count; ++i)
-      prefetch(ahead[i], dim * static_cast<int>(sizeof(T)));
+    for (int i = first; i < first + kDotKeys && i < ahead.count; ++i)
+      prefetch(ahead.rows[i], ahead.bytes);
     for (int t = 0; t < tiles_of_heads; ++t) {
       Vec out[kDotVecs];
-      dot_tile<T, HT>(q.data + t * HT * q.stride, q.stride, keys.k + first, dim, out);
+      const auto* heads = q.data + t * HT * q.stride;
+      if (dim == 128) {
+        dot_tile<T, HT, 128>(heads, q.stride, keys.k + first, dim, out);
+      } else {
+        dot_tile<T, HT, 0>(heads, q.stride, keys.k + first, dim, out);
+      }
       float* to = x + (first / kTileKeys * tiles_of_heads + t) * kLanes + first % kTileKeys * HT;
       for (int i = 0; i < kDotVecs; ++i) vstore(to + i * kWidth, logit(out[i], scaling));
     }
@@ -128,18 +133,18 @@ VP_INLINE void store_part(const TileState* tiles, int count, const Part& part) {
 
 // The statistics of a block and, with values, their weighted sum.
 template <class T, int HT>
-VP_INLINE void absorb(const Call& c, const Keys<T>& keys, const BlockVisual* which,
+VP_INLINE void absorb(const Call& c, const Keys<T>& keys, Ahead<T> ahead, const BlockVisual* which,
                       const SoftmaxArgs& a, float* x, TileState* states, const Part& part) {
   const int group = c.H / c.G, tiles = head_tiles(group), stride = tiles * kLanes;
   const int columns = padded_dim(c.D, kUnit);
   constexpr int kTileKeys = kLanes / HT;
   const int key_tiles = (keys.count + kTileKeys - 1) / kTileKeys;
   for (int t = 0; t < tiles; ++t) {
-    float alpha[HT];
+    alignas(64) float alpha[kLanes];
     softmax_tile<HT>(x + t * kLanes, stride, key_tiles, which, a, states[t], alpha);
     if (!c.with_values) continue;
     const int heads = group - t * HT < HT ? group - t * HT : HT;
-    add_values<T, HT>(keys.v, keys.count, x + t * kLanes, stride, c.D, heads, alpha,
+    add_values<T, HT>(keys.v, keys.count, ahead, x + t * kLanes, stride, c.D, heads, alpha,
                       part.acc + t * HT * columns, columns);
   }
 }
@@ -182,16 +187,17 @@ static void stream_part(const Call& c, int row, int kv_head, int index) {
     Keys<T>& keys = buffers[turn];
     Keys<T>& next = buffers[turn ^ 1];
     locate(c, cut, row, kv_head, first + kBlock, end, next);
-    dot_block<T, HT>(q, keys, c.D, tiles, scaling, next.k, next.count, x);
+    // the other half of the work is fetched meanwhile: V of this block now, K of the next one later
+    const Ahead<T> soon = c.with_values ? Ahead<T>::make(keys.v, keys.count, c.D)
+                                        : Ahead<T>::make(next.k, next.count, c.D);
+    dot_block<T, HT>(q, keys, c.D, tiles, scaling, soon, x);
     if (args.at_tau) {
       find_visual<HT>(c.visual, row, cut.begin + first, keys.count, span, which);
       const int floats = (keys.count + kLanes / HT - 1) / (kLanes / HT) * (kLanes / HT) * heads;
       if (c.all_logits || which.content != Content::kText)
         keep_logits(c, c.rows[row], kv_head, first, x, floats);
     }
-    if (c.with_values)
-      for (int i = 0; i < next.count; ++i) prefetch(next.v[i], c.D * static_cast<int>(sizeof(T)));
-    absorb<T, HT>(c, keys, &which, args, x, states, part);
+    absorb<T, HT>(c, keys, Ahead<T>::make(next.k, next.count, c.D), &which, args, x, states, part);
   }
   store_part<HT>(states, tiles, part);
 }
@@ -230,9 +236,8 @@ static void weigh_part(const Call& c, int row, int kv_head, int index) {
     const Keys<T>& keys = buffers[turn];
     Keys<T>& next = buffers[turn ^ 1];
     locate(c, cut, row, kv_head, first + kBlock, end, next);
-    for (int i = 0; i < next.count; ++i) prefetch(next.v[i], c.D * static_cast<int>(sizeof(T)));
     gather_logits<T, HT>(c.rows[row], kv_head, keys, tiles, x);
-    absorb<T, HT>(c, keys, nullptr, {1.0f, false}, x, states, part);
+    absorb<T, HT>(c, keys, Ahead<T>::make(next.v, next.count, c.D), nullptr, {1.0f, false}, x, states, part);
   }
   store_part<HT>(states, tiles, part);
 }

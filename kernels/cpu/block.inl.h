@@ -108,14 +108,17 @@ struct Query {
 
 constexpr int kDotLanes = kDotVecs * kWidth;  // dot products of one tile
 
-// Dot products of kDotLanes / HT keys with HT heads; lane = key * HT + head.
-template <class T, int HT>
-VP_INLINE void dot_tile(const typename Dot<T>::Query* q, int q_stride, const T* const* keys, int dim,
+// Dot products of kDotLanes / HT keys with HT heads; lane = key * HT + head. DIM is the head dim where it
+// is common enough to unroll for, else 0.
+template <class T, int HT, int DIM>
+VP_INLINE void dot_tile(const typename Dot<T>::Query* q, int q_stride, const T* const* keys, int any_dim,
                         Vec* out /* [kDotVecs] */) {
   constexpr int kKeys = kDotLanes / HT;
+  const int dim = DIM > 0 ? DIM : any_dim;
   Vec acc[kDotLanes];
   for (int i = 0; i < kDotLanes; ++i) acc[i] = vzero();
   const int whole = dim / kUnit * kUnit;
+#pragma GCC unroll 8
   for (int d = 0; d < whole; d += kUnit) {
     typename Dot<T>::Unit query[HT];
     for (int h = 0; h < HT; ++h) query[h] = Dot<T>::query(q + h * q_stride + d);
@@ -150,30 +153,61 @@ VP_INLINE Vec logit(Vec dot, const Scaling& s) {
   return s.capped == 0.0f ? z : vmul(vset(s.capped), tanh_full(z));
 }
 
+template <int BYTES>
+VP_INLINE void prefetch(const void* from) {
+  const char* p = static_cast<const char*>(from);
+#pragma GCC unroll 16
+  for (int i = 0; i < BYTES; i += 64) __builtin_prefetch(p + i, 0, 3);
+}
 VP_INLINE void prefetch(const void* from, int bytes) {
+  if (bytes == 256) return prefetch<256>(from);
+  if (bytes == 512) return prefetch<512>(from);
   const char* p = static_cast<const char*>(from);
   for (int i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 3);
 }
 
 // --- values ------------------------------------------------------------------------------------------
 
+// Rows to be read soon, fetched in the order they lie in memory while another block is worked on: spread over
+// the work, because a burst would stall it, and whole, because halves mislead the hardware's prefetcher.
+template <class T>
+struct Ahead {
+  const T* const* rows;
+  int count;   // rows
+  int bytes;   // of a row
+  int passes;  // over the values of a block: one row each time as many steps of work are done
+  int row, steps;
+
+  VP_INLINE Ahead make(const T* const* rows, int count, int dim) {
+    constexpr int kColumns = kValueUnits * kUnit;
+    const int passes = (dim + kColumns - 1) / kColumns;
+    return {rows, count, dim * static_cast<int>(sizeof(T)), passes, 0, 0};
+  }
+  VP_INLINE void fetch(Ahead& a, int steps) {
+    for (a.steps += steps; a.steps >= a.passes && a.row < a.count; a.steps -= a.passes)
+      prefetch(a.rows[a.row++], a.bytes);
+  }
+};
+
 // acc[h] = acc[h] * alpha[h] + sum over keys of p[key, h] * v[key], for NH heads and UNITS units of
 // columns. Each block is summed from zero and then added, which also keeps rounding errors short.
 template <class T, int HT, int NH, int UNITS, bool TAIL>
-VP_INLINE void value_tile(const T* const* values, int keys, const float* p, int p_stride, int column,
-                          int rest, const float* alpha, float* acc, int acc_stride) {
+VP_INLINE void value_tile(const T* const* values, int keys, Ahead<T>& ahead, const float* p, int p_stride,
+                          int dim, int column, const float* alpha, float* acc, int acc_stride) {
   constexpr int kTileKeys = kLanes / HT;
+  Ahead<T> soon = ahead;  // in registers
   Vec sum[NH][2 * UNITS];
   for (int h = 0; h < NH; ++h)
     for (int u = 0; u < 2 * UNITS; ++u) sum[h][u] = vzero();
   for (int first = 0; first < keys; first += kTileKeys, p += p_stride) {
     const int n = keys - first < kTileKeys ? keys - first : kTileKeys;
+    Ahead<T>::fetch(soon, n);
     for (int i = 0; i < n; ++i) {
       const T* v = values[first + i] + column;
       Vec x[2 * UNITS];
       for (int u = 0; u < UNITS; ++u) {
         if (TAIL) {
-          load_tail(v + u * kUnit, rest, x[2 * u], x[2 * u + 1]);
+          load_tail(v + u * kUnit, dim - column, x[2 * u], x[2 * u + 1]);
         } else {
           load_unit(v + u * kUnit, x[2 * u], x[2 * u + 1]);
         }
@@ -184,6 +218,7 @@ VP_INLINE void value_tile(const T* const* values, int keys, const float* p, int 
       }
     }
   }
+  ahead = soon;
   for (int h = 0; h < NH; ++h) {
     float* to = acc + h * acc_stride + column;
     const Vec scale = vset(alpha[h]);
@@ -193,29 +228,29 @@ VP_INLINE void value_tile(const T* const* values, int keys, const float* p, int 
 }
 
 template <class T, int HT, int NH>
-VP_INLINE void value_columns(const T* const* values, int keys, const float* p, int p_stride, int dim,
-                             const float* alpha, float* acc, int acc_stride) {
+VP_INLINE void value_columns(const T* const* values, int keys, Ahead<T>& ahead, const float* p,
+                             int p_stride, int dim, const float* alpha, float* acc, int acc_stride) {
   int d = 0;
   for (; d + kValueUnits * kUnit <= dim; d += kValueUnits * kUnit)
-    value_tile<T, HT, NH, kValueUnits, false>(values, keys, p, p_stride, d, 0, alpha, acc, acc_stride);
+    value_tile<T, HT, NH, kValueUnits, false>(values, keys, ahead, p, p_stride, dim, d, alpha, acc, acc_stride);
   for (; kValueUnits > 1 && d + kUnit <= dim; d += kUnit)
-    value_tile<T, HT, NH, 1, false>(values, keys, p, p_stride, d, 0, alpha, acc, acc_stride);
+    value_tile<T, HT, NH, 1, false>(values, keys, ahead, p, p_stride, dim, d, alpha, acc, acc_stride);
   if (d < dim)
-    value_tile<T, HT, NH, 1, true>(values, keys, p, p_stride, d, dim - d, alpha, acc, acc_stride);
+    value_tile<T, HT, NH, 1, true>(values, keys, ahead, p, p_stride, dim, d, alpha, acc, acc_stride);
 }
 
 // One head tile of `heads` <= HT real heads.
 template <class T, int HT>
-static void add_values(const T* const* values, int keys, const float* p, int p_stride, int dim,
-                       int heads, const float* alpha, float* acc, int acc_stride) {
+static void add_values(const T* const* values, int keys, Ahead<T>& ahead, const float* p, int p_stride,
+                       int dim, int heads, const float* alpha, float* acc, int acc_stride) {
   if (heads == 1) {
-    value_columns<T, HT, 1>(values, keys, p, p_stride, dim, alpha, acc, acc_stride);
+    value_columns<T, HT, 1>(values, keys, ahead, p, p_stride, dim, alpha, acc, acc_stride);
   } else if (HT >= 2 && heads == 2) {
-    value_columns<T, HT, HT >= 2 ? 2 : 1>(values, keys, p, p_stride, dim, alpha, acc, acc_stride);
+    value_columns<T, HT, HT >= 2 ? 2 : 1>(values, keys, ahead, p, p_stride, dim, alpha, acc, acc_stride);
   } else if (HT == 4 && heads == 3) {
-    value_columns<T, HT, HT == 4 ? 3 : 1>(values, keys, p, p_stride, dim, alpha, acc, acc_stride);
+    value_columns<T, HT, HT == 4 ? 3 : 1>(values, keys, ahead, p, p_stride, dim, alpha, acc, acc_stride);
   } else {
-    value_columns<T, HT, HT == 4 ? 4 : 1>(values, keys, p, p_stride, dim, alpha, acc, acc_stride);
+    value_columns<T, HT, HT == 4 ? 4 : 1>(values, keys, ahead, p, p_stride, dim, alpha, acc, acc_stride);
   }
 }
 

@@ -8,7 +8,7 @@
 
 namespace visionpulse::cpu {
 
-constexpr int kBlock = 64;       // keys that are scored, weighed and summed together
+constexpr int kBlock = 32;       // keys that are scored, weighed and summed together; K and V stay in L1
 constexpr int kLanes = 16;       // logits of one tile: kLanes / heads keys of 1, 2 or 4 heads
 constexpr int kMaxGroup = 32;    // query heads of one KV head
 constexpr int kMaxHeadDim = 256;

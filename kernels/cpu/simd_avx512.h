@@ -60,6 +60,17 @@ VP_INLINE Vec vreduce(const Vec* acc) {
   return vadd(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
 }
 
+// Lanes i, i + HT, i + 2 HT, ... made equal to their largest.
+#define VP_HAS_SPREAD_MAX 1
+template <int HT>
+VP_INLINE Vec vspread_max(Vec x) {
+  x = _mm512_max_ps(x, _mm512_shuffle_f32x4(x, x, 0x4e));
+  x = _mm512_max_ps(x, _mm512_shuffle_f32x4(x, x, 0xb1));
+  if (HT <= 2) x = _mm512_max_ps(x, _mm512_permute_ps(x, 0x4e));
+  if (HT == 1) x = _mm512_max_ps(x, _mm512_permute_ps(x, 0xb1));
+  return x;
+}
+
 // A unit is 2 * kWidth elements. Both halves hold them in an order of the type's own (bfloat16: even
 // elements, then odd ones); q, k and the output accumulators share it.
 VP_INLINE void load_unit(const float* p, Vec& a, Vec& b) {

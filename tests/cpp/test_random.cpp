@@ -191,6 +191,8 @@ int main(int argc, char** argv) {
     }
     ++problems;
   }
-  std::printf("%d problems\n", problems);
+  std::printf("%d problems, instruction sets:", problems);
+  for (const cpu::Kernels* kernels : cpu::available()) std::printf(" %s", kernels->name);
+  std::printf("\n");
   return check::report("random");
 }

@@ -1,0 +1,95 @@
+"""The C++ tests: built by CMake, run by ctest, plain, under sanitizers, and for 64-bit Arm."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+STRESS_SECONDS = "30"
+ARM = "aarch64-linux-gnu"
+BUILDS = {
+    "plain": (),
+    "address": ("-DVISIONPULSE_SANITIZE=address,undefined", "-DCMAKE_BUILD_TYPE=Debug"),
+    # races are between threads, not between instructions: one instruction set shows them
+    "thread": (
+        "-DVISIONPULSE_SANITIZE=thread",
+        "-DVISIONPULSE_ISAS=none",
+        "-DCMAKE_BUILD_TYPE=Debug",
+    ),
+    "arm": (
+        "-DCMAKE_SYSTEM_NAME=Linux",
+        "-DCMAKE_SYSTEM_PROCESSOR=aarch64",
+        f"-DCMAKE_CXX_COMPILER={ARM}-g++",
+        f"-DCMAKE_CROSSCOMPILING_EMULATOR=qemu-aarch64;-L;/usr/{ARM}",
+    ),
+}
+
+
+def run(*command, **environment):
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=1200
+    )
+    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def built():
+    """Build a tree of BUILDS once; a second run of the tests compiles only what changed."""
+    for tool in ("cmake", "ninja", "ctest"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} is not installed; pip install cmake ninja")
+
+    def build(name):
+        tree = ROOT / "build" / f"ctest-{name}"
+        options = ("-DVISIONPULSE_PYTHON=OFF", "-DVISIONPULSE_TESTS=ON", *BUILDS[name])
+        run("cmake", "-S", ROOT, "-B", tree, "-G", "Ninja", *options)
+        run("cmake", "--build", tree, "-j", str(min(2, os.cpu_count() or 1)))
+        return tree
+
+    return build
+
+
+def ctest(tree):
+    run("ctest", "--test-dir", tree, "--output-on-failure", "--no-tests=error")
+
+
+def test_units_and_random_problems(built):
+    ctest(built("plain"))
+
+
+@pytest.mark.slow
+def test_memory_under_random_stress(built):
+    tree = built("address")
+    ctest(tree)
+    run(tree / "test_random", STRESS_SECONDS, "1000")
+
+
+def test_threads_do_not_race(built):
+    ctest(built("thread"))
+
+
+@pytest.mark.slow
+def test_neon_under_an_emulator(built):
+    for tool in (f"{ARM}-g++", "qemu-aarch64"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} is not installed; apt install g++-{ARM} qemu-user")
+    tree = built("arm")
+    ctest(tree)
+    assert "neon" in run("qemu-aarch64", "-L", f"/usr/{ARM}", tree / "test_random", "0.1", "7")
+
+
+def test_kernel_sources_include_no_library_code():
+    # an inline function of the standard library compiled for one instruction set could be linked
+    # into code that runs on an older CPU
+    allowed = {"<cstdint>", "<immintrin.h>", "<arm_neon.h>"}
+    for source in [*ROOT.glob("kernels/cpu/**/*"), *ROOT.glob("kernels/common/*")]:
+        if source.is_dir():
+            continue
+        for line in source.read_text().splitlines():
+            words = line.split()
+            if words[:1] == ["#include"] and words[1].startswith("<"):
+                assert words[1] in allowed, f"{source}: {line}"

@@ -1,0 +1,212 @@
+"""What only the CPU backend promises: instruction sets, threads, forks, and bits."""
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+import visionpulse as vp
+from visionpulse.backends import cpu, get
+
+REASON = get("cpu").unavailable()
+pytestmark = pytest.mark.skipif(REASON is not None, reason=f"backend cpu: {REASON}")
+ROOT = Path(__file__).parents[1]
+OTHER_SETS = [] if REASON else cpu.instruction_sets()[1:]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def problem(rows=2, size=700, heads=8, kv_heads=2, dim=64, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    kv = vp.KVCache(random(rows, kv_heads, size, dim), random(rows, kv_heads, size, dim))
+    visual = vp.VisualTokens.from_spans([[(10, size // 2), (size // 2 + 9, size - 20)]] * rows)
+    return random(rows, heads, dim), kv, visual
+
+
+def decoded(q, kv, visual, config=None, **more):
+    """Everything that a decode gives, as one list of tensors."""
+    config = config or vp.PulseConfig(ratio=(0.1, 0.4))
+    scores = torch.empty(kv.batch, kv.capacity)
+    out, kept = vp.decode(q, kv, visual, config, scores=scores, backend="cpu", **more)
+    follower = vp.attend(q, kv, visual, kept, backend="cpu", **more)
+    dense = vp.attend(q, kv, backend="cpu", **more)
+    return [out, scores, kept.indices, kept.counts, kept.mass, kept.mass_mean, follower, dense]
+
+
+def same_bits(left, right):
+    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def python(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True, text=True, env={**os.environ, **environment}, timeout=120,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHER_SETS)
+def test_every_instruction_set_passes_the_shared_tests(name):
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--backends", "cpu"]
+    done = subprocess.run(
+        [*command, "tests/test_backends.py"],
+        cwd=ROOT, capture_output=True, text=True, timeout=900,
+        env={**os.environ, "VISIONPULSE_CPU_ISA": name},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
+def test_the_environment_forces_an_instruction_set():
+    code = "from visionpulse.backends import cpu; print(cpu.instruction_set())"
+    done = python(code, VISIONPULSE_CPU_ISA="baseline")
+    assert done.stdout.strip() == "baseline", done.stderr
+
+
+def test_an_unknown_instruction_set_is_an_error_that_lists_those_there_are():
+    code = "import visionpulse as vp; vp.backends()"
+    done = python(code, VISIONPULSE_CPU_ISA="avx1024")
+    assert done.returncode != 0
+    for word in ("VISIONPULSE_CPU_ISA", "avx1024", "baseline"):
+        assert word in done.stderr
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("anchor_output", ("pruned", "dense"))
+def test_the_same_bits_on_any_number_of_threads(threads, dtype, anchor_output):
+    q, kv, visual = problem(rows=3, size=2500, dtype=dtype)
+    kv = vp.KVCache(kv.k, kv.v, torch.tensor([2500, 1, 1300], dtype=torch.int32))
+    config = vp.PulseConfig(ratio=(0.1, 0.4), anchor_output=anchor_output)
+    threads(1)
+    alone = decoded(q, kv, visual, config)
+    for count in (2, 3, 64):
+        threads(count)
+        assert same_bits(alone, decoded(q, kv, visual, config))
+
+
+def test_a_row_keeps_its_bits_whatever_surrounds_it():
+    q, kv, visual = problem(rows=3, size=900)
+    lengths = torch.tensor([900, 333, 640], dtype=torch.int32)
+    config = vp.PulseConfig(ratio=(0.1, 0.4))
+    together = decoded(q, vp.KVCache(kv.k, kv.v, lengths), visual, config)
+    for b in range(3):
+        n = int(lengths[b])
+        # the row alone, in a cache without room to spare
+        alone = vp.KVCache(kv.k[b : b + 1, :, :n], kv.v[b : b + 1, :, :n])
+        spans = visual.spans[b].clamp(max=n).tolist()
+        own = vp.VisualTokens.from_spans([[(s, e) for s, e in spans if s < e]])
+        out, kept = vp.decode(q[b : b + 1], alone, own, config, backend="cpu")
+        assert torch.equal(out[0], together[0][b])
+        count = int(kept.counts[0])
+        assert count == together[3][b]
+        assert torch.equal(kept.indices[0, :count], together[2][b, :count])
+        assert kept.mass[0] == together[4][b]
+
+
+@pytest.mark.parametrize("page", (1, 7, 16))
+def test_pages_give_the_bits_of_a_contiguous_cache(page):
+    q, kv, visual = problem(rows=1, size=700, dtype=torch.bfloat16)
+    pages = -(-700 // page)
+    padded = [torch.nn.functional.pad(t, (0, 0, 0, pages * page - 700)) for t in (kv.k, kv.v)]
+    order = torch.randperm(pages, generator=torch.Generator().manual_seed(1))
+
+    def paged(t):  # [1, G, N, D] to [P, page, G, D], shuffled
+        slots = t[0].unflatten(1, (pages, page)).permute(1, 2, 0, 3)
+        return torch.empty_like(slots, memory_format=torch.contiguous_format).index_copy_(
+            0, order, slots.contiguous()
+        )
+
+    lengths = torch.tensor([700], dtype=torch.int32)
+    cache = vp.PagedKVCache(*map(paged, padded), order.to(torch.int32)[None], lengths)
+    contiguous, from_pages = decoded(q, kv, visual), decoded(q, cache, visual)
+    from_pages[1] = from_pages[1][:, :700]
+    assert same_bits(contiguous, from_pages)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("score", ("prob", "logit", "prob_tau"))
+def test_equal_keys_get_equal_score_bits_wherever_they_lie(dtype, score):
+    q, kv, _ = problem(rows=1, size=1100, dtype=dtype)
+    places = torch.tensor([3, 64, 65, 511, 512, 1023, 1099])
+    k = kv.k.clone()
+    k[:, :, places] = k[:, :, 3:4]
+    visual = vp.VisualTokens.from_spans([[(0, 1100)]])
+    config = vp.PulseConfig(score=score)
+    scores = vp.score(q, vp.KVCache(k, kv.v), visual, config, backend="cpu")[0]
+    assert len(scores[0, places].unique()) == 1
+
+
+def test_unaligned_rows_are_read_right():
+    for dtype in DTYPES:
+        q, kv, visual = problem(rows=1, size=300, dim=40, dtype=dtype)
+        aligned = decoded(q, kv, visual)
+
+        def shifted(t):
+            flat = torch.empty(t.numel() + 1, dtype=t.dtype)
+            return flat[1:].view(t.shape).copy_(t)
+
+        moved = decoded(shifted(q), vp.KVCache(shifted(kv.k), shifted(kv.v)), visual)
+        assert same_bits(aligned, moved)
+
+
+def test_two_python_threads_work_at_once(threads):
+    threads(2)
+    q, kv, visual = problem(size=1500)
+    expected, wrong = decoded(q, kv, visual), []
+
+    def work():
+        for _ in range(20):
+            if not same_bits(expected, decoded(q, kv, visual)):
+                wrong.append(1)
+
+    workers = [threading.Thread(target=work) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
+FORKED = """
+import os, torch, visionpulse as vp
+torch.set_num_threads(4)
+q, k = torch.randn(1, 8, 64), torch.randn(1, 2, 4000, 64)
+kv = vp.KVCache(k, k)
+first = vp.attend(q, kv, backend="cpu")
+child = os.fork()
+if child == 0:
+    os._exit(0 if torch.equal(first, vp.attend(q, kv, backend="cpu")) else 1)
+assert os.waitpid(child, 0)[1] == 0
+print("done")
+"""
+
+
+def test_a_forked_child_computes_and_the_interpreter_ends():
+    done = python(FORKED)
+    assert done.stdout.strip() == "done" and done.returncode == 0, done.stderr
+
+
+def test_refusals_say_what_is_served():
+    q, kv, visual = problem(dtype=torch.float64)
+    with pytest.raises(vp.BackendUnavailableError, match="float32, bfloat16 and float16"):
+        vp.decode(q, kv, visual, backend="cpu")
+
+
+def test_scratch_memory_serves_calls_of_any_size():
+    workspace = vp.Workspace()
+    for size in (80, 2000, 90, 3000):
+        q, kv, visual = problem(size=size)
+        assert same_bits(decoded(q, kv, visual), decoded(q, kv, visual, workspace=workspace))

@@ -29,13 +29,14 @@ format: $(READY)
 
 # A few minutes on two cores: the tables, then the ratios of short ops against the committed ones.
 BENCH_ROWS := build/bench.jsonl
-GATED := bench_layers.py --shapes b1-4k --dtypes bf16,fp32 --baselines torch-sdpa-grouped --rounds 15
+GATED := bench_layers.py --device cpu --shapes b1-4k --dtypes bf16,fp32 --rounds 15 \
+	--baselines torch-sdpa-grouped
 bench: $(READY)
-	$(BIN)/python benchmarks/bench_layers.py --shapes b1-8k --dtypes bf16,fp32 --rounds 5 \
+	$(BIN)/python benchmarks/bench_layers.py --device cpu --shapes b1-8k --dtypes bf16,fp32 --rounds 5 \
 		--out $(BENCH_ROWS) $(BENCH_ARGS)
-	$(BIN)/python benchmarks/bench_decode.py --shapes b1-8k --dtypes bf16,fp32 --rounds 5 \
+	$(BIN)/python benchmarks/bench_decode.py --device cpu --shapes b1-8k --dtypes bf16,fp32 --rounds 5 \
 		--out $(BENCH_ROWS) $(BENCH_ARGS)
-	$(BIN)/python benchmarks/bench_sweep.py --shapes b1-1k,b1-8k --rounds 5 --out $(BENCH_ROWS) \
+	$(BIN)/python benchmarks/bench_sweep.py --device cpu --shapes b1-1k,b1-8k --rounds 5 --out $(BENCH_ROWS) \
 		$(BENCH_ARGS)
 	$(BIN)/python benchmarks/compare.py benchmarks/results/cpu.jsonl --gate 0.6 --attempts 3 \
 		--run "$(GATED)"

@@ -14,7 +14,17 @@ from visionpulse.bench import Bar, _threads, main
 from visionpulse.testing import layers, rows, timing
 from visionpulse.testing.ceilings import measure
 
-TINY = ["--contexts", "256,512", "--text", "16", "--seconds", "0", "--no-progress"]
+TINY = [
+    "--device",
+    "cpu",
+    "--contexts",
+    "256,512",
+    "--text",
+    "16",
+    "--seconds",
+    "0",
+    "--no-progress",
+]
 
 
 def make(bench="decode", backend="cpu", seconds=(1e-3, 2e-3), **changes):

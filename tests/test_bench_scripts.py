@@ -58,7 +58,7 @@ def files(tmp_path):
     return give
 
 
-SMALL = ("--layers", "3", "--rounds", "1", "--budget", "32", "--quiet")
+SMALL = ("--device", "cpu", "--layers", "3", "--rounds", "1", "--budget", "32", "--quiet")
 
 
 def test_a_decode_step_is_timed_under_every_schedule(run, tmp_path):
@@ -82,7 +82,7 @@ def test_a_decode_step_is_timed_under_every_schedule(run, tmp_path):
 
 def test_every_stage_is_timed_against_a_baseline_of_its_own(run, tmp_path):
     out = tmp_path / "rows.jsonl"
-    small = ("--rounds", "1", "--budget", "32", "--quiet", "--dtypes", "fp32")
+    small = ("--device", "cpu", "--rounds", "1", "--budget", "32", "--quiet", "--dtypes", "fp32")
     run("bench_layers.py", "--shapes", "b1-1k", *small, "--out", out)
     found = {(row.bench, row.backend): row for row in rows.read(out)}
     ours = {stage: row for (stage, name), row in found.items() if name == "cpu"}
@@ -98,7 +98,18 @@ def test_every_stage_is_timed_against_a_baseline_of_its_own(run, tmp_path):
 @pytest.mark.parametrize("sweep", ["retention", "batch"])
 def test_a_sweep_says_from_where_a_follower_pays(run, tmp_path, sweep):
     out, drawn = tmp_path / "rows.jsonl", tmp_path / "plots"
-    arguments = ["--sweep", sweep, "--shapes", "b1-1k", "--rounds", "1", "--budget", "32"]
+    arguments = [
+        "--device",
+        "cpu",
+        "--sweep",
+        sweep,
+        "--shapes",
+        "b1-1k",
+        "--rounds",
+        "1",
+        "--budget",
+        "32",
+    ]
     said = run("bench_sweep.py", *arguments, "--out", out)
     assert re.search(r"b1-1k cpu: a follower beats our dense layer (never|up to)", said)
     found = [row for row in rows.read(out) if "follower" in row.backend]
@@ -111,7 +122,7 @@ def test_a_sweep_says_from_where_a_follower_pays(run, tmp_path, sweep):
 
 def test_a_profile_of_a_step_has_its_stages(run, tmp_path):
     trace = tmp_path / "step.json"
-    small = ("--shape", "b1-1k", "--layers", "4", "--budget", "32", "--staged")
+    small = ("--device", "cpu", "--shape", "b1-1k", "--layers", "4", "--budget", "32", "--staged")
     said = run("profile_decode.py", *small, "--torch-profiler", trace)
     counts = {line.split()[0]: line.split()[1] for line in said.splitlines() if "%" in line}
     assert counts == {
@@ -195,6 +206,6 @@ def test_committed_ratios_hold_here(run):
     """Best of three runs at 0.6 of each; other instruction sets than the committed have none."""
     command = (
         "bench_layers.py --shapes b1-4k --dtypes bf16,fp32 --baselines torch-sdpa-grouped "
-        "--rounds 15"
+        "--rounds 15 --device cpu"
     )
     run("compare.py", RESULTS, "--gate", "0.6", "--attempts", "3", "--run", command)

@@ -46,9 +46,9 @@ struct ScoreArgs {
   int32_t window;  // 0: none
   int32_t k_max;
   ScoreKind kind;
-  bool mean_mass;             // the budget follows the mean over heads, not the largest
-  const float* ratio;         // [B] in place of the mass; nullptr: the mass
-  const int32_t* wanted;      // [B] wanted K in place of the budget; nullptr: the budget
+  bool mean_mass;         // the budget follows the mean over heads, not the largest
+  const float* ratio;     // [B] in place of the mass; nullptr: the mass
+  const int32_t* wanted;  // [B] wanted K in place of the budget; nullptr: the budget
 };
 
 }  // namespace visionpulse

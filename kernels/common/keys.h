@@ -15,8 +15,8 @@ VP_HD uint32_t float_bits(float x) {
 #endif
 }
 
-// A key that orders as the score does: greater score, greater key. NaN takes 0, below -inf, and both
-// zeros share one key, so that a tie is a tie of keys.
+// A key that orders as the score does: greater score, greater key. NaN takes 0, below -inf, and
+// both zeros share one key, so that a tie is a tie of keys.
 VP_HD uint32_t ordered_key(float score) {
   uint32_t bits = float_bits(score);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return 0;

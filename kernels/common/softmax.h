@@ -10,8 +10,8 @@ constexpr float kLn2 = 0.69314718055994530942f;
 
 VP_HD float minus_infinity() { return -__builtin_huge_valf(); }
 
-// What to subtract before exponentiating: where every logit so far is -inf, 0, for which each of them
-// still weighs exp2(-inf) = 0 instead of NaN.
+// What to subtract before exponentiating: where every logit so far is -inf, 0, for which each of
+// them still weighs exp2(-inf) = 0 instead of NaN.
 VP_HD float safe_max(float m) { return m == minus_infinity() ? 0.0f : m; }
 
 // The running state of one softmax in powers of two: keys seen so far have the largest logit m and

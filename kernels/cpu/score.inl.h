@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// From kept logits to scores: the row's final statistics first, then one small pass over logits only.
+// From kept logits to scores: the row's final statistics first, then one small pass over logits
+// only.
 #pragma once
 
 #include "kernels/cpu/attend.inl.h"
@@ -67,8 +68,8 @@ VP_INLINE void rank_tiles(const Call& c, const Row& row, int row_index, int firs
   Vec sum[kTiles * kParts];
   for (int i = 0; i < kTiles * kParts; ++i) sum[i] = vzero();
   for (int g = 0; g < c.G; ++g) {
-    const float* x = row.logits +
-                     ((int64_t{g} * (row.padded / kTileKeys) + first_tile) * tiles) * kLanes;
+    const float* x =
+        row.logits + ((int64_t{g} * (row.padded / kTileKeys) + first_tile) * tiles) * kLanes;
     const int64_t at = (int64_t{row_index} * c.G + g) * tiles * kLanes;
     for (int t = 0; t < tiles; ++t) {
       for (int i = 0; i < count * kParts; ++i) {

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The table of one instruction set. Its .cpp names the set and includes its simd file before this one.
+// The table of one instruction set. Its .cpp names the set and includes its simd file before this
+// one.
 #include "kernels/cpu/attend.inl.h"
 #include "kernels/cpu/score.inl.h"
 #include "kernels/cpu/select.inl.h"
@@ -45,10 +46,13 @@ static void score_any(const Call& c, int row, int chunk) {
 }  // namespace visionpulse::cpu::VP_ISA
 
 // One row per storage type, in the order of DType.
-#define VP_KERNELS(NAME)                                                               \
-  {                                                                                    \
-    NAME, kUnit, {stream_any<float>, stream_any<bf16>, stream_any<f16>},               \
-        {weigh_any<float>, weigh_any<bf16>, weigh_any<f16>},                           \
-        {finish_head<float>, finish_head<bf16>, finish_head<f16>}, row_statistics,     \
-        score_any, choose_row, read_bytes                                              \
-  }
+#define VP_KERNELS(NAME)                                      \
+  {NAME,                                                      \
+   kUnit,                                                     \
+   {stream_any<float>, stream_any<bf16>, stream_any<f16>},    \
+   {weigh_any<float>, weigh_any<bf16>, weigh_any<f16>},       \
+   {finish_head<float>, finish_head<bf16>, finish_head<f16>}, \
+   row_statistics,                                            \
+   score_any,                                                 \
+   choose_row,                                                \
+   read_bytes}

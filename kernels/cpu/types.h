@@ -15,6 +15,6 @@ struct f16 {
 
 }  // namespace visionpulse::cpu
 
-// Every function of the textual kernels has internal linkage and is inlined where it pays, so no copy
-// compiled for one instruction set can be linked into another.
+// Every function of the textual kernels has internal linkage and is inlined where it pays, so no
+// copy compiled for one instruction set can be linked into another.
 #define VP_INLINE static inline __attribute__((always_inline))

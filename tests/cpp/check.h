@@ -15,23 +15,23 @@ inline int report(const char* name) {
 
 }  // namespace check
 
-#define CHECK(condition)                                                              \
-  do {                                                                                \
-    ++check::checks;                                                                  \
-    if (!(condition)) {                                                               \
-      ++check::failures;                                                              \
-      std::printf("%s:%d: failed: %s\n", __FILE__, __LINE__, #condition);             \
-    }                                                                                 \
+#define CHECK(condition)                                                  \
+  do {                                                                    \
+    ++check::checks;                                                      \
+    if (!(condition)) {                                                   \
+      ++check::failures;                                                  \
+      std::printf("%s:%d: failed: %s\n", __FILE__, __LINE__, #condition); \
+    }                                                                     \
   } while (false)
 
 // With values: CHECK_THAT(a == b, "a=%d b=%d", a, b).
-#define CHECK_THAT(condition, ...)                                                    \
-  do {                                                                                \
-    ++check::checks;                                                                  \
-    if (!(condition)) {                                                               \
-      ++check::failures;                                                              \
-      std::printf("%s:%d: failed: %s: ", __FILE__, __LINE__, #condition);             \
-      std::printf(__VA_ARGS__);                                                       \
-      std::printf("\n");                                                              \
-    }                                                                                 \
+#define CHECK_THAT(condition, ...)                                        \
+  do {                                                                    \
+    ++check::checks;                                                      \
+    if (!(condition)) {                                                   \
+      ++check::failures;                                                  \
+      std::printf("%s:%d: failed: %s: ", __FILE__, __LINE__, #condition); \
+      std::printf(__VA_ARGS__);                                           \
+      std::printf("\n");                                                  \
+    }                                                                     \
   } while (false)

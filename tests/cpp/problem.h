@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Random decode problems with buffers of the exact size, so that a sanitizer sees a step too far, and the
-// contract computed for them in float64, row by row.
+// Random decode problems with buffers of the exact size, so that a sanitizer sees a step too far,
+// and the contract computed for them in float64, row by row.
 #pragma once
 
 #include <algorithm>
@@ -24,9 +24,10 @@ inline int between(Random& r, int low, int high) {
 
 inline float half_value(uint16_t h) {
   const int exponent = h >> 10 & 31, mantissa = h & 1023;
-  const float size = exponent == 0    ? std::ldexp(static_cast<float>(mantissa), -24)
-                     : exponent == 31 ? (mantissa != 0 ? std::nanf("") : HUGE_VALF)
-                                      : std::ldexp(static_cast<float>(1024 + mantissa), exponent - 25);
+  const float size = exponent == 0 ? std::ldexp(static_cast<float>(mantissa), -24)
+                     : exponent == 31
+                         ? (mantissa != 0 ? std::nanf("") : HUGE_VALF)
+                         : std::ldexp(static_cast<float>(1024 + mantissa), exponent - 25);
   return h & 0x8000 ? -size : size;
 }
 
@@ -57,7 +58,8 @@ struct Buffer {
     }
     // values here are small: a half with the mantissa cut
     const int exponent = static_cast<int>(bits >> 23 & 255) - 112;
-    const uint32_t size = exponent <= 0 ? 0 : static_cast<uint32_t>(exponent) << 10 | (bits >> 13 & 1023);
+    const uint32_t size =
+        exponent <= 0 ? 0 : static_cast<uint32_t>(exponent) << 10 | (bits >> 13 & 1023);
     u16[at] = static_cast<uint16_t>((bits >> 16 & 0x8000) | size);
   }
   float get(int64_t at) const {
@@ -83,12 +85,14 @@ struct Problem {
   int64_t slot(const Strides& s, int b, int g, int n) const {
     if (call.cache.table == nullptr) return b * s.outer + g * s.head + n * s.token;
     const int page = call.cache.page_size;
-    return table[b * call.cache.table_stride + n / page] * s.outer + g * s.head + n % page * s.token;
+    return table[b * call.cache.table_stride + n / page] * s.outer + g * s.head +
+           n % page * s.token;
   }
   Range visible(int b) const {
     const CacheArgs& a = call.cache;
-    return visible_range(a.starts != nullptr ? starts[b] : 0, a.lengths != nullptr ? lengths[b] : a.capacity,
-                         a.capacity, call.score.window);
+    return visible_range(a.starts != nullptr ? starts[b] : 0,
+                         a.lengths != nullptr ? lengths[b] : a.capacity, a.capacity,
+                         call.score.window);
   }
 };
 
@@ -100,7 +104,8 @@ inline void choose_cache(Problem& p, Random& r, int rows, int kv_heads, int dim,
   if (r() % 2 == 0) {
     const int64_t token = dim + gap, head = token * capacity;
     a.k_stride = a.v_stride = {head * kv_heads, head, token};
-    if (r() % 2 == 0) a.v_stride = a.k_stride = {token * kv_heads * capacity, token, token * kv_heads};
+    if (r() % 2 == 0)
+      a.v_stride = a.k_stride = {token * kv_heads * capacity, token, token * kv_heads};
     size = int64_t{rows} * kv_heads * capacity * token - gap;
   } else {
     a.page_size = between(r, 1, 24);
@@ -151,7 +156,8 @@ inline void choose_visual(Problem& p, Random& r) {
     int before = 0;
     for (size_t s = 0; s < most; ++s) {
       const bool real = 2 * s < runs[b].size();
-      const int32_t begin = real ? runs[b][2 * s] : kNoSpan, end = real ? runs[b][2 * s + 1] : kNoSpan;
+      const int32_t begin = real ? runs[b][2 * s] : kNoSpan,
+                    end = real ? runs[b][2 * s + 1] : kNoSpan;
       p.spans.insert(p.spans.end(), {begin, end});
       p.offsets.push_back(before);
       before += end - begin;
@@ -183,7 +189,8 @@ inline void choose_budget(Problem& p, Random& r) {
 inline Problem make(Random& r) {
   Problem p;
   cpu::Call& c = p.call;
-  const int groups[] = {1, 2, 3, 4, 5, 7, 8, 16, 32}, dims[] = {8, 16, 40, 64, 72, 80, 96, 128, 192, 256, 20};
+  const int groups[] = {1, 2, 3, 4, 5, 7, 8, 16, 32},
+            dims[] = {8, 16, 40, 64, 72, 80, 96, 128, 192, 256, 20};
   const int group = groups[r() % 9];
   c.dtype = static_cast<DType>(between(r, 0, 2));
   c.B = between(r, 1, 3);
@@ -249,7 +256,8 @@ inline std::vector<std::vector<double>> logits_of(const Problem& p, int b) {
         dot += static_cast<double>(p.q.get(b * c.q_row + h * c.q_head + d)) *
                p.k.get(p.slot(c.cache.k_stride, b, h / (c.H / c.G), n) + d);
       dot *= c.score.scale;
-      z[h].push_back(c.score.softcap > 0 ? c.score.softcap * std::tanh(dot / c.score.softcap) : dot);
+      z[h].push_back(c.score.softcap > 0 ? c.score.softcap * std::tanh(dot / c.score.softcap)
+                                         : dot);
     }
   return z;
 }

@@ -47,7 +47,8 @@ void callers_do_not_wait_for_each_other() {
   CHECK_THAT(total == 4 * 300 * 20, "total=%d", total.load());
 }
 
-#if !defined(__SANITIZE_THREAD__)  // ThreadSanitizer refuses new threads in the child of a threaded parent
+#if !defined( \
+    __SANITIZE_THREAD__)  // ThreadSanitizer refuses new threads in the child of a threaded parent
 void a_child_starts_afresh() {
   parallel(8, 4, [](int) {});
   const pid_t child = fork();

@@ -8,13 +8,22 @@ READY := $(VENV)/.ready
 REQUIRED := reference,cpu
 CPP := $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' 2>/dev/null)
 
-.PHONY: demo test lint format bench gpu-check clean
+.PHONY: demo test test-newest lint format bench gpu-check clean
 
 demo: $(READY)
 	$(BIN)/visionpulse demo
 
 test: $(READY)
 	$(BIN)/pytest --require-backends $(REQUIRED) $(PYTEST_ARGS)
+
+# The same models on the newest transformers that is held up, beside the pinned torch.
+NEWEST := build/transformers-newest
+$(NEWEST)/.ready: $(READY)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(NEWEST) transformers==5.23.0
+	touch $@
+
+test-newest: $(NEWEST)/.ready
+	PYTHONPATH=$(NEWEST) $(BIN)/pytest tests/models --require-backends $(REQUIRED) $(PYTEST_ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -40,6 +49,11 @@ bench: $(READY)
 		$(BENCH_ARGS)
 	$(BIN)/python benchmarks/compare.py benchmarks/results/cpu.jsonl --gate 0.6 --attempts 3 \
 		--run "$(GATED)"
+
+# On a machine with a GPU and no network: its own Python, with torch and the build tools in it.
+RESULTS ?= results
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py --results $(RESULTS) $(GPU_ARGS)
 
 clean:
 	rm -rf build dist *.egg-info visionpulse/*.so $(VENV)

@@ -7,7 +7,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, find_packages, setup
+from setuptools import Extension, find_namespace_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
@@ -45,7 +45,8 @@ class CMakeBuild(build_ext):
 
 setup(
     packages=[
-        *find_packages(str(ROOT), include=["visionpulse", "visionpulse.*"]),
+        # namespaces too: folders of package data have no __init__.py
+        *find_namespace_packages(str(ROOT), include=["visionpulse", "visionpulse.*"]),
         "visionpulse._triton",
     ],
     # The Triton kernels live beside the other kernels, but not as `kernels.triton`: a top-level

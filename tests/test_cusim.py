@@ -155,7 +155,7 @@ BUGS = {
         asan=True,
     ),
     "off-by-one-shared": Bug(
-        (Edit(PLAN, "plan.shared_bytes = bytes;", "plan.shared_bytes = bytes - 16;"),),
+        (Edit(PLAN, "plan.shared_bytes = bytes;", "plan.shared_bytes = bytes - 64;"),),
         "",
         asan=True,
     ),

@@ -177,7 +177,10 @@ def measure(
     quick = {READ: stream_read(layers), **ours(layers)}
     if GROUPED in slow:
         quick[GROUPED] = slow.pop(GROUPED)
-    times = play(quick, options.rounds, clock) | play(slow, SLOW_ROUNDS, clock)
+    # in a step the scores were written just before: select finds them in a cache, and so must topk
+    warm = {name: quick.pop(name) for name in ("cpu-select", TOPK)}
+    times = play(quick, options.rounds, clock) | play(warm, 10 * options.rounds, clock)
+    times |= play(slow, SLOW_ROUNDS, clock)
     if options.two_threads:
         times |= two_threads(quick["cpu-dense"], options)
     read = Ceiling("read of the same K and V", shape.cache_bytes(dtype) / times[READ].best / 1e9)

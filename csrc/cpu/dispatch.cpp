@@ -65,6 +65,8 @@ const Kernels& current() {
   return *kernels;
 }
 
-void use(const std::string& name) { in_use.store(&find(name, "the call"), std::memory_order_release); }
+void use(const std::string& name) {
+  in_use.store(&find(name, "the call"), std::memory_order_release);
+}
 
 }  // namespace visionpulse::cpu

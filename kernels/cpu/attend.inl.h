@@ -6,8 +6,8 @@
 
 namespace visionpulse::cpu::VP_ISA {
 
-// Where the keys of a block lie. A page id outside the pool makes its keys "missing": they read zeros
-// and weigh nothing.
+// Where the keys of a block lie. A page id outside the pool makes its keys "missing": they read
+// zeros and weigh nothing.
 template <class T>
 struct Keys {
   const T* k[kBlock];
@@ -94,7 +94,8 @@ VP_INLINE void dot_block(const Query<T>& q, Keys<T>& keys, int dim, int tiles_of
     if (i < keys.count && !(keys.any_missing && keys.missing[i])) continue;
     for (int t = 0; t < tiles_of_heads; ++t)
       for (int h = 0; h < HT; ++h)
-        x[(i / kTileKeys * tiles_of_heads + t) * kLanes + i % kTileKeys * HT + h] = minus_infinity();
+        x[(i / kTileKeys * tiles_of_heads + t) * kLanes + i % kTileKeys * HT + h] =
+            minus_infinity();
   }
 }
 
@@ -106,7 +107,8 @@ struct Part {
 VP_INLINE Part part_at(const Call& c, int64_t index) {
   const int heads = padded_heads(c.H / c.G);
   float* p = c.parts + index * c.part_floats;
-  return {p, p + heads, p + 2 * heads, p + 3 * heads, p + (4 * heads + kLanes - 1) / kLanes * kLanes};
+  return {p, p + heads, p + 2 * heads, p + 3 * heads,
+          p + (4 * heads + kLanes - 1) / kLanes * kLanes};
 }
 
 VP_INLINE int64_t part_index(const Cut& cut, int kv_head, int part) {
@@ -153,6 +155,11 @@ VP_INLINE void clear(float* p, int64_t count) {
   for (int64_t i = 0; i < count; ++i) p[i] = 0.0f;
 }
 
+template <class T>
+VP_INLINE void fetch_all(const T* const* rows, int count, int dim) {
+  for (int i = 0; i < count; ++i) prefetch(rows[i], dim * static_cast<int>(sizeof(T)));
+}
+
 // The logits of a block, kept for the scores and for the weights of a second pass.
 VP_INLINE void keep_logits(const Call& c, const Row& row, int kv_head, int first, const float* x,
                            int floats) {
@@ -183,11 +190,13 @@ static void stream_part(const Call& c, int row, int kv_head, int index) {
 
   Keys<T> buffers[2];
   locate(c, cut, row, kv_head, begin, end, buffers[0]);
+  // the hardware's prefetcher finds the first rows of a stream, but not scattered ones
+  if (cut.kept != nullptr) fetch_all(buffers[0].k, buffers[0].count, c.D);
   for (int first = begin, turn = 0; first < end; first += kBlock, turn ^= 1) {
     Keys<T>& keys = buffers[turn];
     Keys<T>& next = buffers[turn ^ 1];
     locate(c, cut, row, kv_head, first + kBlock, end, next);
-    // the other half of the work is fetched meanwhile: V of this block now, K of the next one later
+    // half a block ahead: V of this block while its K is multiplied, the next K while V is summed
     const Ahead<T> soon = c.with_values ? Ahead<T>::make(keys.v, keys.count, c.D)
                                         : Ahead<T>::make(next.k, next.count, c.D);
     dot_block<T, HT>(q, keys, c.D, tiles, scaling, soon, x);
@@ -232,17 +241,20 @@ static void weigh_part(const Call& c, int row, int kv_head, int index) {
   alignas(64) float x[kBlock * kMaxGroup];
   Keys<T> buffers[2];
   locate(c, cut, row, kv_head, begin, end, buffers[0]);
+  fetch_all(buffers[0].v, buffers[0].count, c.D);
   for (int first = begin, turn = 0; first < end; first += kBlock, turn ^= 1) {
     const Keys<T>& keys = buffers[turn];
     Keys<T>& next = buffers[turn ^ 1];
     locate(c, cut, row, kv_head, first + kBlock, end, next);
     gather_logits<T, HT>(c.rows[row], kv_head, keys, tiles, x);
-    absorb<T, HT>(c, keys, Ahead<T>::make(next.v, next.count, c.D), nullptr, {1.0f, false}, x, states, part);
+    absorb<T, HT>(c, keys, Ahead<T>::make(next.v, next.count, c.D), nullptr, {1.0f, false}, x,
+                  states, part);
   }
   store_part<HT>(states, tiles, part);
 }
 
-// --- merge -------------------------------------------------------------------------------------------
+// --- merge
+// -------------------------------------------------------------------------------------------
 
 VP_INLINE float exp2_one(float x) {
   alignas(64) float lanes[kWidth];

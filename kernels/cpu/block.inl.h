@@ -8,7 +8,7 @@
 
 namespace visionpulse::cpu::VP_ISA {
 
-constexpr int kUnit = 2 * kWidth;       // columns of a value step
+constexpr int kUnit = 2 * kWidth;        // columns of a value step
 constexpr int kParts = kLanes / kWidth;  // registers of a tile
 
 // 2^x for x <= 0 or moderate, by a minimax polynomial of 2^f on [-1/2, 1/2]; relative error 7.5e-8.
@@ -44,7 +44,8 @@ VP_INLINE Vec tanh_full(Vec x) {
   return vless(y, vset(0.6f), small, vcopysign(large, x));
 }
 
-// --- logits ------------------------------------------------------------------------------------------
+// --- logits
+// ------------------------------------------------------------------------------------------
 
 // How q and k of a type meet: in float32, unless the CPU multiplies pairs of the type itself.
 template <class T>
@@ -108,11 +109,11 @@ struct Query {
 
 constexpr int kDotLanes = kDotVecs * kWidth;  // dot products of one tile
 
-// Dot products of kDotLanes / HT keys with HT heads; lane = key * HT + head. DIM is the head dim where it
-// is common enough to unroll for, else 0.
+// Dot products of kDotLanes / HT keys with HT heads; lane = key * HT + head. DIM is the head dim
+// where it is common enough to unroll for, else 0.
 template <class T, int HT, int DIM>
-VP_INLINE void dot_tile(const typename Dot<T>::Query* q, int q_stride, const T* const* keys, int any_dim,
-                        Vec* out /* [kDotVecs] */) {
+VP_INLINE void dot_tile(const typename Dot<T>::Query* q, int q_stride, const T* const* keys,
+                        int any_dim, Vec* out /* [kDotVecs] */) {
   constexpr int kKeys = kDotLanes / HT;
   const int dim = DIM > 0 ? DIM : any_dim;
   Vec acc[kDotLanes];
@@ -166,10 +167,12 @@ VP_INLINE void prefetch(const void* from, int bytes) {
   for (int i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 3);
 }
 
-// --- values ------------------------------------------------------------------------------------------
+// --- values
+// ------------------------------------------------------------------------------------------
 
-// Rows to be read soon, fetched in the order they lie in memory while another block is worked on: spread over
-// the work, because a burst would stall it, and whole, because halves mislead the hardware's prefetcher.
+// Rows to be read soon, fetched in the order they lie in memory while another block is worked on:
+// spread over the work, because a burst would stall it, and whole, because halves mislead the
+// hardware's prefetcher.
 template <class T>
 struct Ahead {
   const T* const* rows;
@@ -192,8 +195,9 @@ struct Ahead {
 // acc[h] = acc[h] * alpha[h] + sum over keys of p[key, h] * v[key], for NH heads and UNITS units of
 // columns. Each block is summed from zero and then added, which also keeps rounding errors short.
 template <class T, int HT, int NH, int UNITS, bool TAIL>
-VP_INLINE void value_tile(const T* const* values, int keys, Ahead<T>& ahead, const float* p, int p_stride,
-                          int dim, int column, const float* alpha, float* acc, int acc_stride) {
+VP_INLINE void value_tile(const T* const* values, int keys, Ahead<T>& ahead, const float* p,
+                          int p_stride, int dim, int column, const float* alpha, float* acc,
+                          int acc_stride) {
   constexpr int kTileKeys = kLanes / HT;
   Ahead<T> soon = ahead;  // in registers
   Vec sum[NH][2 * UNITS];
@@ -229,28 +233,36 @@ VP_INLINE void value_tile(const T* const* values, int keys, Ahead<T>& ahead, con
 
 template <class T, int HT, int NH>
 VP_INLINE void value_columns(const T* const* values, int keys, Ahead<T>& ahead, const float* p,
-                             int p_stride, int dim, const float* alpha, float* acc, int acc_stride) {
+                             int p_stride, int dim, const float* alpha, float* acc,
+                             int acc_stride) {
   int d = 0;
   for (; d + kValueUnits * kUnit <= dim; d += kValueUnits * kUnit)
-    value_tile<T, HT, NH, kValueUnits, false>(values, keys, ahead, p, p_stride, dim, d, alpha, acc, acc_stride);
+    value_tile<T, HT, NH, kValueUnits, false>(values, keys, ahead, p, p_stride, dim, d, alpha, acc,
+                                              acc_stride);
   for (; kValueUnits > 1 && d + kUnit <= dim; d += kUnit)
-    value_tile<T, HT, NH, 1, false>(values, keys, ahead, p, p_stride, dim, d, alpha, acc, acc_stride);
+    value_tile<T, HT, NH, 1, false>(values, keys, ahead, p, p_stride, dim, d, alpha, acc,
+                                    acc_stride);
   if (d < dim)
-    value_tile<T, HT, NH, 1, true>(values, keys, ahead, p, p_stride, dim, d, alpha, acc, acc_stride);
+    value_tile<T, HT, NH, 1, true>(values, keys, ahead, p, p_stride, dim, d, alpha, acc,
+                                   acc_stride);
 }
 
 // One head tile of `heads` <= HT real heads.
 template <class T, int HT>
-static void add_values(const T* const* values, int keys, Ahead<T>& ahead, const float* p, int p_stride,
-                       int dim, int heads, const float* alpha, float* acc, int acc_stride) {
+static void add_values(const T* const* values, int keys, Ahead<T>& ahead, const float* p,
+                       int p_stride, int dim, int heads, const float* alpha, float* acc,
+                       int acc_stride) {
   if (heads == 1) {
     value_columns<T, HT, 1>(values, keys, ahead, p, p_stride, dim, alpha, acc, acc_stride);
   } else if (HT >= 2 && heads == 2) {
-    value_columns<T, HT, HT >= 2 ? 2 : 1>(values, keys, ahead, p, p_stride, dim, alpha, acc, acc_stride);
+    value_columns<T, HT, HT >= 2 ? 2 : 1>(values, keys, ahead, p, p_stride, dim, alpha, acc,
+                                          acc_stride);
   } else if (HT == 4 && heads == 3) {
-    value_columns<T, HT, HT == 4 ? 3 : 1>(values, keys, ahead, p, p_stride, dim, alpha, acc, acc_stride);
+    value_columns<T, HT, HT == 4 ? 3 : 1>(values, keys, ahead, p, p_stride, dim, alpha, acc,
+                                          acc_stride);
   } else {
-    value_columns<T, HT, HT == 4 ? 4 : 1>(values, keys, ahead, p, p_stride, dim, alpha, acc, acc_stride);
+    value_columns<T, HT, HT == 4 ? 4 : 1>(values, keys, ahead, p, p_stride, dim, alpha, acc,
+                                          acc_stride);
   }
 }
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the host hands to the kernels of every instruction set: one call, its rows, and a table of entries.
+// What the host hands to the kernels of every instruction set: one call, its rows, and a table of
+// entries.
 #pragma once
 
 #include "kernels/common/args.h"
@@ -8,9 +9,9 @@
 
 namespace visionpulse::cpu {
 
-constexpr int kBlock = 32;       // keys that are scored, weighed and summed together; K and V stay in L1
-constexpr int kLanes = 16;       // logits of one tile: kLanes / heads keys of 1, 2 or 4 heads
-constexpr int kMaxGroup = 32;    // query heads of one KV head
+constexpr int kBlock = 32;  // keys that are scored, weighed and summed together; K and V stay in L1
+constexpr int kLanes = 16;  // logits of one tile: kLanes / heads keys of 1, 2 or 4 heads
+constexpr int kMaxGroup = 32;  // query heads of one KV head
 constexpr int kMaxHeadDim = 256;
 constexpr int kScoreChunk = 1024;  // keys of one score task
 
@@ -30,9 +31,9 @@ struct Row {
   float* logits;     // [G, padded / tile rows, head tiles, kLanes] in powers of two
   float* scores;     // the score of position n is scores[n - scores_begin]
   int32_t scores_begin;
-  int32_t* kept;      // room for text and selected positions
-  uint32_t* keys;     // [n_visual] ordered keys of the candidates
-  uint32_t* digits;   // [n_visual + kLanes] the keys that share the pivot's leading bits
+  int32_t* kept;     // room for text and selected positions
+  uint32_t* keys;    // [n_visual] ordered keys of the candidates
+  uint32_t* digits;  // [n_visual + kLanes] the keys that share the pivot's leading bits
 };
 
 struct Call {
@@ -52,16 +53,17 @@ struct Call {
   int32_t* indices;  // [B, K_max]
   int32_t* counts;   // [B]
 
-  const Row* rows;  // [B]
-  const Cut* cuts;  // [B] of the phase that runs
+  const Row* rows;   // [B]
+  const Cut* cuts;   // [B] of the phase that runs
   bool keep_logits;  // store logits of every visible key, or of the blocks that hold a visual token
   bool all_logits;
   bool with_values;  // accumulate V in the pass over K
   bool fill_scores;  // -inf where there is no candidate, up to N
 
-  float* parts;        // [parts, part_floats]
+  float* parts;  // [parts, part_floats]
   int64_t part_floats;
-  float* head_max;     // [B, G, head tiles, kLanes] final maximum of each head, repeated over the lanes
+  float*
+      head_max;  // [B, G, head tiles, kLanes] final maximum of each head, repeated over the lanes
   float* head_weight;  // [B, G, head tiles, kLanes] 1 / (sum * H) of the softmax that ranks
 };
 
@@ -88,7 +90,8 @@ struct Kernels {
   void (*score)(const Call&, int32_t row, int32_t chunk);
   // Budget and top-K of one row.
   void (*choose)(const Call&, int32_t row);
-  // Sums the words of a buffer, as fast as they can be read: the ceiling that benchmarks compare with.
+  // Sums the words of a buffer, as fast as they can be read: the ceiling that benchmarks compare
+  // with.
   uint64_t (*read)(const void* bytes, int64_t count);
 };
 

@@ -8,8 +8,8 @@
 
 namespace visionpulse::cpu::VP_ISA {
 
-constexpr int kWidth = 16;    // floats in a register
-constexpr int kDotVecs = 1;   // registers of logits that one dot tile yields
+constexpr int kWidth = 16;      // floats in a register
+constexpr int kDotVecs = 1;     // registers of logits that one dot tile yields
 constexpr int kValueUnits = 2;  // units of 2 * kWidth columns that one value tile accumulates
 
 using Vec = __m512;
@@ -30,8 +30,8 @@ VP_INLINE Vec vround(Vec x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEARE
 VP_INLINE Vec vabs(Vec x) { return _mm512_abs_ps(x); }
 VP_INLINE Vec vcopysign(Vec size, Vec sign) {
   const __m512i bit = _mm512_set1_epi32(static_cast<int>(0x80000000u));
-  return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(bit, _mm512_castps_si512(sign),
-                                                       _mm512_castps_si512(size), 0xca));
+  return _mm512_castsi512_ps(
+      _mm512_ternarylogic_epi32(bit, _mm512_castps_si512(sign), _mm512_castps_si512(size), 0xca));
 }
 VP_INLINE Vec vless(Vec a, Vec b, Vec then, Vec otherwise) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), otherwise, then);
@@ -44,8 +44,8 @@ VP_INLINE Vec vand_bits(Vec x, const uint32_t* mask) {
   return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(x), _mm512_loadu_si512(mask)));
 }
 
-// Lane i becomes the sum of acc[i], by the same tree for every i: equal rows get equal logits wherever
-// they lie in a tile.
+// Lane i becomes the sum of acc[i], by the same tree for every i: equal rows get equal logits
+// wherever they lie in a tile.
 VP_INLINE Vec vreduce(const Vec* acc) {
   Vec quad[4];
   for (int i = 0; i < 4; ++i) {
@@ -53,10 +53,13 @@ VP_INLINE Vec vreduce(const Vec* acc) {
     const Vec lo = vadd(_mm512_unpacklo_ps(a[0], a[1]), _mm512_unpackhi_ps(a[0], a[1]));
     const Vec hi = vadd(_mm512_unpacklo_ps(a[2], a[3]), _mm512_unpackhi_ps(a[2], a[3]));
     const __m512d x = _mm512_castps_pd(lo), y = _mm512_castps_pd(hi);
-    quad[i] = vadd(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+    quad[i] = vadd(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)),
+                   _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
   }
-  const Vec a = vadd(_mm512_shuffle_f32x4(quad[0], quad[1], 0x44), _mm512_shuffle_f32x4(quad[0], quad[1], 0xee));
-  const Vec b = vadd(_mm512_shuffle_f32x4(quad[2], quad[3], 0x44), _mm512_shuffle_f32x4(quad[2], quad[3], 0xee));
+  const Vec a = vadd(_mm512_shuffle_f32x4(quad[0], quad[1], 0x44),
+                     _mm512_shuffle_f32x4(quad[0], quad[1], 0xee));
+  const Vec b = vadd(_mm512_shuffle_f32x4(quad[2], quad[3], 0x44),
+                     _mm512_shuffle_f32x4(quad[2], quad[3], 0xee));
   return vadd(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
 }
 
@@ -71,17 +74,20 @@ VP_INLINE Vec vspread_max(Vec x) {
   return x;
 }
 
-// A unit is 2 * kWidth elements. Both halves hold them in an order of the type's own (bfloat16: even
-// elements, then odd ones); q, k and the output accumulators share it.
+// A unit is 2 * kWidth elements. Both halves hold them in an order of the type's own (bfloat16:
+// even elements, then odd ones); q, k and the output accumulators share it.
 VP_INLINE void load_unit(const float* p, Vec& a, Vec& b) {
   a = _mm512_loadu_ps(p);
   b = _mm512_loadu_ps(p + 16);
 }
 VP_INLINE void split_pairs(__m512i pairs, Vec& a, Vec& b) {
   a = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
-  b = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+  b = _mm512_castsi512_ps(
+      _mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
 }
-VP_INLINE void load_unit(const bf16* p, Vec& a, Vec& b) { split_pairs(_mm512_loadu_si512(p), a, b); }
+VP_INLINE void load_unit(const bf16* p, Vec& a, Vec& b) {
+  split_pairs(_mm512_loadu_si512(p), a, b);
+}
 VP_INLINE void load_unit(const f16* p, Vec& a, Vec& b) {
   a = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   b = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 16)));
@@ -96,7 +102,9 @@ VP_INLINE void load_tail(const float* p, int n, Vec& a, Vec& b) {
 VP_INLINE __m512i load_tail_pairs(const void* p, int n) {
   return _mm512_maskz_loadu_epi16((1u << n) - 1, p);
 }
-VP_INLINE void load_tail(const bf16* p, int n, Vec& a, Vec& b) { split_pairs(load_tail_pairs(p, n), a, b); }
+VP_INLINE void load_tail(const bf16* p, int n, Vec& a, Vec& b) {
+  split_pairs(load_tail_pairs(p, n), a, b);
+}
 VP_INLINE void load_tail(const f16* p, int n, Vec& a, Vec& b) {
   const __m512i halves = load_tail_pairs(p, n);
   a = _mm512_cvtph_ps(_mm512_castsi512_si256(halves));
@@ -113,7 +121,8 @@ VP_INLINE Pairs load_pairs_tail(const bf16* p, int n) { return {(__m512bh)load_t
 VP_INLINE Vec dot_pairs(Vec acc, Pairs q, Pairs k) { return _mm512_dpbf16_ps(acc, q.x, k.x); }
 #endif
 
-// Writes base + i of the keys above the pivot and of the first `ties` equal to it; gives their count.
+// Writes base + i of the keys above the pivot and of the first `ties` equal to it; gives their
+// count.
 VP_INLINE int emit_kept(const uint32_t* keys, int n, int32_t base, uint32_t pivot, int& ties,
                         int32_t* out) {
   const __m512i step = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -136,7 +145,8 @@ VP_INLINE int emit_kept(const uint32_t* keys, int n, int32_t base, uint32_t pivo
   return written;
 }
 
-// Copies the keys whose top bits (key >> shift) equal `digit`; gives their count. `out` has n + 16 slots.
+// Copies the keys whose top bits (key >> shift) equal `digit`; gives their count. `out` has n + 16
+// slots.
 VP_INLINE int keep_digit(const uint32_t* keys, int n, int shift, uint32_t digit, uint32_t* out) {
   const __m512i want = _mm512_set1_epi32(static_cast<int>(digit));
   const __m128i by = _mm_cvtsi32_si128(shift);

@@ -15,7 +15,8 @@ struct BlockVisual {
   alignas(64) uint32_t visual[kBlock * 4], text[kBlock * 4];
 };
 
-// Running statistics of one head tile; each lane sums its own keys, and all lanes of a head share m.
+// Running statistics of one head tile; each lane sums its own keys, and all lanes of a head share
+// m.
 struct TileState {
   alignas(64) float m[kLanes], l[kLanes], text[kLanes], visual[kLanes];
 
@@ -55,7 +56,8 @@ VP_INLINE Lanes spread_max(const Lanes& x) {
   alignas(64) float lanes[kLanes];
   Lanes::store(lanes, x);
   for (int step = kLanes / 2; step >= HT; step /= 2)
-    for (int i = 0; i < step; ++i) lanes[i] = lanes[i + step] > lanes[i] ? lanes[i + step] : lanes[i];
+    for (int i = 0; i < step; ++i)
+      lanes[i] = lanes[i + step] > lanes[i] ? lanes[i + step] : lanes[i];
   for (int i = HT; i < kLanes; ++i) lanes[i] = lanes[i % HT];
   return Lanes::load(lanes);
 #endif
@@ -64,10 +66,10 @@ VP_INLINE Lanes spread_max(const Lanes& x) {
 // safe_max of softmax.h, a register at a time.
 VP_INLINE Vec vsafe_max(Vec m) { return vless(m, vset(-3.4028235e38f), vzero(), m); }
 
-// Sums exp2((x - m) / tau) of the block's keys into text and visual keys; `shrink` is what m has grown by,
-// as a negative exponent.
-VP_INLINE void add_mass(const float* x, int stride, int tiles, const BlockVisual& which, float inv_tau,
-                        TileState& s, const Lanes& m, const Lanes& shrink) {
+// Sums exp2((x - m) / tau) of the block's keys into text and visual keys; `shrink` is what m has
+// grown by, as a negative exponent.
+VP_INLINE void add_mass(const float* x, int stride, int tiles, const BlockVisual& which,
+                        float inv_tau, TileState& s, const Lanes& m, const Lanes& shrink) {
   const Vec by = vset(inv_tau);
   for (int j = 0; j < kParts; ++j) {
     Vec text = vzero(), visual = vzero();
@@ -92,8 +94,8 @@ VP_INLINE void add_mass(const float* x, int stride, int tiles, const BlockVisual
   }
 }
 
-// Turns logits x [tiles, kLanes] into weights in place; alpha [kLanes], one per head and repeated, is what
-// earlier sums shrink by.
+// Turns logits x [tiles, kLanes] into weights in place; alpha [kLanes], one per head and repeated,
+// is what earlier sums shrink by.
 template <int HT>
 VP_INLINE void softmax_tile(float* x, int stride, int tiles, const BlockVisual* which,
                             const SoftmaxArgs& a, TileState& s, float* alpha) {
@@ -123,8 +125,8 @@ VP_INLINE void softmax_tile(float* x, int stride, int tiles, const BlockVisual* 
   }
 }
 
-// Which lanes of the keys [from, from + keys) are visual; `span` is the first run that can matter and
-// moves on with the blocks.
+// Which lanes of the keys [from, from + keys) are visual; `span` is the first run that can matter
+// and moves on with the blocks.
 template <int HT>
 VP_INLINE void find_visual(const VisualArgs& v, int row, int from, int keys, int& span,
                            BlockVisual& out) {

@@ -47,10 +47,11 @@ void check_selection(const Problem& p, int b, int n_visual) {
   const Range seen = p.visible(b);
   const ScoreArgs& s = c.score;
   const float mass = s.mean_mass ? p.mass_mean[b] : p.mass[b];
-  int wanted = s.wanted != nullptr
-                   ? count_of_wish(p.wanted[b], n_visual)
-                   : count_of_ratio(clamped_ratio(s.ratio != nullptr ? p.ratio[b] : mass, s.r_min, s.r_max),
-                                    n_visual);
+  int wanted =
+      s.wanted != nullptr
+          ? count_of_wish(p.wanted[b], n_visual)
+          : count_of_ratio(clamped_ratio(s.ratio != nullptr ? p.ratio[b] : mass, s.r_min, s.r_max),
+                           n_visual);
   wanted = std::min(wanted, s.k_max);
   CHECK_THAT(p.counts[b] == wanted, "count %d, wanted %d", p.counts[b], wanted);
   std::vector<bool> chosen(c.cache.capacity, false);
@@ -59,7 +60,8 @@ void check_selection(const Problem& p, int b, int n_visual) {
       CHECK(kept[i] == -1);
       continue;
     }
-    CHECK_THAT(kept[i] >= seen.begin && kept[i] < seen.end && p.visual[b][kept[i]], "kept %d", kept[i]);
+    CHECK_THAT(kept[i] >= seen.begin && kept[i] < seen.end && p.visual[b][kept[i]], "kept %d",
+               kept[i]);
     CHECK(i == 0 || kept[i] > kept[i - 1]);
     if (kept[i] >= 0 && kept[i] < c.cache.capacity) chosen[kept[i]] = true;
   }
@@ -67,14 +69,16 @@ void check_selection(const Problem& p, int b, int n_visual) {
   for (int n = seen.begin; n < seen.end; ++n) {
     if (!p.visual[b][n]) continue;
     // one number that orders as the contract: score first, then the lower position
-    const uint64_t rank = uint64_t{ordered_key(scores[n])} << 32 | (0xffffffffu - static_cast<uint32_t>(n));
+    const uint64_t rank =
+        uint64_t{ordered_key(scores[n])} << 32 | (0xffffffffu - static_cast<uint32_t>(n));
     if (chosen[n]) worst_kept = std::min(worst_kept, rank);
     if (!chosen[n]) best_dropped = std::max(best_dropped, rank);
   }
   CHECK(p.counts[b] == 0 || p.counts[b] == n_visual || worst_kept > best_dropped);
 }
 
-void check_scores(const Problem& p, int b, const std::vector<std::vector<double>>& z, int n_visual) {
+void check_scores(const Problem& p, int b, const std::vector<std::vector<double>>& z,
+                  int n_visual) {
   const cpu::Call& c = p.call;
   const Range seen = p.visible(b);
   const int keys = seen.end - seen.begin;
@@ -94,8 +98,10 @@ void check_scores(const Problem& p, int b, const std::vector<std::vector<double>
     mean += mass / c.H;
   }
   if (n_visual == 0) largest = mean = 0.0;
-  CHECK_THAT(std::abs(p.mass[b] - largest) <= 2e-4 * largest + 1e-7, "mass %g, %g", p.mass[b], largest);
-  CHECK_THAT(std::abs(p.mass_mean[b] - mean) <= 2e-4 * mean + 1e-7, "mean %g, %g", p.mass_mean[b], mean);
+  CHECK_THAT(std::abs(p.mass[b] - largest) <= 2e-4 * largest + 1e-7, "mass %g, %g", p.mass[b],
+             largest);
+  CHECK_THAT(std::abs(p.mass_mean[b] - mean) <= 2e-4 * mean + 1e-7, "mean %g, %g", p.mass_mean[b],
+             mean);
   for (int n = 0; n < c.cache.capacity; ++n) {
     const float got = p.scores[int64_t{b} * c.cache.capacity + n];
     if (n < seen.begin || n >= seen.end || !p.visual[b][n]) {
@@ -103,7 +109,8 @@ void check_scores(const Problem& p, int b, const std::vector<std::vector<double>
       continue;
     }
     const double want = expected[n - seen.begin];
-    CHECK_THAT(std::abs(got - want) <= 5e-5 * std::abs(want) + 2e-5, "score %d: %g, %g", n, got, want);
+    CHECK_THAT(std::abs(got - want) <= 5e-5 * std::abs(want) + 2e-5, "score %d: %g, %g", n, got,
+               want);
   }
 }
 
@@ -129,7 +136,8 @@ void check_output(const Problem& p, int b, const std::vector<std::vector<double>
         size += weight[i] * std::abs(v);
       }
       const double got = p.out.get(b * c.out_row + h * c.out_head + d);
-      CHECK_THAT(std::abs(got - want) <= unit_of(c.dtype) * size + 1e-5, "out %g, %g (D=%d)", got, want, c.D);
+      CHECK_THAT(std::abs(got - want) <= unit_of(c.dtype) * size + 1e-5, "out %g, %g (D=%d)", got,
+                 want, c.D);
     }
   }
 }
@@ -145,7 +153,8 @@ void check_row(const Problem& p, int b) {
 }
 
 bool same_bits(const problem::Buffer& a, const problem::Buffer& b) {
-  return a.u16 == b.u16 && (a.f32.empty() || std::memcmp(a.f32.data(), b.f32.data(), 4 * a.f32.size()) == 0);
+  return a.u16 == b.u16 &&
+         (a.f32.empty() || std::memcmp(a.f32.data(), b.f32.data(), 4 * a.f32.size()) == 0);
 }
 
 void run(const cpu::Kernels& kernels, Problem& p, problem::Random& r) {
@@ -158,7 +167,8 @@ void run(const cpu::Kernels& kernels, Problem& p, problem::Random& r) {
   CHECK(same_bits(out, p.out) && indices == p.indices);
   CHECK(std::memcmp(scores.data(), p.scores.data(), 4 * scores.size()) == 0);
 
-  // the stages one by one: the same selection, and a follower that attends as the pruned anchor does
+  // the stages one by one: the same selection, and a follower that attends as the pruned anchor
+  // does
   with_scratch(1, [&](const cpu::Scratch& scratch) {
     return cpu::score(kernels, p.call, p.scores.data(), scratch);
   });
@@ -168,7 +178,8 @@ void run(const cpu::Kernels& kernels, Problem& p, problem::Random& r) {
   CHECK(indices == p.indices);
   cpu::Call follower = p.call;
   follower.selection = {p.indices.data(), p.counts.data(), p.call.score.k_max};
-  with_scratch(2, [&](const cpu::Scratch& scratch) { return cpu::attend(kernels, follower, scratch); });
+  with_scratch(
+      2, [&](const cpu::Scratch& scratch) { return cpu::attend(kernels, follower, scratch); });
   for (int b = 0; b < p.call.B; ++b) check_output(p, b, problem::logits_of(p, b), false);
 }
 
@@ -179,7 +190,8 @@ int main(int argc, char** argv) {
   uint32_t seed = argc > 2 ? static_cast<uint32_t>(std::atoi(argv[2])) : 1;
   const auto begin = std::chrono::steady_clock::now();
   int problems = 0;
-  while (std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count() < seconds) {
+  while (std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count() <
+         seconds) {
     problem::Random random(seed++);
     Problem p = problem::make(random);
     for (const cpu::Kernels* kernels : cpu::available()) {

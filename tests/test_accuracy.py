@@ -28,7 +28,7 @@ def script(name):
         return module
     finally:
         sys.path.remove(str(ACCURACY))
-        for other in ("measure", "rows", "model"):
+        for other in ("measure", "rows", "model", "table", "correlate"):
             sys.modules.pop(other, None)
 
 
@@ -210,6 +210,15 @@ def test_retention_counts_the_steps_of_the_answer_alone(measure, model):
     kept = {share for shares in made["fastv"].shares for share in shares}
     assert kept == {float(np.float32(0.1))}
     assert measure.summary(drawn, made["full"])["retention"] is None
+
+
+def test_the_tables_of_the_page_are_the_committed_rows(measure):
+    write = script("write_docs")
+    page = write.PAGE.read_text()
+    assert write.filled(page) == page
+    digest = script("table").about(tiny.FOLDER)["weights"]
+    for file, _ in write.PARTS.values():
+        assert f'"weights": "{digest}"' in (write.RESULTS / file).read_text()
 
 
 def test_the_weights_are_small_and_only_read_when_asked():

@@ -5,6 +5,7 @@ Also how similar the layers are, what is never active, and what the mass is in e
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -43,8 +44,41 @@ def by_kind(seen: Observation, drawn: list) -> list[dict]:
         for kind in ("marks", "next", "sum", "word"):
             row[f"mass {kind}"] = float(seen.mass_mean[kinds == kind, i].mean())
         row["r need"] = pearson(seen.mass_mean[kinds != "", i], needs[kinds != ""])
+        # among steps that all look at the picture: does the mass know how many tokens they need?
+        marks = kinds == "marks"
+        row["r need, marks"] = pearson(seen.mass_mean[marks, i], needs[marks])
         rows.append(row)
     return rows
+
+
+def printed(rows: list[dict]) -> str:
+    """The rows as tables of Markdown."""
+    lines = ["| layer | mass in steps of marks | next | sum | words | r with the tokens needed | "
+             "the same, steps of marks alone |", "|---|---|---|---|---|---|---|"]  # fmt: skip
+    for row in (row for row in rows if row["bench"] == "accuracy-mass"):
+        cells = [f"{row[f'mass {kind}']:.3f}" for kind in ("marks", "next", "sum", "word")]
+        lines.append(f"| {row['layer']} | " + " | ".join(cells)
+                     + f" | {row['r need']:.2f} | {row['r need, marks']:.2f} |")  # fmt: skip
+    found = [row for row in rows if row["bench"] == "accuracy-correlation"]
+    limits = list(dict.fromkeys(row["threshold"] for row in found))
+    lines += ["", "Pearson's r of mass and activated tokens over all steps (nan: nothing varied), "
+              "and the share of tokens never active, by threshold:", ""]  # fmt: skip
+    lines.append("| layer | " + " | ".join(f"{limit:g}" for limit in limits) + " |")
+    lines.append("|---" * (len(limits) + 1) + "|")
+    for layer in dict.fromkeys(row["layer"] for row in found):
+        cells = [
+            f"{row['pooled']:.2f}; {100 * row['never']:.0f} %"
+            for row in found
+            if row["layer"] == layer
+        ]
+        lines.append(f"| {layer} | " + " | ".join(cells) + " |")
+    (matrix,) = (row["cosine"] for row in rows if row["bench"] == "accuracy-similarity")
+    lines += ["", "Mean cosine of the visual attention of two layers:", ""]
+    lines.append("| | " + " | ".join(map(str, range(len(matrix)))) + " |")
+    lines.append("|---" * (len(matrix) + 1) + "|")
+    for layer, line in enumerate(matrix):
+        lines.append(f"| {layer} | " + " | ".join(f"{value:.2f}" for value in line) + " |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -60,29 +94,13 @@ def main() -> None:
     inputs = [tiny.inputs_of(drawn[i : i + BATCH]) for i in range(0, args.n, BATCH)]
     seen = observe(
         tiny.load(args.weights), inputs, thresholds=LIMITS,
-        tick=lambda done: print(f"\r{done}/{len(inputs)}", end="", flush=True),
+        tick=lambda done: print(f"\r{done}/{len(inputs)}", end="", file=sys.stderr),
     )  # fmt: skip
-    kinds = by_kind(seen, drawn)
-    print("\n\n| layer | mass: marks | next | sum | words | r with the tokens a step needs |")
-    print("|---|---|---|---|---|---|")
-    for row in kinds:
-        cells = [f"{row[f'mass {kind}']:.3f}" for kind in ("marks", "next", "sum", "word")]
-        print(f"| {row['layer']} | " + " | ".join(cells) + f" | {row['r need']:.2f} |")
-    found = correlations(seen)
-    print("\nPearson's r of mass and activated tokens, pooled (median within steps); never active")
-    print("\n| layer | " + " | ".join(f"{limit:g}" for limit in LIMITS) + " |")
-    print("|---" * (len(LIMITS) + 1) + "|")
-    for layer in seen.layers:
-        here = [row for row in found if row.layer == layer]
-        cells = [f"{r.pooled:.2f} ({r.per_step:.2f}); {100 * r.never:.0f} %" for r in here]
-        print(f"| {layer} | " + " | ".join(cells) + " |")
-    cosine = similarity(seen)
-    print("\nmean cosine of the visual attention of two layers\n")
-    for layer, line in zip(seen.layers, cosine, strict=True):
-        print(f"  {layer}: " + "  ".join(f"{value:.2f}" for value in line))
+    cosine = np.round(similarity(seen), 4).tolist()
+    rows = [{"bench": "accuracy-correlation", **row._asdict()} for row in correlations(seen)]
+    rows += [*by_kind(seen, drawn), {"bench": "accuracy-similarity", "cosine": cosine}]
+    print(printed(rows))
     if args.out:
-        rows = [{"bench": "accuracy-correlation", **row._asdict()} for row in found] + kinds
-        rows.append({"bench": "accuracy-similarity", "cosine": np.round(cosine, 4).tolist()})
         known = about(args.weights) | {"n": args.n}
         args.out.write_text("".join(json.dumps(row | known) + "\n" for row in rows))
     if args.plots:

@@ -53,8 +53,8 @@ def built():
     return build
 
 
-def ctest(tree):
-    run("ctest", "--test-dir", tree, "--output-on-failure", "--no-tests=error")
+def ctest(tree, **environment):
+    run("ctest", "--test-dir", tree, "--output-on-failure", "--no-tests=error", **environment)
 
 
 def test_units_and_random_problems(built):
@@ -78,7 +78,7 @@ def test_neon_under_an_emulator(built):
         if shutil.which(tool) is None:
             pytest.skip(f"{tool} is not installed; apt install g++-{ARM} qemu-user")
     tree = built("arm")
-    ctest(tree)
+    ctest(tree, VP_UNDER_QEMU="1")
     assert "neon" in run("qemu-aarch64", "-L", f"/usr/{ARM}", tree / "test_random", "0.1", "7")
 
 

@@ -40,7 +40,7 @@ def clean_venv(where):
     """An environment with pip; torch and numpy are seen from the outer one, visionpulse is not."""
     venv.create(where, with_pip=True)
     site = next((where / "lib").glob("python*/site-packages"))
-    # what ensurepip brings may be too old for this project's pyproject.toml; the outer one is pinned
+    # what ensurepip brings may be too old to read our pyproject.toml; the outer one is pinned
     run(where / "bin" / "python", "-m", "pip", "uninstall", "--quiet", "--yes", "setuptools")
     # a plain path line: the .pth files of the outer environment are not read through it
     (site / "outer.pth").write_text(f"{OUTER}\n")

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // The task pool: each task once, several callers at once, a fork, and exit with sleeping workers.
-#include <cstdlib>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <atomic>
+#include <cstdlib>
 #include <thread>
 #include <vector>
 

@@ -6,6 +6,7 @@ import math
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
 import visionpulse as vp
@@ -24,6 +25,24 @@ def test_the_quickstart_runs():
     with contextlib.redirect_stdout(printed):
         exec(compile(code, "README.md", "exec"), {})
     assert "->" in printed.getvalue()
+
+
+def test_the_model_example_runs_on_the_tiny_model():
+    pytest.importorskip("transformers")
+    from visionpulse.data import tiny, trail
+
+    (code,) = blocks("Use it on a model")
+    model = tiny.load()
+    names = {
+        "vp": vp,
+        "model": model,
+        "inputs": tiny.inputs_of(trail.test_set(5, 1, 12, "crowded")),
+    }
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(code, "README.md", "exec"), names)
+    assert "retention" in printed.getvalue()
+    assert names["out"].shape[0] == names["dense"].shape[0] == 1
 
 
 def test_the_three_stages_are_the_decode_op():

@@ -64,8 +64,10 @@ VP_DEVICE void fill_tile(char* tile, const T* base, int64_t offset, uint32_t the
   };
   const int lane = threadIdx.x % 32;
   if (align >= 16) {
-    // where a row is no power of two, the places of all chunks would be kept in registers
-    [[maybe_unused]] constexpr int kUnroll = kChunks & (kChunks - 1) ? 4 : kKeys * kChunks / 32;
+    // unrolled, the places of all chunks stay in registers: of many, or of a row that is no power
+    // of two, they are too many
+    constexpr int kSteps = kKeys * kChunks / 32;
+    [[maybe_unused]] constexpr int kUnroll = kChunks & (kChunks - 1) || kSteps > 8 ? 4 : kSteps;
 #pragma unroll kUnroll
     for (int i = 0; i < kKeys * kChunks; i += 32) {
       const ChunkSource<T> chunk = source(i + lane);

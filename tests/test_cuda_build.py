@@ -1,0 +1,172 @@
+"""Every CUDA kernel on every architecture of a release: no spill, registers within a table.
+
+The table is `cuda_registers.json`, the most registers of each kernel over the architectures. Who
+needs more says so on purpose: `python tests/test_cuda_build.py` writes the table anew.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ARCHS = ("80", "86", "89", "90", "100", "120")
+SOURCES = ("attend", "score", "select")
+TABLE = Path(__file__).with_name("cuda_registers.json")
+MOST_KERNELS = 170  # of one architecture: what six of them can be built from in five minutes
+STEP = 8  # registers are handed out to a warp in eights
+
+ENTRY = re.compile(
+    r"Compiling entry function '(?P<name>\w+)' for '(?P<arch>\w+)'.*?"
+    r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
+    r"(?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers",
+    re.DOTALL,
+)
+
+# A kernel that keeps 200 sums at once, with 32 registers for them.
+GREEDY = """
+extern "C" __global__ void __launch_bounds__(1024, 2) greedy(float* x) {
+  float sum[200];
+#pragma unroll
+  for (int i = 0; i < 200; ++i) sum[i] = x[i * 1024 + threadIdx.x];
+  for (int n = 0; n < 9; ++n) {
+#pragma unroll
+    for (int i = 0; i < 200; ++i) sum[i] = sum[i] * sum[(i * 7 + 1) % 200] + sum[(i + 1) % 200];
+  }
+#pragma unroll
+  for (int i = 0; i < 200; ++i) x[i * 1024 + threadIdx.x] = sum[i];
+}
+"""
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on this machine"),
+]
+
+
+def digest():
+    sha = hashlib.sha256()
+    for folder in ("kernels/common", "kernels/cuda"):
+        for path in sorted((ROOT / folder).iterdir()):
+            sha.update(path.name.encode() + path.read_bytes())
+    return sha.hexdigest()[:16]
+
+
+def assembled(source, arch, target):
+    """What ptxas says of one file for one architecture."""
+    command = [
+        *("nvcc", "-std=c++17", "-O3", "-Xptxas", "-v", f"-I{ROOT}", "-Werror", "all-warnings"),
+        *("-gencode", f"arch=compute_{arch},code=sm_{arch}"),
+        *("-c", str(source), "-o", str(target)),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    target.unlink()
+    return done.stdout + done.stderr
+
+
+def compiled(source, arch):
+    """The same of one of ours; kept by the content of the sources."""
+    folder = ROOT / "build" / "cuda-matrix" / digest()
+    log = folder / f"{source}-{arch}.log"
+    if not log.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        path = ROOT / "kernels" / "cuda" / f"{source}.cu"
+        log.write_text(assembled(path, arch, log.with_suffix(".o")))
+    return log.read_text()
+
+
+def kernels_of(log):
+    """{kernel: what ptxas says of it}."""
+    entries = [entry.groupdict() for entry in ENTRY.finditer(log)]
+    numbers = ("stack", "stores", "loads", "registers")
+    return {entry["name"]: {key: int(entry[key]) for key in numbers} for entry in entries}
+
+
+def build_matrix():
+    """{architecture: {kernel: what ptxas says}}."""
+    jobs = [(source, arch) for arch in ARCHS for source in SOURCES]
+    with ThreadPoolExecutor(2) as pool:
+        logs = list(pool.map(lambda job: compiled(*job), jobs))
+    built = {arch: {} for arch in ARCHS}
+    for (_, arch), log in zip(jobs, logs, strict=True):
+        built[arch] |= kernels_of(log)
+    return built
+
+
+def spilled(matrix):
+    return {
+        (arch, name): facts
+        for arch, kernels in matrix.items()
+        for name, facts in kernels.items()
+        if facts["stack"] or facts["stores"] or facts["loads"]
+    }
+
+
+def over(matrix, table):
+    return {
+        (arch, name): (facts["registers"], table.get(name))
+        for arch, kernels in matrix.items()
+        for name, facts in kernels.items()
+        if facts["registers"] > table.get(name, 0)
+    }
+
+
+@pytest.fixture(scope="module")
+def matrix():
+    return build_matrix()
+
+
+def test_every_architecture_has_the_same_kernels(matrix):
+    names = {arch: set(kernels) for arch, kernels in matrix.items()}
+    for arch in ARCHS:
+        assert names[arch] == names["90"], arch
+    assert len(names["90"]) <= MOST_KERNELS
+    expected = {
+        f"vp_{stage}_{dtype}_d{d}_r{rows}"
+        for stage in ("attend", "score")
+        for dtype in ("bf16", "fp16", "fp32")
+        for d in (64, 80, 96, 128, 192, 256)
+        for rows in ((4, 8) if dtype == "fp32" else (4, 8, 16))
+    }
+    assert expected | {"vp_rank", "vp_select_block", "vp_select_cluster"} == names["90"]
+
+
+def test_no_kernel_spills(matrix):
+    assert not spilled(matrix)
+
+
+def test_registers_stay_within_the_table(matrix):
+    table = json.loads(TABLE.read_text())
+    assert set(table) == set(matrix["90"])
+    assert not over(matrix, table)
+
+
+def test_a_greedy_kernel_would_be_seen(tmp_path):
+    source = tmp_path / "greedy.cu"
+    source.write_text(GREEDY)
+    planted = {"80": kernels_of(assembled(source, "80", tmp_path / "greedy.o"))}
+    facts = planted["80"]["greedy"]
+    assert facts["stores"] > 0 and facts["loads"] > 0
+    assert spilled(planted) == {("80", "greedy"): facts}
+    assert over(planted, {"greedy": facts["registers"] - 1})
+    assert over(planted, {}) and not over(planted, {"greedy": facts["registers"]})
+
+
+def main():
+    built = build_matrix()
+    most = {
+        name: max(-(-built[arch][name]["registers"] // STEP) * STEP for arch in ARCHS)
+        for name in sorted(built["90"])
+    }
+    most = {name: min(registers, 255) for name, registers in most.items()}
+    TABLE.write_text(json.dumps(most, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

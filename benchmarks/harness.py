@@ -1,6 +1,7 @@
 """What the scripts share: options, the interleaved run with its ceilings, the rows it makes."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -18,6 +19,10 @@ from visionpulse.testing.rows import DTYPES, Ceiling, Machine, Row
 from visionpulse.testing.timing import Times, interleaved
 
 Variant = Callable[[int], object]
+
+# Pages of 2 MiB where the system grants them, for all that is compared: rows scattered over pages
+# of 4 KiB wait for the page tables too, by as much as the pages that a run happens to get.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read at torch's first allocation
 
 
 class Measured:

@@ -10,12 +10,13 @@ namespace visionpulse::cpu::VP_ISA {
 // zeros and weigh nothing.
 template <class T>
 struct Keys {
-  const T* k[kBlock];
-  const T* v[kBlock];
-  int32_t position[kBlock];
+  const T* k[kGather];
+  const T* v[kGather];
+  int32_t position[kGather];
   int count;
-  bool missing[kBlock];
+  bool missing[kGather];
   bool any_missing;
+  bool adjoining;  // rows of K and of V lie one behind the other, in whole cache lines
 };
 
 alignas(64) static const uint32_t kZeroRow[kMaxHeadDim] = {};
@@ -45,12 +46,19 @@ VP_INLINE void locate_pages(const Call& c, int row, int kv_head, Keys<T>& keys) 
   }
 }
 
-// The keys [first, first + kBlock) of a cut, as far as `end`.
+// The keys of a block: those of a stream fill as many bytes in every type.
+template <class T>
+VP_INLINE int block_of(const Cut& cut) {
+  return cut.kept != nullptr ? kGather : kBlock * 2 / static_cast<int>(sizeof(T));
+}
+
+// A block of a cut: the keys from `first` on, as far as `end`.
 template <class T>
 VP_INLINE void locate(const Call& c, const Cut& cut, int row, int kv_head, int first, int end,
                       Keys<T>& keys) {
-  keys.count = end - first < kBlock ? (end > first ? end - first : 0) : kBlock;
-  keys.any_missing = false;
+  const int block = block_of<T>(cut);
+  keys.count = end - first < block ? (end > first ? end - first : 0) : block;
+  keys.any_missing = keys.adjoining = false;
   if (cut.kept != nullptr) {
     for (int i = 0; i < keys.count; ++i) keys.position[i] = cut.kept[first + i];
   } else {
@@ -58,6 +66,8 @@ VP_INLINE void locate(const Call& c, const Cut& cut, int row, int kv_head, int f
   }
   const CacheArgs& a = c.cache;
   if (a.table != nullptr) return locate_pages(c, row, kv_head, keys);
+  keys.adjoining = cut.kept == nullptr && a.k_stride.token == c.D && a.v_stride.token == c.D &&
+                   c.D * sizeof(T) % kLine == 0;
   const T* k = static_cast<const T*>(a.k) + row * a.k_stride.outer + kv_head * a.k_stride.head;
   const T* v = static_cast<const T*>(a.v) + row * a.v_stride.outer + kv_head * a.v_stride.head;
   for (int i = 0; i < keys.count; ++i) {
@@ -75,8 +85,7 @@ VP_INLINE void dot_block(const Query<T>& q, Keys<T>& keys, int dim, int tiles_of
   // a partial tile repeats its last key: every logit comes from the same instructions
   for (int i = keys.count; i < whole; ++i) keys.k[i] = keys.k[keys.count - 1];
   for (int first = 0; first < whole; first += kDotKeys) {
-    for (int i = first; i < first + kDotKeys && i < ahead.count; ++i)
-      prefetch(ahead.rows[i], ahead.bytes);
+    Ahead<T>::fetch_rows(ahead, first, first + kDotKeys);
     for (int t = 0; t < tiles_of_heads; ++t) {
       Vec out[kDotVecs];
       const auto* heads = q.data + t * HT * q.stride;
@@ -133,21 +142,31 @@ VP_INLINE void store_part(const TileState* tiles, int count, const Part& part) {
   }
 }
 
-// The statistics of a block and, with values, their weighted sum.
-template <class T, int HT>
-VP_INLINE void absorb(const Call& c, const Keys<T>& keys, Ahead<T> ahead, const BlockVisual* which,
-                      const SoftmaxArgs& a, float* x, TileState* states, const Part& part) {
-  const int group = c.H / c.G, tiles = head_tiles(group), stride = tiles * kLanes;
-  const int columns = padded_dim(c.D, kUnit);
+// What the sums so far shrink by, for each head tile.
+struct Alphas {
+  alignas(64) float tile[kMaxGroup / 4][kLanes];
+};
+
+// The statistics of a block, whose logits become weights.
+template <int HT>
+VP_INLINE void weigh_block(int tiles, int keys, const BlockVisual* which, const SoftmaxArgs& a,
+                           float* x, TileState* states, Alphas& alphas) {
   constexpr int kTileKeys = kLanes / HT;
-  const int key_tiles = (keys.count + kTileKeys - 1) / kTileKeys;
+  const int key_tiles = (keys + kTileKeys - 1) / kTileKeys;
+  for (int t = 0; t < tiles; ++t)
+    softmax_tile<HT>(x + t * kLanes, tiles * kLanes, key_tiles, which, a, states[t],
+                     alphas.tile[t]);
+}
+
+// Its weighted sum of V.
+template <class T, int HT>
+VP_INLINE void sum_block(const Call& c, const Keys<T>& keys, Ahead<T> ahead, const float* x,
+                         const Alphas& alphas, const Part& part) {
+  const int group = c.H / c.G, tiles = head_tiles(group), columns = padded_dim(c.D, kUnit);
   for (int t = 0; t < tiles; ++t) {
-    alignas(64) float alpha[kLanes];
-    softmax_tile<HT>(x + t * kLanes, stride, key_tiles, which, a, states[t], alpha);
-    if (!c.with_values) continue;
     const int heads = group - t * HT < HT ? group - t * HT : HT;
-    add_values<T, HT>(keys.v, keys.count, ahead, x + t * kLanes, stride, c.D, heads, alpha,
-                      part.acc + t * HT * columns, columns);
+    add_values<T, HT>(keys.v, keys.count, ahead, x + t * kLanes, tiles * kLanes, c.D, heads,
+                      alphas.tile[t], part.acc + t * HT * columns, columns);
   }
 }
 
@@ -157,7 +176,8 @@ VP_INLINE void clear(float* p, int64_t count) {
 
 template <class T>
 VP_INLINE void fetch_all(const T* const* rows, int count, int dim) {
-  for (int i = 0; i < count; ++i) prefetch(rows[i], dim * static_cast<int>(sizeof(T)));
+  const int lines = (dim * static_cast<int>(sizeof(T)) + kLine - 1) / kLine;
+  for (int i = 0; i < count; ++i) prefetch_row(rows[i], lines);
 }
 
 // The logits of a block, kept for the scores and for the weights of a second pass.
@@ -182,23 +202,26 @@ static void stream_part(const Call& c, int row, int kv_head, int index) {
   TileState states[kMaxGroup / 4];
   for (int t = 0; t < tiles; ++t) TileState::reset(states[t]);
   if (c.with_values) clear(part.acc, int64_t{group} * padded_dim(c.D, kUnit));
-  alignas(64) float x[kBlock * kMaxGroup];
   BlockVisual which;
   which.content = Content::kText;
   const int32_t* spans = c.visual.spans + int64_t{row} * c.visual.spans_per_row * 2;
   int span = args.at_tau ? span_after(spans, c.visual.spans_per_row, cut.begin + begin) : 0;
 
+  const int block = block_of<T>(cut), tiles_of_values = value_tiles(group, c.D);
+  alignas(64) float x[kGather * kMaxGroup];
+  Alphas alphas;
   Keys<T> buffers[2];
   locate(c, cut, row, kv_head, begin, end, buffers[0]);
   // the hardware's prefetcher finds the first rows of a stream, but not scattered ones
   if (cut.kept != nullptr) fetch_all(buffers[0].k, buffers[0].count, c.D);
-  for (int first = begin, turn = 0; first < end; first += kBlock, turn ^= 1) {
+  for (int first = begin, turn = 0; first < end; first += block, turn ^= 1) {
     Keys<T>& keys = buffers[turn];
     Keys<T>& next = buffers[turn ^ 1];
-    locate(c, cut, row, kv_head, first + kBlock, end, next);
+    locate(c, cut, row, kv_head, first + block, end, next);
     // half a block ahead: V of this block while its K is multiplied, the next K while V is summed
-    const Ahead<T> soon = c.with_values ? Ahead<T>::make(keys.v, keys.count, c.D)
-                                        : Ahead<T>::make(next.k, next.count, c.D);
+    const Ahead<T> soon = c.with_values
+                              ? Ahead<T>::make(keys.v, keys.count, keys.adjoining, c.D, 1)
+                              : Ahead<T>::make(next.k, next.count, next.adjoining, c.D, 1);
     dot_block<T, HT>(q, keys, c.D, tiles, scaling, soon, x);
     if (args.at_tau) {
       find_visual<HT>(c.visual, row, cut.begin + first, keys.count, span, which);
@@ -206,7 +229,11 @@ static void stream_part(const Call& c, int row, int kv_head, int index) {
       if (c.all_logits || which.content != Content::kText)
         keep_logits(c, c.rows[row], kv_head, first, x, floats);
     }
-    absorb<T, HT>(c, keys, Ahead<T>::make(next.k, next.count, c.D), &which, args, x, states, part);
+    weigh_block<HT>(tiles, keys.count, &which, args, x, states, alphas);
+    if (c.with_values)
+      sum_block<T, HT>(c, keys,
+                       Ahead<T>::make(next.k, next.count, next.adjoining, c.D, tiles_of_values), x,
+                       alphas, part);
   }
   store_part<HT>(states, tiles, part);
 }
@@ -238,17 +265,21 @@ static void weigh_part(const Call& c, int row, int kv_head, int index) {
   TileState states[kMaxGroup / 4];
   for (int t = 0; t < tiles; ++t) TileState::reset(states[t]);
   clear(part.acc, int64_t{group} * padded_dim(c.D, kUnit));
-  alignas(64) float x[kBlock * kMaxGroup];
+  alignas(64) float x[kGather * kMaxGroup];
+  const int block = block_of<T>(cut), tiles_of_values = value_tiles(group, c.D);
+  Alphas alphas;
   Keys<T> buffers[2];
   locate(c, cut, row, kv_head, begin, end, buffers[0]);
   fetch_all(buffers[0].v, buffers[0].count, c.D);
-  for (int first = begin, turn = 0; first < end; first += kBlock, turn ^= 1) {
+  for (int first = begin, turn = 0; first < end; first += block, turn ^= 1) {
     const Keys<T>& keys = buffers[turn];
     Keys<T>& next = buffers[turn ^ 1];
-    locate(c, cut, row, kv_head, first + kBlock, end, next);
+    locate(c, cut, row, kv_head, first + block, end, next);
     gather_logits<T, HT>(c.rows[row], kv_head, keys, tiles, x);
-    absorb<T, HT>(c, keys, Ahead<T>::make(next.v, next.count, c.D), nullptr, {1.0f, false}, x,
-                  states, part);
+    weigh_block<HT>(tiles, keys.count, nullptr, {1.0f, false}, x, states, alphas);
+    sum_block<T, HT>(c, keys,
+                     Ahead<T>::make(next.v, next.count, next.adjoining, c.D, tiles_of_values), x,
+                     alphas, part);
   }
   store_part<HT>(states, tiles, part);
 }

@@ -9,8 +9,9 @@
 
 namespace visionpulse::cpu {
 
-constexpr int kBlock = 32;  // keys that are scored, weighed and summed together; K and V stay in L1
-constexpr int kLanes = 16;  // logits of one tile: kLanes / heads keys of 1, 2 or 4 heads
+constexpr int kBlock = 32;     // keys of a stream that are worked on together: K and V stay in L1
+constexpr int kGather = 128;   // kept keys together: scattered rows take longer to come
+constexpr int kLanes = 16;     // logits of one tile: kLanes / heads keys of 1, 2 or 4 heads
 constexpr int kMaxGroup = 32;  // query heads of one KV head
 constexpr int kMaxHeadDim = 256;
 constexpr int kScoreChunk = 1024;  // keys of one score task

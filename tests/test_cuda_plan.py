@@ -54,18 +54,22 @@ def test_every_shape_fits_with_stages_to_spare(engine, chip, dtype):
                 plan = engine.plan(keys, chip, of, keys, values)
                 assert plan["shared_bytes"] <= chip[2]
                 assert plan["stages"] >= 2 and plan["warps"] in (1, 2, 4)
-                assert plan["head_blocks"] * plan["block_heads"] >= group
-                assert plan["block_heads"] <= plan["row_tile"]
+                assert plan["warps"] % plan["team"] == 0
+                assert group <= plan["team"] * plan["warp_rows"] <= plan["row_tile"]
 
 
-def test_two_blocks_of_the_common_shape_share_an_h200(engine):
+@pytest.mark.parametrize(
+    "group, kernel, team", ((4, "r4", 1), (8, "r8", 1), (16, "r32", 1), (32, "r32", 2))
+)
+def test_two_blocks_of_the_common_shape_share_an_h200(engine, group, kernel, team):
     for values in (True, False):
-        plan = engine.plan(True, CHIPS["h200"], shape(), True, values)
-        assert plan["kernel"] == "vp_score_bf16_d128_r4"
-        assert plan["warps"] == 4 and plan["stages"] >= 3
+        plan = engine.plan(True, CHIPS["h200"], shape(group=group), True, values)
+        assert plan["kernel"] == f"vp_score_bf16_d128_{kernel}"
+        assert plan["warps"] == 4 and plan["stages"] >= 3 and plan["team"] == team
         assert 2 * (plan["shared_bytes"] + 1024) <= CHIPS["h200"][2] + 1024
         # bytes on their way to a multiprocessor: 32 a nanosecond over the 800 of a trip to memory
-        assert 2 * 4 * (plan["stages"] - 1) * plan["stage_bytes"] >= 32 * 800
+        tiles = 2 * plan["warps"] // team * (plan["stages"] - 1)
+        assert tiles * plan["stage_bytes"] >= 32 * 800
 
 
 @by_chip
@@ -77,7 +81,7 @@ def test_a_row_is_cut_by_itself_alone(engine, chip):
             for b in (1, 7, 64)
             for n in (1, 1000, 131072, 1 << 20)
         ]
-        for same in ("wanted", "tile", "warps", "stages", "shared_bytes"):
+        for same in ("rule", "warps", "stages", "shared_bytes"):
             assert len({plan[same] for plan in plans}) == 1, same
 
 
@@ -87,7 +91,7 @@ def test_the_grid_holds_every_part(engine, chip):
         for capacity in (1, 63, 64, 65, 1000, 4097, 131072):
             plan = engine.plan(False, chip, shape(kv_heads=kv_heads, capacity=capacity), True, True)
             for length in {0, 1, capacity // 3, capacity - 1, capacity}:
-                splits = engine.splits(plan["wanted"], plan["tile"], length, kv_heads)
+                splits = engine.splits(plan["rule"], length, kv_heads)
                 assert splits <= plan["max_splits"], (kv_heads, capacity, length)
 
 
@@ -95,16 +99,19 @@ def test_one_row_fills_an_h200(engine):
     """A follower at 5 % of 16k, and the dense layer before it."""
     plan = engine.plan(False, CHIPS["h200"], shape(), True, True)
     for keys in (256 + 819, 16384):
-        assert 8 * engine.splits(plan["wanted"], plan["tile"], keys, 8) >= 132
+        assert 8 * engine.splits(plan["rule"], keys, 8) >= 132
 
 
 @by_chip
 def test_select_keeps_its_keys_where_they_fit(engine, chip):
     for candidates in (0, 1, 4096, 131072, 1 << 20):
-        cluster, cached, shared_bytes = engine.plan_select(chip, candidates)
-        assert cluster == (chip[0] >= 90)
-        assert shared_bytes <= chip[2]
-        assert cached == 0 or cached * (8 if cluster else 1) >= candidates
+        plan = engine.plan_select(chip, candidates)
+        assert plan["cluster"] == (chip[0] >= 90)
+        assert plan["blocks"] == (8 if plan["cluster"] or candidates > 2048 else 1)
+        assert plan["shared_bytes"] <= chip[2]
+        # by one block of a cluster, or by the last of a row
+        assert plan["cached"] == 0 or plan["cached"] * (8 if plan["cluster"] else 1) >= candidates
+        assert bool(plan["handed_over"]) == (not plan["cluster"] and plan["blocks"] > 1)
 
 
 def test_a_head_dim_without_kernel_is_refused_by_name(engine):

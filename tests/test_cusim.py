@@ -21,8 +21,9 @@ pytestmark = [
 LANDINGS = ("late", "early")
 # Threads and blocks in an order of their own, and a dtype, per seed.
 RUNS = {1: "bfloat16", 2: "float16", 3: "float32"}
-SMALL = ("bf16, BFloat16, 64, 4", "bf16, BFloat16, 64, 8")
+SMALL = tuple(f"bf16, BFloat16, 64, {rows}" for rows in (4, 8, 32))
 HALF_GPU = "80,5,101376"  # no clusters, and less shared memory
+SCARCE = "80,1,30000"  # neither, and no room for the keys of a long row
 ONE_SM = "90,1,232448"  # few splits: every warp meets more tiles than it has stages
 
 
@@ -83,21 +84,31 @@ def test_a_small_gpu_without_clusters(plain, dtype):
     assert code == 0, text
 
 
-@pytest.mark.parametrize("dtype", ("bfloat16", "float32"))
-def test_garbage_is_skipped(watched, dtype):
-    code, text = run(watched, "garbage", dtype, asan=True)
+@pytest.mark.parametrize("gpu", (None, HALF_GPU, SCARCE))
+@pytest.mark.parametrize("seed", RUNS)
+def test_a_choice_among_thousands_is_exact(watched, gpu, seed):
+    code, text = run(watched, "choices", "float32", seed=seed, gpu=gpu, asan=True)
     assert code == 0, text
 
 
+@pytest.mark.parametrize("gpu", (None, HALF_GPU))
+@pytest.mark.parametrize("dtype", ("bfloat16", "float32"))
+def test_garbage_is_skipped(watched, dtype, gpu):
+    code, text = run(watched, "garbage", dtype, asan=True, gpu=gpu)
+    assert code == 0, text
+
+
+@pytest.mark.parametrize("gpu", (None, HALF_GPU))
 @pytest.mark.parametrize("dtype", RUNS.values())
-def test_each_key_is_read_once(plain, dtype):
-    code, text = run(plain, "traffic", dtype)
+def test_each_key_is_read_once_in_few_launches(plain, dtype, gpu):
+    code, text = run(plain, "traffic", dtype, gpu=gpu)
     assert code == 0, text
 
 
 STREAM, MERGE = "kernels/cuda/stream.cuh", "kernels/cuda/merge.cuh"
-PLAN = "csrc/cuda/plan.cpp"
-DOTS, MMA, SELECT = "kernels/cuda/dots.cuh", "kernels/cuda/mma.cuh", "kernels/cuda/select.cu"
+PLAN, LAST, ROW = "csrc/cuda/plan.cpp", "kernels/cuda/last.cuh", "kernels/cuda/row.cuh"
+DOTS, MMA = "kernels/cuda/dots.cuh", "kernels/cuda/mma.cuh"
+SELECT, RADIX = "kernels/cuda/select.cu", "kernels/cuda/radix.cuh"
 
 
 @dataclass(frozen=True)
@@ -108,15 +119,28 @@ class Bug:
     says: str  # "" where the results are wrong
     landing: str = "late"
     asan: bool = False
+    what: str = "probe"
+    gpu: str = ONE_SM
 
 
-WAIT = "copy_wait_for(args.stages - 1);\n      __syncwarp();"
+WAIT = "copy_wait_for(args.stages - 1);\n      meet();"
 BUGS = {
     "missing-barrier-after-wait": Bug(
         (Edit(STREAM, WAIT, "copy_wait_for(args.stages - 1);"),), ""
     ),
     "short-wait": Bug(
-        (Edit(STREAM, WAIT, "copy_wait_for(args.stages);\n      __syncwarp();"),), ""
+        (Edit(STREAM, WAIT, "copy_wait_for(args.stages);\n      meet();"),), ""
+    ),
+    "team-that-does-not-meet": Bug(
+        (Edit(STREAM, "team_barrier(1 + team, args.team * 32);", "__syncwarp();"),), ""
+    ),
+    "teams-that-meet-each-other": Bug(
+        (Edit(STREAM, "team_barrier(1 + team, args.team", "team_barrier(1, args.team"),), ""
+    ),
+    "member-that-counts-no-group": Bug(
+        (Edit(STREAM, "== member) load(refill);\n      copy_commit();",
+              "== member) load(refill), copy_commit();"),),
+        "",
     ),
     "missing-barrier-before-weights": Bug(
         (Edit(DOTS, "= p[i];\n    __syncwarp();", "= p[i];"),), ""
@@ -162,27 +186,60 @@ BUGS = {
     "stage-refilled-early": Bug(
         (
             Edit(STREAM, "int32_t t = 1 - args.stages;", "int32_t t = -args.stages;"),
-            Edit(STREAM, "if (t + args.stages - 1 < tiles)", "if (t + args.stages < tiles)"),
-            Edit(STREAM, WAIT, "copy_wait_for(args.stages);\n      __syncwarp();"),
+            Edit(STREAM, "next = t + args.stages - 1;", "next = t + args.stages;"),
+            Edit(STREAM, WAIT, "copy_wait_for(args.stages);\n      meet();"),
         ),
         "",
         landing="early",
     ),
     "counter-not-rearmed": Bug(
-        (Edit(MERGE, "row_block, last) == last", "row_block, last + 7) == last"),), ""
+        (Edit(LAST, "atomicInc(counter, blocks - 1)", "atomicInc(counter, blocks + 6)"),), ""
+    ),
+    "last-but-one-takes-over": Bug(
+        (Edit(LAST, "blocks - 1) == blocks - 1", "blocks - 1) == blocks - 2"),),
+        "",
+        what="choices",
+        gpu=HALF_GPU,
+    ),
+    "global-histogram-of-a-neighbour": Bug(
+        (Edit(SELECT, "all[rank * kSelectBins + i]", "all[i]"),), "", what="choices", gpu=HALF_GPU
+    ),
+    "global-histogram-lost": Bug(
+        (Edit(SELECT, "other < kSelectBlocks; ++other) {\n        sum += load_fresh",
+              "other < kSelectBlocks - 1; ++other) {\n        sum += load_fresh"),),
+        "",
+        what="choices",
+        gpu=HALF_GPU,
+    ),
+    "keys-of-another-row": Bug(
+        (Edit(SELECT, "args.keys[b * args.keys_row + i] = key;", "args.keys[i] = key;"),),
+        "",
+        what="choices",
+        gpu=HALF_GPU,
+    ),
+    "page-that-is-not-there": Bug(
+        (Edit(SELECT, "position[u] >= 0 && has_key(args.kv, b, position[u])", "position[u] >= 0"),),
+        "",
+        what="garbage",
+    ),
+    "page-beyond-the-pool": Bug(
+        (Edit(ROW, "page < kv.pages ? page", "page <= 1000000 ? page"),),
+        "",
+        asan=True,
+        what="garbage",
     ),
     "histogram-race-clear": Bug(
         (Edit(SELECT, "scratch.bins[i] = 0;\n    __syncthreads();", "scratch.bins[i] = 0;"),), ""
     ),
     "histogram-race-read": Bug(
-        (Edit(SELECT, "  cluster_sync();\n  constexpr int kOwn", "  constexpr int kOwn"),),
+        (Edit(RADIX, "  cluster_sync();\n  constexpr int kOwn", "  constexpr int kOwn"),),
         "no cluster barrier yet",
     ),
     "histogram-race-total": Bug(
-        (Edit(SELECT, "  cluster_sync();\n  return scratch.total;", "  return scratch.total;"),), ""
+        (Edit(RADIX, "  cluster_sync();\n  return scratch.total;", "  return scratch.total;"),), ""
     ),
     "ties-not-counted": Bug(
-        (Edit(SELECT, "above == 0 && ties < pivot.need", "above == 0 && ties <= pivot.need"),), ""
+        (Edit(SELECT, "is_equal(key) && ties < pivot", "is_equal(key) && ties <= pivot"),), ""
     ),
     "fragment-not-turned": Bug(
         (Edit(MMA, "b[n][0] = transpose_matrix(Element<T>::pack(p[n * 4], p[n * 4 + 1]));",
@@ -192,16 +249,19 @@ BUGS = {
 }  # fmt: skip
 
 
-def test_the_probe_passes_without_a_bug():
-    for asan in (False, True):
-        module = build(asan, kernels=SMALL)
-        code, text = run(module, "probe", "bfloat16", asan=asan, gpu=ONE_SM)
-        assert code == 0, text
+@pytest.mark.parametrize(
+    "what, gpu", (("probe", ONE_SM), ("choices", HALF_GPU), ("garbage", ONE_SM))
+)
+@pytest.mark.parametrize("asan", (False, True))
+def test_the_probe_passes_without_a_bug(what, gpu, asan):
+    module = build(asan, kernels=SMALL)
+    code, text = run(module, what, "bfloat16", asan=asan, gpu=gpu)
+    assert code == 0, text
 
 
 @pytest.mark.parametrize("bug", BUGS.values(), ids=BUGS.keys())
 def test_a_planted_bug_is_caught(bug):
     module = build(bug.asan, bug.edits, SMALL)
-    code, text = run(module, "probe", "bfloat16", landing=bug.landing, asan=bug.asan, gpu=ONE_SM)
+    code, text = run(module, bug.what, "bfloat16", landing=bug.landing, asan=bug.asan, gpu=bug.gpu)
     assert code != 0, "the bug went through"
     assert bug.says in text, text

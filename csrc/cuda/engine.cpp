@@ -58,13 +58,11 @@ StreamArgs stream_args(const Call& call, const StreamPlan& plan, Arena& arena,
   args.softcap = call.score.softcap;
   args.inverse_tau = call.score.tau > 0.0f ? 1.0f / call.score.tau : 1.0f;
   args.window = call.score.window;
-  args.rows = call.B;
   args.heads = call.H;
   args.kv_heads = call.G;
   args.group = call.H / call.G;
   args.head_dim = call.D;
-  args.head_blocks = plan.head_blocks;
-  args.block_heads = plan.block_heads;
+  args.team = plan.team;
   args.stages = plan.stages;
   args.align = alignment(call);
   args.k_bytes = plan.k_bytes;
@@ -78,7 +76,7 @@ StreamArgs stream_args(const Call& call, const StreamPlan& plan, Arena& arena,
 }
 
 void launch_stream(const Call& call, const StreamPlan& plan, const StreamArgs& args) {
-  const dim3 grid(plan.max_splits, call.G * plan.head_blocks, call.B);
+  const dim3 grid(plan.max_splits, call.G, call.B);
   const Launch what = {plan.kernel->name,
                        plan.kernel->function,
                        grid,
@@ -91,23 +89,27 @@ void launch_stream(const Call& call, const StreamPlan& plan, const StreamArgs& a
 // What the scoring pass leaves for the stages behind it.
 struct Kept {
   float* logits;  // [B, H, row]
-  float* sums;    // [B, G * head_blocks, row]
+  float* sums;    // [B, parts, row]
   float* stats;   // [B, H, kHeadStats]
   int64_t row;
-  int32_t blocks;  // G * head_blocks
+  int32_t parts;     // G * team
+  bool by_position;  // a row holds all keys; else the visual ones alone, one after the other
 };
+
+int64_t rounded(int64_t count) { return (count + 7) / 8 * 8; }
 
 StreamArgs score_args(const Call& call, const StreamPlan& plan, bool all_logits, Arena& arena,
                       const Scratch& scratch, Kept& kept) {
   StreamArgs args = stream_args(call, plan, arena, scratch);
   const bool sums = call.score.kind == ScoreKind::kLogit;
-  kept.row = (call.cache.capacity + 7) / 8 * 8;
-  kept.blocks = call.G * plan.head_blocks;
+  kept.by_position = all_logits;
+  kept.row = rounded(all_logits ? call.cache.capacity : call.candidates);
+  kept.parts = call.G * plan.team;
   args.keep = all_logits ? Keep::kAll : sums ? Keep::kNone : Keep::kVisual;
   const int64_t rows = call.B;
   kept.stats = arena.take<float>(rows * call.H * kHeadStats);
   kept.logits = args.keep == Keep::kNone ? nullptr : arena.take<float>(rows * call.H * kept.row);
-  kept.sums = sums ? arena.take<float>(rows * kept.blocks * kept.row) : nullptr;
+  kept.sums = sums ? arena.take<float>(rows * kept.parts * kept.row) : nullptr;
   args.logits = kept.logits;
   args.sums = kept.sums;
   args.logits_row = kept.row;
@@ -115,51 +117,59 @@ StreamArgs score_args(const Call& call, const StreamPlan& plan, bool all_logits,
   return args;
 }
 
-void launch_rank(const Call& call, const Kept& kept, float* scores, bool masses) {
+// What select ranks: scores, or the sums of the logits as the scoring pass left them.
+struct Ranked {
+  const float* scores;  // [B, parts, row]
+  int64_t row;
+  int32_t parts;
+  float weight;
+  bool by_position;
+};
+
+// `scores` [B, N] are the caller's; nullptr: scratch memory for those of the candidates alone.
+RankArgs rank_args(const Call& call, const Kept& kept, float* scores, bool masses, Arena& arena) {
   RankArgs args = {};
+  args.kv = call.cache;
   args.visual = call.visual;
-  args.starts = call.cache.starts;
-  args.lengths = call.cache.lengths;
   args.window = call.score.window;
-  args.capacity = call.cache.capacity;
   args.heads = call.H;
-  args.head_blocks = kept.blocks;
+  args.sum_parts = kept.parts;
   args.kind = call.score.kind;
   args.inverse_tau = 1.0f / call.score.tau;
   args.logits = kept.logits;
   args.sums = kept.sums;
   args.logits_row = kept.row;
+  args.logits_by_position = kept.by_position;
+  args.scores_by_position = scores != nullptr;
   args.stats = kept.stats;
-  args.scores = scores;
-  args.scores_row = call.cache.capacity;
+  args.scores_row = scores ? call.cache.capacity : rounded(call.candidates);
+  args.scores = scores ? scores : arena.take<float>(call.B * args.scores_row);
   args.mass = masses ? call.mass : nullptr;
   args.mass_mean = call.mass_mean;
-  const dim3 grid((call.cache.capacity + kRankThreads - 1) / kRankThreads, call.B);
+  return args;
+}
+
+void launch_rank(const Call& call, const RankArgs& args) {
+  const int64_t blocks = (args.scores_row + kRankThreads - 1) / kRankThreads;
+  const dim3 grid(std::max<int64_t>(blocks, 1), call.B);
   launch({"vp_rank", rank_kernel(), grid, kRankThreads, 2 * call.H * 4, 1}, &args, call.device,
          call.stream);
 }
 
-// `kept` nullptr: the masses are given.
-void launch_select(const Call& call, const Kept* kept, const float* scores) {
-  const SelectPlan plan = plan_select(chip_of(call.device), call.candidates);
+// `stats` nullptr: the masses are given.
+SelectArgs select_args(const Call& call, const SelectPlan& plan, const Ranked& ranked,
+                       const float* stats, Arena& arena, const Scratch& scratch) {
   SelectArgs args = {};
+  args.kv = call.cache;
   args.visual = call.visual;
-  args.starts = call.cache.starts;
-  args.lengths = call.cache.lengths;
   args.window = call.score.window;
-  args.capacity = call.cache.capacity;
-  args.scores = scores;
-  args.scores_row = call.cache.capacity;
-  args.parts = 1;
-  args.weight = 1.0f;
-  if (scores == nullptr) {
-    args.scores = kept->sums;
-    args.scores_row = kept->blocks * kept->row;
-    args.scores_part = kept->row;
-    args.parts = kept->blocks;
-    args.weight = 1.0f / static_cast<float>(call.H);
-  }
-  args.stats = kept ? kept->stats : nullptr;
+  args.scores = ranked.scores;
+  args.scores_row = ranked.parts * ranked.row;
+  args.scores_part = ranked.row;
+  args.parts = ranked.parts;
+  args.weight = ranked.weight;
+  args.by_position = ranked.by_position;
+  args.stats = stats;
   args.heads = call.H;
   args.mass = call.mass;
   args.mass_mean = call.mass_mean;
@@ -169,12 +179,21 @@ void launch_select(const Call& call, const Kept* kept, const float* scores) {
   args.r_max = call.score.r_max;
   args.mean_mass = call.score.mean_mass;
   args.k_max = call.score.k_max;
+  args.blocks = plan.blocks;
   args.cached = plan.cached;
   args.indices = call.indices;
   args.counts = call.counts;
-  const int32_t blocks = plan.cluster ? kSelectCluster : 1;
-  launch({plan.cluster ? "vp_select_cluster" : "vp_select_block", select_kernel(plan.cluster),
-          dim3(call.B * blocks), kSelectThreads, plan.shared_bytes, blocks},
+  args.keys = arena.take<uint32_t>(call.B * plan.keys_row);
+  args.bins = arena.take<uint32_t>(call.B * plan.bins);
+  args.counters = scratch.counters;
+  args.keys_row = plan.keys_row;
+  return args;
+}
+
+void launch_select(const Call& call, const SelectPlan& plan, const SelectArgs& args) {
+  launch({plan.cluster ? "vp_select_cluster" : "vp_select_global", select_kernel(plan.cluster),
+          dim3(call.B * plan.blocks), kSelectThreads, plan.shared_bytes,
+          plan.cluster ? plan.blocks : 1},
          &args, call.device, call.stream);
 }
 
@@ -200,15 +219,21 @@ int64_t score(const Call& call, float* scores, const Scratch& scratch) {
   Arena arena(scratch);
   Kept kept = {};
   const StreamArgs args = score_args(call, plan, false, arena, scratch, kept);
+  const RankArgs rank = rank_args(call, kept, scores, true, arena);
   if (arena.lacking()) return arena.lacking();
   launch_stream(call, plan, args);
-  launch_rank(call, kept, scores, true);
+  launch_rank(call, rank);
   return 0;
 }
 
-int64_t choose(const Call& call, const float* scores, const Scratch&) {
+int64_t choose(const Call& call, const float* scores, const Scratch& scratch) {
   const OnDevice current(call.device);
-  launch_select(call, nullptr, scores);
+  const SelectPlan plan = plan_select(chip_of(call.device), call.candidates);
+  Arena arena(scratch);
+  const Ranked ranked = {scores, call.cache.capacity, 1, 1.0f, true};
+  const SelectArgs args = select_args(call, plan, ranked, nullptr, arena, scratch);
+  if (arena.lacking()) return arena.lacking();
+  launch_select(call, plan, args);
   return 0;
 }
 
@@ -217,26 +242,33 @@ int64_t decode(const Call& call, bool dense, float* scores, const Scratch& scrat
   const Chip& chip = chip_of(call.device);
   const StreamPlan plan = plan_stream(Stage::kScore, chip, shape_of(call), {true, dense});
   const StreamPlan last = plan_stream(Stage::kAttend, chip, shape_of(call), {false, true});
+  const SelectPlan choice = plan_select(chip, call.candidates);
   Arena arena(scratch);
   Kept kept = {};
   const StreamArgs first = score_args(call, plan, !dense, arena, scratch, kept);
   StreamArgs pruned = {};
-  if (!dense) pruned = stream_args(call, last, arena, scratch);
-  // The logits' sums are ranked as they lie; probabilities become scores in chunks of their own.
-  const bool ranked = scores != nullptr || call.score.kind != ScoreKind::kLogit;
-  if (ranked && scores == nullptr) {
-    scores = arena.take<float>(static_cast<int64_t>(call.B) * call.cache.capacity);
+  if (!dense) {
+    pruned = stream_args(call, last, arena, scratch);
+    pruned.selection = {call.indices, call.counts, call.score.k_max};
+    pruned.kept = kept.logits;
+    pruned.logits_row = kept.row;
   }
+  // The logits' sums are ranked as they lie; probabilities become scores in chunks of their own.
+  const float weight = 1.0f / static_cast<float>(call.H);
+  Ranked ranked = {kept.sums, kept.row, kept.parts, weight, kept.by_position};
+  const bool ranks = scores != nullptr || call.score.kind != ScoreKind::kLogit;
+  RankArgs rank = {};
+  if (ranks) {
+    rank = rank_args(call, kept, scores, false, arena);
+    ranked = {rank.scores, rank.scores_row, 1, 1.0f, rank.scores_by_position};
+  }
+  const SelectArgs select = select_args(call, choice, ranked, kept.stats, arena, scratch);
   if (arena.lacking()) return arena.lacking();
 
   launch_stream(call, plan, first);
-  if (ranked) launch_rank(call, kept, scores, false);
-  launch_select(call, &kept, ranked ? scores : nullptr);
-  if (dense) return 0;
-  pruned.selection = {call.indices, call.counts, call.score.k_max};
-  pruned.kept = kept.logits;
-  pruned.logits_row = kept.row;
-  launch_stream(call, last, pruned);
+  if (ranks) launch_rank(call, rank);
+  launch_select(call, choice, select);
+  if (!dense) launch_stream(call, last, pruned);
   return 0;
 }
 

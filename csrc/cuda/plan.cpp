@@ -14,29 +14,35 @@ constexpr int32_t kMostStages = 6;     // more are not told apart by the wait
 constexpr int32_t kEnoughStages = 3;   // hide a trip to memory behind two tiles
 constexpr int32_t kMostSplits = 128;   // what one block joins in about the time of a tile
 constexpr int32_t kBlocksPerChip = 2;  // per multiprocessor, of one row
+constexpr int32_t kOneBlock = 4 * kSelectThreads;  // candidates that a block reads in one go
 constexpr int32_t kReserved = 1024;  // shared memory that each resident block costs beside its own
 
 int32_t ceil_div(int64_t a, int64_t b) { return static_cast<int32_t>((a + b - 1) / b); }
 int32_t round_up(int32_t a, int32_t b) { return ceil_div(a, b) * b; }
 
-// Query heads that a block of the largest row tile holds.
-int32_t most_rows(DType dtype) { return dtype == DType::kFloat32 ? 8 : 16; }
+// The least row tile that there is for a group of query heads.
+int32_t row_tile(DType dtype, int32_t group) {
+  if (group <= 4) return 4;
+  return group <= 8 && dtype != DType::kFloat32 ? 8 : 32;
+}
 
-int32_t row_tile(DType dtype, int32_t block_heads) {
-  if (block_heads <= 4) return 4;
-  return block_heads <= 8 ? 8 : most_rows(dtype);
+// Warps that hold a group together; the kernels count in powers of two.
+int32_t team_of(const StreamKernel& kernel, int32_t group) {
+  int32_t team = 1;
+  while (team * kernel.warp_rows < group) team *= 2;
+  return team;
 }
 
 struct Memory {
   int32_t fixed;      // q
   int32_t per_warp;   // beside the stages
-  int32_t per_stage;  // and warp
+  int32_t per_stage;  // and team
   int32_t reduce;     // per warp, in the place of the stages
   int32_t merge;      // in the place of the stages
 
-  int32_t total(int32_t warps, int32_t stages, int32_t keys) const {
+  int32_t total(int32_t warps, int32_t team, int32_t stages, int32_t keys) const {
     const int32_t own = warps * (per_warp + stages * keys * 4);
-    return fixed + own + std::max({warps * stages * per_stage, warps * reduce, merge});
+    return fixed + own + std::max({warps / team * stages * per_stage, warps * reduce, merge});
   }
 };
 
@@ -47,10 +53,10 @@ void fit(StreamPlan& plan, const Memory& memory, const Chip& chip) {
   const int32_t half = (chip.shared_bytes + kReserved) / 2 - kReserved;
   for (const int32_t limit : {half, chip.shared_bytes}) {
     for (const int32_t warps : {4, 2, 1}) {
-      if (warps < 4 && limit == half) break;
+      if (warps < plan.team || (warps < 4 && limit == half)) break;
       for (int32_t stages = kMostStages; stages >= 2; --stages) {
-        if (stages < kEnoughStages && (limit == half || warps > 1)) break;
-        const int32_t bytes = memory.total(warps, stages, keys);
+        if (stages < kEnoughStages && (limit == half || warps > plan.team)) break;
+        const int32_t bytes = memory.total(warps, plan.team, stages, keys);
         if (bytes > limit) continue;
         plan.warps = warps;
         plan.stages = stages;
@@ -76,41 +82,42 @@ int32_t padded_head_dim(int32_t head_dim) {
 StreamPlan plan_stream(Stage stage, const Chip& chip, const Shape& shape, Streams streams) {
   StreamPlan plan = {};
   const int32_t group = shape.heads / shape.kv_heads;
-  plan.head_blocks = ceil_div(group, most_rows(shape.dtype));
-  plan.block_heads = ceil_div(group, plan.head_blocks);
-  const int32_t rows = row_tile(shape.dtype, plan.block_heads);
+  const int32_t rows = row_tile(shape.dtype, group);
   const int32_t dim = padded_head_dim(shape.head_dim);
   plan.kernel = stage == Stage::kScore ? score_kernel(shape.dtype, dim, rows)
                                        : attend_kernel(shape.dtype, dim, rows);
-  if (plan.kernel == nullptr) {
+  if (plan.kernel == nullptr || group > rows) {
     throw std::invalid_argument("no kernel for head dim " + std::to_string(shape.head_dim) +
                                 " and " + std::to_string(group) + " query heads per KV head");
   }
   const StreamKernel& kernel = *plan.kernel;
-  plan.k_bytes = streams.keys ? kernel.tile_bytes : kernel.row_tile * kernel.keys * 4;
+  plan.team = team_of(kernel, group);
+  const int32_t held = plan.team * kernel.warp_rows;  // query heads, padded
+  plan.k_bytes = streams.keys ? kernel.tile_bytes : held * kernel.keys * 4;
   plan.v_bytes = streams.values ? kernel.tile_bytes : 0;
 
-  const int32_t blocks = shape.kv_heads * plan.head_blocks;
+  const int32_t blocks = shape.kv_heads;
   // The parts of one row fill the chip alone, so that its bits do not depend on the batch.
   const int32_t wanted =
       std::min(std::max(kBlocksPerChip * chip.multiprocessors, blocks), kMostSplits * blocks);
-  const int32_t part_stats = kernel.row_tile * kPartStats;
+  const int32_t part_stats = held * kPartStats;
   Memory memory = {};
-  memory.fixed = kernel.query_bytes;
+  memory.fixed = plan.team * kernel.query_bytes;
   memory.per_warp = kernel.warp_bytes;
   memory.per_stage = plan.k_bytes + plan.v_bytes;
-  memory.reduce = streams.values ? kernel.reduce_bytes : part_stats * 4;
+  memory.reduce = streams.values ? kernel.reduce_bytes : kernel.warp_rows * kPartStats * 4;
   // Whatever the row: the plan of a row must not depend on the capacity.
-  memory.merge = (ceil_div(wanted, blocks) * part_stats + kernel.row_tile) * 4;
+  memory.merge = (ceil_div(wanted, blocks) * part_stats + held) * 4;
   fit(plan, memory, chip);
 
-  const int32_t tile = kernel.keys * plan.warps;
-  plan.rule = {wanted, tile, 1 << 30, tile};
-  plan.max_splits = std::max(1, std::min(ceil_div(wanted, blocks), ceil_div(shape.capacity, tile)));
+  const int32_t tile = kernel.keys * plan.warps / plan.team, shortest = kernel.keys * plan.warps;
+  plan.rule = {wanted, shortest, 1 << 30, tile};
+  plan.max_splits =
+      std::max(1, std::min(ceil_div(wanted, blocks), ceil_div(shape.capacity, shortest)));
   if (plan.max_splits > 1) {
     const int64_t parts = static_cast<int64_t>(shape.rows) * blocks * plan.max_splits;
     plan.part_stats = parts * part_stats;
-    plan.part_out = streams.values ? parts * kernel.row_tile * kernel.padded_dim : 0;
+    plan.part_out = streams.values ? parts * held * kernel.padded_dim : 0;
   }
   return plan;
 }
@@ -118,7 +125,13 @@ StreamPlan plan_stream(Stage stage, const Chip& chip, const Shape& shape, Stream
 SelectPlan plan_select(const Chip& chip, int32_t candidates) {
   SelectPlan plan = {};
   plan.cluster = chip.clusters();
-  const int32_t per_block = ceil_div(std::max(candidates, 1), plan.cluster ? kSelectCluster : 1);
+  plan.blocks = plan.cluster || candidates > kOneBlock ? kSelectBlocks : 1;
+  if (!plan.cluster && plan.blocks > 1) {
+    plan.keys_row = round_up(candidates, 8);
+    plan.bins = plan.blocks * kSelectBins;
+  }
+  // Without a cluster the last block ends up with the keys of all.
+  const int32_t per_block = ceil_div(std::max(candidates, 1), plan.cluster ? plan.blocks : 1);
   const int32_t room = (chip.shared_bytes - select_fixed_bytes()) / 4;
   // Keys that do not all fit are read again in every pass.
   plan.cached = per_block <= room ? round_up(per_block, 4) : 0;

@@ -33,9 +33,9 @@ struct Streams {
 
 struct StreamPlan {
   const StreamKernel* kernel;
-  int32_t head_blocks, block_heads;
   int32_t warps, stages;
-  int32_t k_bytes, v_bytes;  // of a stage of one warp
+  int32_t team;              // warps that share a tile
+  int32_t k_bytes, v_bytes;  // of a stage of one team
   int32_t shared_bytes;
   SplitRule rule;
   int32_t max_splits;
@@ -46,8 +46,10 @@ StreamPlan plan_stream(Stage stage, const Chip& chip, const Shape& shape, Stream
 
 struct SelectPlan {
   bool cluster;
+  int32_t blocks;  // of a row
   int32_t cached;  // keys that a block keeps in shared memory
   int32_t shared_bytes;
+  int64_t keys_row, bins;  // words of scratch memory of a row; 0: the blocks hand nothing over
 };
 
 // `candidates`: the most visual tokens that a row can have.

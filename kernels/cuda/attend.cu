@@ -5,8 +5,8 @@
 
 namespace visionpulse::cuda {
 
-#define VP_ENTRY(dtype, type, d, r)     \
-  VP_KERNEL(kMaxWarps* kThreadsPerWarp) \
+#define VP_ENTRY(dtype, type, d, r)                       \
+  VP_KERNEL(kMaxWarps* kThreadsPerWarp, kResidentStreams) \
   vp_attend_##dtype##_d##d##_r##r(VP_ARGS(StreamArgs) args) { stream<type, d, r, false>(args); }
 VP_STREAM_KERNELS(VP_ENTRY)
 #undef VP_ENTRY

@@ -12,9 +12,8 @@
 #define VP_DEVICE static __device__ __forceinline__
 #define VP_UNROLL _Pragma("unroll")
 #define VP_UNROLL_1 _Pragma("unroll 1")
-// Two blocks on a multiprocessor, which shared memory allows at most: no register is spilled for
-// more.
-#define VP_KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads, 2)
+// `resident`: blocks that a multiprocessor must have the registers for.
+#define VP_KERNEL(threads, resident) extern "C" __global__ void __launch_bounds__(threads, resident)
 #define VP_ARGS(type) const __grid_constant__ type
 #define VP_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
 #else
@@ -24,7 +23,7 @@
 #define VP_DEVICE static inline
 #define VP_UNROLL
 #define VP_UNROLL_1
-#define VP_KERNEL(threads) extern "C" void
+#define VP_KERNEL(threads, resident) extern "C" void
 // by reference, so that one pointer calls every kernel
 #define VP_ARGS(type) const type&
 #define VP_SHARED(name) \
@@ -150,11 +149,25 @@ struct Element<Float16> {
 
 #if defined(__CUDACC__)
 // From L2: other blocks of this launch wrote it, so no line of this L1 may answer.
-VP_DEVICE float load_fresh(const float* at) { return __ldcg(at); }
+template <class T>
+VP_DEVICE T load_fresh(const T* at) {
+  return __ldcg(at);
+}
 VP_DEVICE void memory_fence() { __threadfence(); }
+// Meets the other warps of a team, `threads` in all; teams of a block have numbers of their own,
+// from 1 on: 0 is __syncthreads.
+VP_DEVICE void team_barrier(int32_t number, int32_t threads) {
+  asm volatile("barrier.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
 #else
-VP_DEVICE float load_fresh(const float* at) { return *at; }
+template <class T>
+VP_DEVICE T load_fresh(const T* at) {
+  return *at;
+}
 VP_DEVICE void memory_fence() {}
+VP_DEVICE void team_barrier(int32_t number, int32_t threads, cusim::Place place = CUSIM_HERE) {
+  cusim::named_barrier(number, threads, place);
+}
 #endif
 
 #if defined(__CUDACC__)
@@ -270,8 +283,9 @@ VP_DEVICE void multiply(T, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, u
 
 #endif
 
-// Blocks of a cluster reach each other's shared memory by address and rank. The remote forms are
-// functions of their own: one pointer that may be local or remote is miscompiled by some nvcc.
+// Blocks of a cluster reach each other's shared memory by address and rank, which is the block's
+// index along x modulo the cluster, since clusters lie along x alone. The remote forms are of their
+// own: one pointer that may be local or remote is miscompiled by some nvcc.
 #if defined(__CUDACC__) && (!defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900)
 
 VP_DEVICE uint32_t remote_address(const void* local, uint32_t rank) {
@@ -293,11 +307,6 @@ VP_DEVICE void remote_store(uint32_t* local, uint32_t rank, uint32_t value) {
   asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(remote_address(local, rank)), "r"(value)
                : "memory");
 }
-VP_DEVICE uint32_t cluster_rank() {
-  uint32_t rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
 VP_DEVICE void cluster_sync() {
   asm volatile("barrier.cluster.arrive;\nbarrier.cluster.wait;" ::: "memory");
 }
@@ -310,7 +319,6 @@ VP_DEVICE void let_next_start() { asm volatile("griddepcontrol.launch_dependents
 
 VP_DEVICE uint32_t remote_load(const uint32_t* local, uint32_t) { return *local; }
 VP_DEVICE void remote_store(uint32_t* local, uint32_t, uint32_t value) { *local = value; }
-VP_DEVICE uint32_t cluster_rank() { return 0; }
 VP_DEVICE void cluster_sync() { __syncthreads(); }
 VP_DEVICE void wait_for_previous() {}
 VP_DEVICE void let_next_start() {}
@@ -325,7 +333,6 @@ VP_DEVICE void remote_store(uint32_t* local, uint32_t rank, uint32_t value,
                             cusim::Place place = CUSIM_HERE) {
   *cusim::remote(local, rank, place) = value;
 }
-VP_DEVICE uint32_t cluster_rank() { return cusim::machine.current->block->rank; }
 VP_DEVICE void cluster_sync(cusim::Place place = CUSIM_HERE) { cusim::cluster_barrier(place); }
 VP_DEVICE void wait_for_previous() {}
 VP_DEVICE void let_next_start() {}

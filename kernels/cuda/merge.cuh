@@ -3,6 +3,7 @@
 #pragma once
 
 #include "kernels/common/softmax.h"
+#include "kernels/cuda/last.cuh"
 #include "kernels/cuda/row.cuh"
 
 namespace visionpulse::cuda {
@@ -41,7 +42,7 @@ VP_DEVICE float log2_sum(float m, float sum) {
 // The final numbers of one head of a row.
 VP_DEVICE void write_head_stats(const StreamArgs& args, const Share& share, int row,
                                 const Joined& all) {
-  const int64_t head = static_cast<int64_t>(share.b) * args.heads + share.first_head + row;
+  const int64_t head = static_cast<int64_t>(share.b) * args.heads + share.g * args.group + row;
   float* to = args.stats + head * kHeadStats;
   to[0] = log2_sum(all.m, all.l);
   to[1] = log2_sum(all.m * args.inverse_tau, all.l_tau);
@@ -53,106 +54,95 @@ VP_DEVICE void write_output(const StreamArgs& args, const Share& share, int row,
                             float l) {
   if (d >= args.head_dim) return;
   T* to = static_cast<T*>(args.out) + share.b * args.out_row;
-  to[(share.first_head + row) * args.out_head + d] = Element<T>::store(l == 0.0f ? 0.0f : sum / l);
+  to[(share.g * args.group + row) * args.out_head + d] =
+      Element<T>::store(l == 0.0f ? 0.0f : sum / l);
 }
 
-// Joins the splits of a row; runs in one block.
-template <class T, int D, int kRows, bool kScore>
-VP_DEVICE void merge_splits(const StreamArgs& args, const Share& share, float* shared) {
-  const int64_t row_block = static_cast<int64_t>(share.b) * gridDim.y + share.block;
-  const int64_t first = row_block * args.max_splits;
-  constexpr int kStats = kRows * kPartStats;
+// The row and KV head of a block, among all of them.
+VP_DEVICE int64_t place_of(const Share& share) {
+  return static_cast<int64_t>(share.b) * gridDim.y + share.g;
+}
+
+// Joins the splits of a row, of `rows` heads each; runs in one block.
+template <class T, int D, bool kScore>
+VP_DEVICE void merge_splits(const StreamArgs& args, const Share& share, int rows, float* shared) {
+  const int64_t first = place_of(share) * args.max_splits;
+  const int stride = rows * kPartStats;
   // all statistics at once: one by one each would be a trip to memory
-  for (int i = threadIdx.x; i < share.splits * kStats; i += blockDim.x) {
-    shared[i] = load_fresh(args.part_stats + first * kStats + i);
+  for (int i = threadIdx.x; i < share.splits * stride; i += blockDim.x) {
+    shared[i] = load_fresh(args.part_stats + first * stride + i);
   }
   __syncthreads();
-  if (kScore && static_cast<int>(threadIdx.x) < share.heads) {
+  if (kScore && static_cast<int>(threadIdx.x) < args.group) {
     const int row = threadIdx.x;
     write_head_stats(
         args, share, row,
-        join<kScore>(shared + row * kPartStats, share.splits, kStats, args.inverse_tau));
+        join<kScore>(shared + row * kPartStats, share.splits, stride, args.inverse_tau));
   }
   if (!args.v_bytes) return;
   __syncthreads();
-  float* l = shared + share.splits * kStats;
-  for (int row = threadIdx.x; row < share.heads; row += blockDim.x) {
+  float* l = shared + share.splits * stride;
+  for (int row = threadIdx.x; row < args.group; row += blockDim.x) {
     const Joined all =
-        join<false>(shared + row * kPartStats, share.splits, kStats, args.inverse_tau);
+        join<false>(shared + row * kPartStats, share.splits, stride, args.inverse_tau);
     l[row] = all.l;
     for (int s = 0; s < share.splits; ++s) {
-      float* part = shared + s * kStats + row * kPartStats;
+      float* part = shared + s * stride + row * kPartStats;
       part[1] = part_factor(part[0], all.m, 1.0f);
     }
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < share.heads * D; i += blockDim.x) {
+  for (int i = threadIdx.x; i < args.group * D; i += blockDim.x) {
     const int row = i / D;
-    const float* from = args.part_out + (first * kRows + row) * D + i % D;
+    const float* from = args.part_out + (first * rows + row) * D + i % D;
     float sum = 0.0f;
 #pragma unroll 8
     for (int s = 0; s < share.splits; ++s) {
-      sum += load_fresh(from + static_cast<int64_t>(s) * kRows * D) *
-             shared[s * kStats + row * kPartStats + 1];
+      sum += load_fresh(from + static_cast<int64_t>(s) * rows * D) *
+             shared[s * stride + row * kPartStats + 1];
     }
     write_output<T>(args, share, row, i % D, sum, l[row]);
   }
 }
 
-// True in the block of a row that comes last. The counter wraps to 0, ready for the next launch.
-VP_DEVICE bool came_last(const StreamArgs& args, const Share& share, float* shared) {
-  memory_fence();
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    const int64_t row_block = static_cast<int64_t>(share.b) * gridDim.y + share.block;
-    const auto last = static_cast<unsigned>(share.splits - 1);
-    shared[0] = atomicInc(args.counters + row_block, last) == last ? 1.0f : 0.0f;
-  }
-  __syncthreads();
-  const bool mine = shared[0] != 0.0f;
-  __syncthreads();
-  memory_fence();
-  return mine;
-}
-
-// Joins the warps of a block, [warp][row][kPartStats] and [warp][part][row][D], and writes the
-// result or hands it to the block that comes last.
+// Joins the teams of a block, [team][row][kPartStats] and [team][warp][part][row][D], and writes
+// the result or hands it to the block that comes last.
 template <class T, int D, int kRows, int kParts, bool kScore>
 VP_DEVICE void finish(const StreamArgs& args, const Share& share, float* stats, const float* sums,
-                      int warps) {
-  constexpr int kStats = kRows * kPartStats;
-  const int64_t part =
-      (static_cast<int64_t>(share.b) * gridDim.y + share.block) * args.max_splits + share.split;
+                      int teams) {
+  const int rows = args.team * kRows, stride = rows * kPartStats;
+  const int64_t part = place_of(share) * args.max_splits + share.split;
   const bool alone = share.splits == 1;
-  for (int row = threadIdx.x; row < share.heads; row += blockDim.x) {
-    const Joined all = join<kScore>(stats + row * kPartStats, warps, kStats, args.inverse_tau);
+  for (int row = threadIdx.x; row < args.group; row += blockDim.x) {
+    const Joined all = join<kScore>(stats + row * kPartStats, teams, stride, args.inverse_tau);
     if (alone) {
       if (kScore) write_head_stats(args, share, row, all);
     } else {
-      float* to = args.part_stats + part * kStats + row * kPartStats;
+      float* to = args.part_stats + part * stride + row * kPartStats;
       to[0] = all.m, to[1] = all.l, to[2] = all.l_tau, to[3] = all.l_visual;
     }
   }
   if (args.v_bytes) {
-    for (int i = threadIdx.x; i < share.heads * D; i += blockDim.x) {
+    for (int i = threadIdx.x; i < args.group * D; i += blockDim.x) {
       const int row = i / D;
-      const Joined all = join<false>(stats + row * kPartStats, warps, kStats, 1.0f);
+      const Joined all = join<false>(stats + row * kPartStats, teams, stride, 1.0f);
       float sum = 0.0f;
-      for (int w = 0; w < warps; ++w) {
-        const float factor = part_factor(stats[w * kStats + row * kPartStats], all.m, 1.0f);
-        VP_UNROLL for (int p = 0; p < kParts; ++p) {
-          sum += sums[((w * kParts + p) * kRows + row) * D + i % D] * factor;
-        }
+      for (int team = 0; team < teams; ++team) {
+        const float factor = part_factor(stats[team * stride + row * kPartStats], all.m, 1.0f);
+        const int warp = team * args.team + row / kRows;
+        const float* from = sums + (warp * kParts * kRows + row % kRows) * D + i % D;
+        VP_UNROLL for (int p = 0; p < kParts; ++p) sum += from[p * kRows * D] * factor;
       }
       if (alone) {
         write_output<T>(args, share, row, i % D, sum, all.l);
       } else {
-        args.part_out[(part * kRows + row) * D + i % D] = sum;
+        args.part_out[(part * rows + row) * D + i % D] = sum;
       }
     }
   }
-  if (alone || !came_last(args, share, stats)) return;
-  merge_splits<T, D, kRows, kScore>(args, share, stats);
+  auto* flag = reinterpret_cast<uint32_t*>(stats);
+  if (alone || !came_last(args.counters + place_of(share), share.splits, flag)) return;
+  merge_splits<T, D, kScore>(args, share, rows, stats);
 }
 
 }  // namespace visionpulse::cuda

@@ -9,9 +9,18 @@
 
 namespace visionpulse::cuda {
 
-VP_DEVICE Range row_range(const int32_t* starts, const int32_t* lengths, int32_t capacity,
-                          int32_t window, int32_t b) {
-  return visible_range(starts ? starts[b] : 0, lengths ? lengths[b] : capacity, capacity, window);
+VP_DEVICE Range row_range(const CacheArgs& kv, int32_t window, int32_t b) {
+  return visible_range(kv.starts ? kv.starts[b] : 0, kv.lengths ? kv.lengths[b] : kv.capacity,
+                       kv.capacity, window);
+}
+
+// The page that holds a position; -1 where its id is not in the pool, and so no key is there.
+VP_DEVICE int32_t page_of(const CacheArgs& kv, int32_t b, int32_t position) {
+  const int32_t page = kv.table[b * kv.table_stride + position / kv.page_size];
+  return page >= 0 && page < kv.pages ? page : -1;
+}
+VP_DEVICE bool has_key(const CacheArgs& kv, int32_t b, int32_t position) {
+  return kv.table == nullptr || page_of(kv, b, position) >= 0;
 }
 
 // The runs of one row.
@@ -70,6 +79,10 @@ struct SpanCursor {
   __device__ __forceinline__ void advance(int32_t place) {
     while (next <= place) enter(run + 1);
   }
+  // The visual index of a position that lies in the run.
+  __device__ __forceinline__ int32_t visual_index(int32_t position) const {
+    return row.offsets[run] + (position - row.spans[2 * run]);
+  }
 };
 
 // Visual tokens before a position; called by whole warps.
@@ -89,9 +102,7 @@ VP_DEVICE bool is_visual(const Spans& row, int32_t position) {
 
 // One block's share of one row.
 struct Share {
-  int32_t b, g, block;  // row, KV head, block of query heads (of all KV heads)
-  int32_t first_head;   // of all H
-  int32_t heads;        // query heads here
+  int32_t b, g;         // row, KV head
   Range keys;           // visible
   int32_t text;         // keys in text order before the list; all keys without a list
   int32_t text_before;  // text tokens before keys.begin
@@ -103,12 +114,8 @@ struct Share {
 VP_DEVICE Share share_of(const StreamArgs& args) {
   Share share;
   share.b = blockIdx.z;
-  share.block = blockIdx.y;
-  share.g = share.block / args.head_blocks;
-  const int32_t in_group = share.block % args.head_blocks * args.block_heads;
-  share.first_head = share.g * args.group + in_group;
-  share.heads = args.group - in_group < args.block_heads ? args.group - in_group : args.block_heads;
-  share.keys = row_range(args.kv.starts, args.kv.lengths, args.kv.capacity, args.window, share.b);
+  share.g = blockIdx.y;
+  share.keys = row_range(args.kv, args.window, share.b);
   share.text = share.keys.end - share.keys.begin;
   share.text_before = 0;
   int32_t total = share.text;
@@ -122,7 +129,7 @@ VP_DEVICE Share share_of(const StreamArgs& args) {
                           : count > args.selection.k_max ? args.selection.k_max
                                                          : count);
   }
-  const int32_t length = split_length(args.rule, total, args.kv_heads * args.head_blocks);
+  const int32_t length = split_length(args.rule, total, args.kv_heads);
   share.split = blockIdx.x;
   share.splits = total > 0 ? split_count(total, length) : 1;
   const int64_t begin = static_cast<int64_t>(share.split) * length;
@@ -133,9 +140,8 @@ VP_DEVICE Share share_of(const StreamArgs& args) {
 
 // A key that one lane found for its warp.
 struct Key {
-  int32_t position;  // -1: none
+  int32_t place;  // where its logits lie in their row; -1: there is no key
   bool visual;
-  bool there;    // false: none, or its page is not in the pool
   int64_t k, v;  // element offsets from the KV head's base
 };
 
@@ -157,41 +163,42 @@ struct KeyFinder {
 
   // `index` of the virtual order; -1 stands for none.
   __device__ __forceinline__ Key find(const StreamArgs& args, const Share& share, int32_t index) {
-    Key key = {-1, false, false, 0, 0};
+    Key key = {-1, false, 0, 0};
     if (index < 0) return key;
+    int32_t position = -1;
     if (args.selection.indices == nullptr) {
-      key.position = share.keys.begin + index;
+      position = share.keys.begin + index;
       if (kScore) {
-        cursor.advance(key.position);
-        key.visual = key.position < cursor.held;
+        cursor.advance(position);
+        key.visual = position < cursor.held;
       }
     } else if (index < share.text) {
       cursor.advance(share.text_before + index);
-      key.position = share.text_before + index + cursor.held;
+      position = share.text_before + index + cursor.held;
     } else {
       const int64_t row = static_cast<int64_t>(share.b) * args.selection.k_max;
       const int32_t chosen = args.selection.indices[row + index - share.text];
       const bool visible = chosen >= share.keys.begin && chosen < share.keys.end;
-      if (visible && !(args.check_list && !is_visual(spans, chosen))) key.position = chosen;
+      if (visible && !(args.check_list && !is_visual(spans, chosen))) position = chosen;
     }
-    locate(args.kv, share.b, key);
+    if (position < 0 || !locate(args.kv, share.b, position, key)) return key;
+    key.place = position;
+    if (kScore && args.keep != Keep::kAll)
+      key.place = key.visual ? cursor.visual_index(position) : 0;
     return key;
   }
 
-  VP_DEVICE void locate(const CacheArgs& kv, int32_t b, Key& key) {
-    if (key.position < 0) return;
-    int64_t outer = b, token = key.position;
+  // False where the page is not in the pool.
+  VP_DEVICE bool locate(const CacheArgs& kv, int32_t b, int32_t position, Key& key) {
+    int64_t outer = b, token = position;
     if (kv.table) {
-      const int32_t page = key.position / kv.page_size;
-      outer = kv.table[b * kv.table_stride + page];
-      token = key.position - page * kv.page_size;
-      if (outer < 0 || outer >= kv.pages) {
-        return;
-      }
+      outer = page_of(kv, b, position);
+      token = position % kv.page_size;
+      if (outer < 0) return false;
     }
-    key.there = true;
     key.k = outer * kv.k_stride.outer + token * kv.k_stride.token;
     key.v = outer * kv.v_stride.outer + token * kv.v_stride.token;
+    return true;
   }
 };
 

@@ -1,63 +1,42 @@
 // SPDX-License-Identifier: Apache-2.0
 // Budget and exact top-K of a row: K from the mass, the K-th largest score by a radix select over
-// ordered keys (11, 11 and 10 bits), then the kept positions in ascending order by counting. A row
-// is served by a cluster of blocks that add up their histograms in distributed shared memory, or,
-// where the chip has no clusters, by one block. Ties go to the lowest position: what lies before a
-// candidate is counted in index order, never raced for.
+// ordered keys (11, 11 and 10 bits), then the kept positions in ascending order by counting. Ties
+// go to the lowest position: what lies before a candidate is counted in index order, never raced
+// for.
+//
+// Several blocks serve a row. In a cluster they add up their histograms in distributed shared
+// memory. Where the chip has no clusters, each leaves its keys and the histogram of their leading
+// bits in global memory, and the one that comes last goes on alone: the wide read of the scores is
+// shared out, and no block ever waits for another.
 #include "kernels/common/budget.h"
 #include "kernels/common/keys.h"
+#include "kernels/cuda/last.cuh"
+#include "kernels/cuda/radix.cuh"
 #include "kernels/cuda/row.cuh"
 
 namespace visionpulse::cuda {
 
 namespace {
 
-constexpr int kBins = 2048;
-constexpr int kWarps = kSelectThreads / kThreadsPerWarp;
-constexpr int kBinsPerThread = kBins / kSelectThreads;
+constexpr int kAhead = 4;  // candidates of a lane that are on their way from memory at once
 
-struct Scratch {
-  uint32_t bins[kBins];                                     // of this block; first the head masses
-  uint32_t total[kBins];                                    // of the row
-  uint32_t greater[kSelectCluster], equal[kSelectCluster];  // of each block of the row
-  uint32_t warp_greater[kWarps], warp_equal[kWarps];
-  uint32_t found_bin, found_before, found_count;
-  float mass, mass_mean;
-};
+// What stands for a visual position without a key; no score has it, NaN has 0 and -inf 0x7fffff.
+constexpr uint32_t kNoKey = 1;
 
-struct Pivot {
-  uint32_t prefix;  // the leading bits of the K-th largest key
-  int32_t shift;    // how many bits follow them
-  uint32_t need;    // keys with this prefix to keep, the first in order
-};
-
-// One warp's candidates, in compact order: counted from the first visible one of the row.
-struct Segment {
-  int32_t first, begin, end;  // compact index of candidate 0, candidates [begin, end)
-  int32_t slice;              // candidate at which the block's begin
-
-  template <class Visit>
-  __device__ __forceinline__ void each(const Spans& spans, Visit visit) const {
-    SpanCursor<Order::kVisual> cursor{spans, 0, 0, 0};
-    if (begin < end) cursor.seek(first + begin);
-    VP_UNROLL_1 for (int32_t at = begin; at < end; at += kThreadsPerWarp) {
-      const int32_t i = at + threadIdx.x % kThreadsPerWarp;
-      if (i < end) cursor.advance(first + i);
-      visit(i, i < end, first + i + cursor.held);
-    }
+VP_DEVICE void read_scores(const SelectArgs& args, int32_t b, const int32_t (&place)[kAhead],
+                           float (&score)[kAhead]) {
+  const float* row = args.scores + b * args.scores_row;
+  VP_UNROLL for (int u = 0; u < kAhead; ++u) score[u] = row[place[u]];
+  if (args.parts == 1 && args.weight == 1.0f) return;
+#pragma unroll 2
+  for (int32_t part = 1; part < args.parts; ++part) {
+    row += args.scores_part;
+    VP_UNROLL for (int u = 0; u < kAhead; ++u) score[u] += row[place[u]];
   }
-};
-
-VP_DEVICE uint32_t key_at(const SelectArgs& args, int32_t b, int32_t position) {
-  const float* at = args.scores + b * args.scores_row + position;
-  float sum = 0.0f;
-  for (int32_t part = 0; part < args.parts; ++part) sum += at[part * args.scores_part];
-  return ordered_key(args.parts == 1 && args.weight == 1.0f ? at[0] : sum * args.weight);
+  VP_UNROLL for (int u = 0; u < kAhead; ++u) score[u] *= args.weight;
 }
 
-// K of the row; every block computes it, the first writes the masses.
-VP_DEVICE int32_t count_of(const SelectArgs& args, int32_t b, int32_t n_visual, bool first,
-                           Scratch& scratch) {
+VP_DEVICE void read_masses(const SelectArgs& args, int32_t b, bool write, SelectScratch& scratch) {
   if (args.stats) {
     auto* masses = reinterpret_cast<float*>(scratch.bins);  // [H]
     const float* stats = args.stats + static_cast<int64_t>(b) * args.heads * kHeadStats;
@@ -69,7 +48,7 @@ VP_DEVICE int32_t count_of(const SelectArgs& args, int32_t b, int32_t n_visual, 
       const Masses of = masses_of_heads(masses, args.heads);
       scratch.mass = of.max;
       scratch.mass_mean = of.mean;
-      if (first) {
+      if (write) {
         args.mass[b] = of.max;
         args.mass_mean[b] = of.mean;
       }
@@ -79,6 +58,11 @@ VP_DEVICE int32_t count_of(const SelectArgs& args, int32_t b, int32_t n_visual, 
     scratch.mass_mean = args.mass_mean[b];
   }
   __syncthreads();
+}
+
+// K of the row, from its candidates and its mass.
+VP_DEVICE int32_t count_of(const SelectArgs& args, int32_t b, int32_t n_visual,
+                           const SelectScratch& scratch) {
   int32_t count;
   if (args.wanted) {
     count = count_of_wish(args.wanted[b], n_visual);
@@ -90,219 +74,281 @@ VP_DEVICE int32_t count_of(const SelectArgs& args, int32_t b, int32_t n_visual, 
   return count < args.k_max ? count : args.k_max;
 }
 
-// Adds the lanes that name one bin at once: scores crowd into few bins.
-VP_DEVICE void count_bin(uint32_t* bins, bool active, uint32_t bin) {
-  const uint32_t same = __match_any_sync(kWarp, active ? bin : 0xffffffffu);
-  const int lane = threadIdx.x % kThreadsPerWarp;
-  if (active && __ffs(same) - 1 == lane) {
-    atomicAdd(bins + bin, static_cast<uint32_t>(__popc(same)));
-  }
-}
-
-// The bins of all blocks of the row, added up.
+// The candidates of one block, and where it finds their keys: in the scores, then in what it or the
+// blocks before it kept of them. Candidates are counted from the first visible one of the row.
 template <bool kCluster>
-VP_DEVICE const uint32_t* row_bins(Scratch& scratch) {
-  if (!kCluster) {
-    __syncthreads();
-    return scratch.bins;
-  }
-  cluster_sync();
-  constexpr int kOwn = kBins / kSelectCluster;
-  const uint32_t rank = cluster_rank();
-  for (int i = threadIdx.x; i < kOwn; i += blockDim.x) {
-    const uint32_t bin = rank * kOwn + i;
-    uint32_t sum = 0;
-    VP_UNROLL for (uint32_t other = 0; other < kSelectCluster; ++other) {
-      sum += remote_load(scratch.bins + bin, other);
-    }
-    VP_UNROLL for (uint32_t other = 0; other < kSelectCluster; ++other) {
-      remote_store(scratch.total + bin, other, sum);
-    }
-  }
-  cluster_sync();
-  return scratch.total;
-}
+struct Row {
+  enum class From { kScores, kGlobal, kShared };
 
-// Finds the bin, from the largest down, in which the `need`-th key lies.
-VP_DEVICE void find_bin(const uint32_t* bins, uint32_t need, Scratch& scratch) {
-  const int lane = threadIdx.x % kThreadsPerWarp, warp = threadIdx.x / kThreadsPerWarp;
-  const int top = kBins - 1 - threadIdx.x * kBinsPerThread;
-  uint32_t own = 0;
-  VP_UNROLL for (int i = 0; i < kBinsPerThread; ++i) own += bins[top - i];
-  uint32_t upto = own;
-  VP_UNROLL for (int by = 1; by < kThreadsPerWarp; by *= 2) {
-    const uint32_t other = __shfl_up_sync(kWarp, upto, by);
-    if (lane >= by) upto += other;
+  const SelectArgs& args;
+  SelectScratch& scratch;
+  uint32_t* cache;  // shared memory for args.cached keys
+  int32_t b, rank;  // row, block of the row
+  Spans spans;
+  int32_t first, n;      // visual index of candidate 0, candidates
+  int32_t slice, end;    // candidates of this block
+  int32_t begin, limit;  // candidates of this warp
+  From from;
+
+  __device__ __forceinline__ void take(int32_t slice_begin, int32_t slice_end) {
+    slice = slice_begin, end = slice_end;
+    constexpr int32_t kStep = kSelectWarps * kThreadsPerWarp;
+    const int32_t per_warp = (end - slice + kStep - 1) / kStep * kThreadsPerWarp;
+    const int32_t at = slice + per_warp * static_cast<int32_t>(threadIdx.x / kThreadsPerWarp);
+    begin = at < end ? at : end;
+    limit = end - begin < per_warp ? end : begin + per_warp;
   }
-  if (lane == kThreadsPerWarp - 1) scratch.warp_greater[warp] = upto;
-  __syncthreads();
-  uint32_t before = upto - own;
-  for (int w = 0; w < warp; ++w) before += scratch.warp_greater[w];
-  if (before < need && need <= before + own) {
-    VP_UNROLL for (int i = 0; i < kBinsPerThread; ++i) {
-      const uint32_t count = bins[top - i];
-      if (before < need && need <= before + count) {
-        scratch.found_bin = top - i;
-        scratch.found_before = before;
-        scratch.found_count = count;
+
+  // The keys of a lane's candidates i, i + 32 and so on; kNoKey where the position is -1.
+  __device__ __forceinline__ void read_keys(int32_t i, const int32_t (&position)[kAhead],
+                                            uint32_t (&key)[kAhead]) const {
+    if (from == From::kScores) {
+      int32_t place[kAhead];
+      float score[kAhead];
+      VP_UNROLL for (int u = 0; u < kAhead; ++u) {
+        const int32_t index = first + i + u * kThreadsPerWarp;
+        place[u] = position[u] < 0 ? 0 : args.by_position ? position[u] : index;
       }
-      before += count;
+      read_scores(args, b, place, score);
+      VP_UNROLL for (int u = 0; u < kAhead; ++u) {
+        const bool there = position[u] >= 0 && has_key(args.kv, b, position[u]);
+        key[u] = there ? ordered_key(score[u]) : kNoKey;
+      }
+      return;
+    }
+    const uint32_t* global = args.keys + b * args.keys_row + i;
+    VP_UNROLL for (int u = 0; u < kAhead; ++u) {
+      const int32_t at = u * kThreadsPerWarp;
+      key[u] = position[u] < 0         ? kNoKey
+               : from == From::kShared ? cache[i - slice + at]
+                                       : load_fresh(global + at);
     }
   }
-  __syncthreads();
-}
 
-template <bool kCluster>
-VP_DEVICE Pivot find_pivot(const SelectArgs& args, int32_t b, const Spans& spans,
-                           const Segment& segment, bool cached, uint32_t count, Scratch& scratch,
-                           uint32_t* keys) {
-  Pivot pivot = {0, 32, count};
-  VP_UNROLL_1 for (int pass = 0; pass < 3; ++pass) {
-    const int32_t bits = pass == 2 ? 10 : 11, above = pivot.shift;
-    pivot.shift -= bits;
-    for (int i = threadIdx.x; i < kBins; i += blockDim.x) scratch.bins[i] = 0;
-    __syncthreads();
-    segment.each(spans, [&](int32_t i, bool valid, int32_t position) {
-      uint32_t key = 0;
-      if (valid && cached && pass > 0) {
-        key = keys[i - segment.slice];
-      } else if (valid) {
-        key = key_at(args, b, position);
-        if (cached) keys[i - segment.slice] = key;
+  // Visits the warp's candidates in order: `visit(candidate, key, position)` by all lanes, with
+  // kNoKey where there is none, and position -1 past the end.
+  template <class Visit>
+  __device__ __forceinline__ void each(Visit visit) const {
+    SpanCursor<Order::kVisual> cursor{spans, 0, 0, 0};
+    if (begin < limit) cursor.seek(first + begin);
+    VP_UNROLL_1 for (int32_t at = begin; at < limit; at += kAhead * kThreadsPerWarp) {
+      const int32_t i = at + threadIdx.x % kThreadsPerWarp;
+      int32_t position[kAhead];
+      uint32_t key[kAhead];
+      VP_UNROLL for (int u = 0; u < kAhead; ++u) {
+        const int32_t index = first + i + u * kThreadsPerWarp;
+        position[u] = -1;
+        if (index < first + limit) {
+          cursor.advance(index);
+          position[u] = index + cursor.held;
+        }
       }
-      const bool inside = valid && (pass == 0 || key >> above == pivot.prefix);
-      count_bin(scratch.bins, inside, key >> pivot.shift & ((1u << bits) - 1));
+      read_keys(i, position, key);
+      VP_UNROLL for (int u = 0; u < kAhead; ++u) {
+        visit(i + u * kThreadsPerWarp, key[u], position[u]);
+      }
+    }
+  }
+
+  // Counts the keys with the pivot's prefix by their next bits, and keeps them for the next pass.
+  __device__ __forceinline__ void fill_bins(const Pivot& pivot, int32_t bits, bool hand_over) {
+    for (int i = threadIdx.x; i < kSelectBins; i += blockDim.x) scratch.bins[i] = 0;
+    __syncthreads();
+    const bool caching = from != From::kShared && !hand_over && end - slice <= args.cached;
+    const int32_t above = pivot.shift, shift = above - bits;
+    each([&](int32_t i, uint32_t key, int32_t position) {
+      if (position >= 0) {
+        if (caching) cache[i - slice] = key;
+        if (hand_over) args.keys[b * args.keys_row + i] = key;
+      }
+      const bool inside = key != kNoKey && (above == 32 || key >> above == pivot.prefix);
+      count_bin(scratch.bins, inside, key >> shift & ((1u << bits) - 1));
     });
-    find_bin(row_bins<kCluster>(scratch), pivot.need, scratch);
+    if (caching) from = From::kShared;
+    __syncthreads();
+  }
+
+  // Leaves the block's bins to the one that comes last; true in that one, with all bins added up.
+  __device__ __forceinline__ bool hand_over_bins() {
+    uint32_t* all = args.bins + static_cast<int64_t>(b) * args.blocks * kSelectBins;
+    for (int i = threadIdx.x; i < kSelectBins; i += blockDim.x) {
+      all[rank * kSelectBins + i] = scratch.bins[i];
+    }
+    if (!came_last(args.counters + b, args.blocks, &scratch.last)) return false;
+    for (int i = threadIdx.x; i < kSelectBins; i += blockDim.x) {
+      uint32_t sum = 0;
+      VP_UNROLL for (int32_t other = 0; other < kSelectBlocks; ++other) {
+        sum += load_fresh(all + other * kSelectBins + i);
+      }
+      scratch.total[i] = sum;
+    }
+    __syncthreads();
+    from = From::kGlobal;
+    take(0, n);
+    return true;
+  }
+
+  // -1 past the count, by all blocks or by the last.
+  __device__ __forceinline__ void pad(int32_t count, int32_t part, int32_t parts) const {
+    int32_t* indices = args.indices + static_cast<int64_t>(b) * args.k_max;
+    const int32_t threads = blockDim.x;
+    for (int32_t i = count + part * threads + threadIdx.x; i < args.k_max; i += parts * threads) {
+      indices[i] = -1;
+    }
+    if (part == 0 && threadIdx.x == 0) args.counts[b] = count;
+  }
+
+  // With all or no candidates kept and none without a key, the i-th index is the i-th candidate.
+  __device__ __forceinline__ void write_all(int32_t count) const {
+    pad(count, rank, args.blocks);
+    if (count == 0) return;
+    int32_t* indices = args.indices + static_cast<int64_t>(b) * args.k_max;
+    SpanCursor<Order::kVisual> cursor{spans, 0, 0, 0};
+    if (begin < limit) cursor.seek(first + begin);
+    VP_UNROLL_1 for (int32_t i = begin + threadIdx.x % kThreadsPerWarp; i < limit;
+                     i += kThreadsPerWarp) {
+      cursor.advance(first + i);
+      indices[i] = first + i + cursor.held;
+    }
+  }
+
+  // Where the warp's kept candidates go: how many greater and equal ones lie before it.
+  __device__ __forceinline__ void count_before(uint32_t& greater, uint32_t& equal) {
+    const int lane = threadIdx.x % kThreadsPerWarp, warp = threadIdx.x / kThreadsPerWarp;
+    if (lane == 0) {
+      scratch.warp_greater[warp] = greater;
+      scratch.warp_equal[warp] = equal;
+    }
+    __syncthreads();
+    if constexpr (kCluster) {
+      if (threadIdx.x < kSelectBlocks) {
+        uint32_t all_greater = 0, all_equal = 0;
+        for (int w = 0; w < kSelectWarps; ++w) {
+          all_greater += scratch.warp_greater[w];
+          all_equal += scratch.warp_equal[w];
+        }
+        remote_store(scratch.greater + rank, threadIdx.x, all_greater);
+        remote_store(scratch.equal + rank, threadIdx.x, all_equal);
+      }
+      cluster_sync();
+    }
+    greater = equal = 0;
+    if constexpr (kCluster) {
+      for (int32_t other = 0; other < rank; ++other) {
+        greater += scratch.greater[other];
+        equal += scratch.equal[other];
+      }
+    }
+    for (int w = 0; w < warp; ++w) {
+      greater += scratch.warp_greater[w];
+      equal += scratch.warp_equal[w];
+    }
+  }
+
+  // The positions whose keys are above the pivot, and the first of those at it, in order.
+  __device__ __forceinline__ void write_kept(const Pivot& pivot) {
+    int32_t* indices = args.indices + static_cast<int64_t>(b) * args.k_max;
+    const auto is_above = [&](uint32_t key) {
+      return key != kNoKey && key >> pivot.shift > pivot.prefix;
+    };
+    const auto is_equal = [&](uint32_t key) {
+      return key != kNoKey && key >> pivot.shift == pivot.prefix;
+    };
+    uint32_t greater = 0, equal = 0;
+    each([&](int32_t, uint32_t key, int32_t) {
+      greater += __popc(__ballot_sync(kWarp, is_above(key)));
+      equal += __popc(__ballot_sync(kWarp, is_equal(key)));
+    });
+    count_before(greater, equal);
+    const uint32_t lower = (1u << threadIdx.x % kThreadsPerWarp) - 1;
+    each([&](int32_t, uint32_t key, int32_t position) {
+      const uint32_t more = __ballot_sync(kWarp, is_above(key));
+      const uint32_t same = __ballot_sync(kWarp, is_equal(key));
+      const uint32_t ties = equal + __popc(same & lower);
+      if (is_above(key) || (is_equal(key) && ties < pivot.need)) {
+        const uint32_t kept_ties = ties < pivot.need ? ties : pivot.need;
+        indices[greater + __popc(more & lower) + kept_ties] = position;
+      }
+      greater += __popc(more);
+      equal += __popc(same);
+    });
+  }
+};
+
+template <bool kCluster>
+VP_DEVICE void select_row(const SelectArgs& args) {
+  VP_SHARED(shared);
+  wait_for_previous();
+  auto& scratch = *reinterpret_cast<SelectScratch*>(shared);
+  auto* cache = reinterpret_cast<uint32_t*>(shared + sizeof(SelectScratch));
+  const int32_t blocks = args.blocks, b = blockIdx.x / blocks, rank = blockIdx.x % blocks;
+  const bool shares = !kCluster && blocks > 1;  // the last block takes over
+
+  const Spans spans = Spans::of(args.visual, b);
+  const Range range = row_range(args.kv, args.window, b);
+  const int32_t first = visual_before(spans, range.begin);
+  const int32_t n = visual_before(spans, range.end) - first;
+  Row<kCluster> row = {
+      args, scratch, cache, b, rank, spans, first, n, 0, 0, 0, 0, Row<kCluster>::From::kScores};
+  const int32_t per_block = (n + blocks - 1) / blocks;
+  const int32_t slice = per_block * rank < n ? per_block * rank : n;
+  row.take(slice, n - slice < per_block ? n : slice + per_block);
+  read_masses(args, b, rank == 0, scratch);
+
+  // Where no page can be missing, K is known before any score is read.
+  int32_t count = -1;
+  if (args.kv.table == nullptr) {
+    count = count_of(args, b, n, scratch);
+    if (count == 0 || count == n) return row.write_all(count);
+  }
+  Pivot pivot = {0, 32, 0};
+  row.fill_bins(pivot, 11, shares);
+  const uint32_t* bins = scratch.bins;
+  if (kCluster) bins = cluster_bins(scratch, rank);
+  if (shares) {
+    if (!row.hand_over_bins()) return;
+    bins = scratch.total;
+  }
+  BinScan scan = scan_bins(bins, scratch);
+  if (count < 0) count = count_of(args, b, scan.total, scratch);
+  row.pad(count, shares ? 0 : rank, shares ? 1 : blocks);
+  if (count == 0) return;
+  pivot.need = count;
+  VP_UNROLL_1 for (int pass = 0; pass < 3; ++pass) {
+    const int32_t bits = pass == 2 ? 10 : 11;
+    if (pass > 0) {
+      row.fill_bins(pivot, bits, false);
+      bins = kCluster ? cluster_bins(scratch, rank) : scratch.bins;
+      scan = scan_bins(bins, scratch);
+    }
+    find_bin(bins, scan, pivot.need, scratch);
+    pivot.shift -= bits;
     pivot.prefix = pivot.prefix << bits | scratch.found_bin;
     pivot.need -= scratch.found_before;
     const bool whole = pivot.need == scratch.found_count;
     __syncthreads();   // everybody has read what was found
     if (whole) break;  // all keys with this prefix are kept
   }
-  return pivot;
-}
-
-// Where the warp's kept candidates go: how many greater and equal ones lie before it.
-template <bool kCluster>
-VP_DEVICE void count_before(uint32_t& greater, uint32_t& equal, Scratch& scratch) {
-  const int lane = threadIdx.x % kThreadsPerWarp, warp = threadIdx.x / kThreadsPerWarp;
-  if (lane == 0) {
-    scratch.warp_greater[warp] = greater;
-    scratch.warp_equal[warp] = equal;
-  }
-  __syncthreads();
-  uint32_t rank = 0;
-  if constexpr (kCluster) {
-    rank = cluster_rank();
-    if (threadIdx.x < kSelectCluster) {
-      uint32_t all_greater = 0, all_equal = 0;
-      for (int w = 0; w < kWarps; ++w) {
-        all_greater += scratch.warp_greater[w];
-        all_equal += scratch.warp_equal[w];
-      }
-      remote_store(scratch.greater + rank, threadIdx.x, all_greater);
-      remote_store(scratch.equal + rank, threadIdx.x, all_equal);
-    }
-    cluster_sync();
-  }
-  greater = equal = 0;
-  if constexpr (kCluster) {
-    for (uint32_t other = 0; other < rank; ++other) {
-      greater += scratch.greater[other];
-      equal += scratch.equal[other];
-    }
-  }
-  for (int w = 0; w < warp; ++w) {
-    greater += scratch.warp_greater[w];
-    equal += scratch.warp_equal[w];
-  }
-}
-
-template <bool kCluster>
-VP_DEVICE void select_row(const SelectArgs& args) {
-  VP_SHARED(shared);
-  wait_for_previous();
-  auto& scratch = *reinterpret_cast<Scratch*>(shared);
-  auto* keys = reinterpret_cast<uint32_t*>(shared + sizeof(Scratch));
-  const int32_t blocks = kCluster ? kSelectCluster : 1;
-  const int32_t b = blockIdx.x / blocks, rank = kCluster ? cluster_rank() : 0;
-  const int lane = threadIdx.x % kThreadsPerWarp, warp = threadIdx.x / kThreadsPerWarp;
-
-  const Spans spans = Spans::of(args.visual, b);
-  const Range range = row_range(args.starts, args.lengths, args.capacity, args.window, b);
-  const int32_t first = visual_before(spans, range.begin);
-  const int32_t n_visual = visual_before(spans, range.end) - first;
-  const int32_t count = count_of(args, b, n_visual, rank == 0, scratch);
-  __syncthreads();
-  if (rank == 0 && threadIdx.x == 0) args.counts[b] = count;
-  int32_t* indices = args.indices + static_cast<int64_t>(b) * args.k_max;
-  for (int32_t i = count + rank * blockDim.x + threadIdx.x; i < args.k_max;
-       i += blocks * blockDim.x) {
-    indices[i] = -1;
-  }
-  if (count == 0) return;
-
-  const int32_t per_block = (n_visual + blocks - 1) / blocks;
-  const int32_t slice = per_block * rank < n_visual ? per_block * rank : n_visual;
-  const int32_t slice_end = n_visual - slice < per_block ? n_visual : slice + per_block;
-  const int32_t per_warp =
-      (per_block + kWarps * kThreadsPerWarp - 1) / (kWarps * kThreadsPerWarp) * kThreadsPerWarp;
-  const int32_t begin = slice + per_warp * warp;
-  const Segment segment = {first, begin < slice_end ? begin : slice_end,
-                           slice_end - begin < per_warp ? slice_end : begin + per_warp, slice};
-  const bool cached = per_block <= args.cached, all = count == n_visual;
-  Pivot pivot = {0, 0, 0};
-  if (!all) {
-    pivot = find_pivot<kCluster>(args, b, spans, segment, cached, count, scratch, keys);
-  } else if (kCluster) {
-    cluster_sync();  // before its first barrier a block may not have its shared memory yet
-  }
-
-  const auto above_of = [&](int32_t i, bool valid, int32_t position) {
-    if (!valid || all) return valid ? 1 : -1;
-    const uint32_t key = cached ? keys[i - slice] : key_at(args, b, position);
-    const uint32_t prefix = key >> pivot.shift;
-    return prefix > pivot.prefix ? 1 : prefix == pivot.prefix ? 0 : -1;
-  };
-  uint32_t greater = 0, equal = 0;
-  segment.each(spans, [&](int32_t i, bool valid, int32_t position) {
-    const int above = above_of(i, valid, position);
-    greater += __popc(__ballot_sync(kWarp, above > 0));
-    equal += __popc(__ballot_sync(kWarp, above == 0));
-  });
-  count_before<kCluster>(greater, equal, scratch);
-  const uint32_t lower = (1u << lane) - 1;
-  segment.each(spans, [&](int32_t i, bool valid, int32_t position) {
-    const int above = above_of(i, valid, position);
-    const uint32_t more = __ballot_sync(kWarp, above > 0), same = __ballot_sync(kWarp, above == 0);
-    const uint32_t ties = equal + __popc(same & lower);
-    if (above > 0 || (above == 0 && ties < pivot.need)) {
-      const uint32_t kept_ties = ties < pivot.need ? ties : pivot.need;
-      indices[greater + __popc(more & lower) + kept_ties] = position;
-    }
-    greater += __popc(more);
-    equal += __popc(same);
-  });
+  row.write_kept(pivot);
   let_next_start();
 }
 
 }  // namespace
 
-VP_KERNEL(kSelectThreads) vp_select_block(VP_ARGS(SelectArgs) args) { select_row<false>(args); }
+VP_KERNEL(kSelectThreads, 1) vp_select_global(VP_ARGS(SelectArgs) args) { select_row<false>(args); }
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-VP_KERNEL(kSelectThreads) vp_select_cluster(VP_ARGS(SelectArgs) args) { select_row<true>(args); }
+VP_KERNEL(kSelectThreads, 1) vp_select_cluster(VP_ARGS(SelectArgs) args) { select_row<true>(args); }
 #else
 // Never launched there: the plan asks for a cluster only where the chip has them.
-VP_KERNEL(kSelectThreads) vp_select_cluster(VP_ARGS(SelectArgs)) {}
+VP_KERNEL(kSelectThreads, 1) vp_select_cluster(VP_ARGS(SelectArgs)) {}
 #endif
 
 const void* select_kernel(bool cluster) {
   return cluster ? reinterpret_cast<const void*>(&vp_select_cluster)
-                 : reinterpret_cast<const void*>(&vp_select_block);
+                 : reinterpret_cast<const void*>(&vp_select_global);
 }
 
-int32_t select_fixed_bytes() { return sizeof(Scratch); }
+int32_t select_fixed_bytes() { return sizeof(SelectScratch); }
 
 }  // namespace visionpulse::cuda

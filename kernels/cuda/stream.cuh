@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // The kernel behind score and attend: a block streams one share of a row's keys for the query heads
 // of one KV head. Its warps take tiles in turn and never meet before the end: each loads its own
-// tile a few stages ahead, and keeps its own softmax. The parts are then joined in a fixed order,
-// those of a block in shared memory, those of a row by the block that finishes last.
+// tile a few stages ahead, and keeps its own softmax. Heads that one warp's registers cannot hold
+// are shared out over a team of warps, which load tiles in turn, use each together, and meet only
+// each other. The parts are then joined in a fixed order, those of a block in shared memory, those
+// of a row by the block that finishes last.
 #pragma once
 
 #include <type_traits>
@@ -15,13 +17,18 @@
 
 namespace visionpulse::cuda {
 
+// Query heads that one warp holds, of the row tile that a block may hold.
+template <class T, int kRowTile>
+constexpr int kWarpRows = kRowTile <= 8              ? kRowTile
+                          : Element<T>::kTensorCores ? 16
+                                                     : 8;
+
 template <class T, int D, int kRows>
 using TileOf = std::conditional_t<Element<T>::kTensorCores && (kRows > 4), MmaTile<T, D, kRows>,
                                   DotTile<T, D, kRows>>;
 
-// Beside a position: it is visual; its page is missing. The host keeps positions below both.
-constexpr int32_t kVisualBit = 1 << 30, kMissingBit = 1 << 29;
-constexpr int32_t kPosition = kMissingBit - 1;
+// Beside a place: the key there is visual. The host keeps places below it.
+constexpr int32_t kVisualBit = 1 << 30;
 
 // Rows of a tile are 16 bytes longer than D, which spreads eight of them over all banks.
 template <class T, int D>
@@ -78,7 +85,7 @@ VP_DEVICE void fill_tile(char* tile, const T* base, int64_t offset, uint32_t the
   }
 }
 
-// One warp of a block.
+// One warp of a block, with kRows of the query heads.
 template <class T, int D, int kRows, bool kScore>
 struct Stream {
   using Tile = TileOf<T, D, kRows>;
@@ -88,10 +95,12 @@ struct Stream {
   Tile tile;
   float m[Tile::kSlots], l[Tile::kSlots];             // running maximum of z * log2(e), and sum
   float l_tau[Tile::kSlots], l_visual[Tile::kSlots];  // at tau: over all, and over visual keys
-  const void* query;                                  // shared
+  const void* query;                                  // shared, of this warp's heads
   char* weights;                                      // shared, of this warp
-  int32_t* positions;                                 // shared, of this warp: [stages][keys]
-  char* stages;                                       // shared, of this warp
+  int32_t* places;                                    // shared, of the team: [stages][keys]
+  char* stages;                                       // shared, of the team
+  int32_t heads, first_head;                          // of this warp, and the first of all H
+  int32_t team, member;                               // which team of the block, which warp of it
   KeyFinder<kScore> finder;
   Key ahead;         // of the tile to be loaded next
   int32_t ahead_at;  // its first key in the virtual order
@@ -104,19 +113,22 @@ struct Stream {
   __device__ __forceinline__ void look_ahead() {
     const int32_t index = ahead_at + lane();
     ahead = finder.find(args, share, lane() < Tile::kKeys && index < share.end ? index : -1);
-    ahead_at += Tile::kKeys * (blockDim.x / 32);
+    ahead_at += Tile::kKeys * (blockDim.x / 32);  // the next tile of this member
+  }
+
+  // Waits for the warps that share the tiles.
+  __device__ __forceinline__ void meet() {
+    if (args.team == 1) return __syncwarp();
+    team_barrier(1 + team, args.team * 32);
   }
 
   // Starts the copies of the tile found last, and finds the next.
   __device__ __forceinline__ void load(int32_t stage) {
-    const uint32_t there = __ballot_sync(kWarp, ahead.there);
+    const uint32_t there = __ballot_sync(kWarp, ahead.place >= 0);
     char* to = stages + stage * (args.k_bytes + args.v_bytes);
     if (lane() < Tile::kKeys) {
-      // a score without its key is -inf; an output needs no such key at all
-      const int32_t missing = kScore ? ahead.position | kMissingBit : -1;
-      const int32_t place = ahead.there || ahead.position < 0 ? ahead.position : missing;
-      positions[stage * Tile::kKeys + lane()] =
-          place < 0 || !ahead.visual ? place : place | kVisualBit;
+      places[stage * Tile::kKeys + lane()] =
+          ahead.place < 0 || !ahead.visual ? ahead.place : ahead.place | kVisualBit;
     }
     if (args.kept) {
       fill_logits(to, there);
@@ -131,40 +143,41 @@ struct Stream {
     look_ahead();
   }
 
-  // The kept logits of a tile, [row][key].
+  // The kept logits of a tile, [row of the team][key].
   __device__ __forceinline__ void fill_logits(char* to, uint32_t there) {
-    for (int at = lane(); at < kRows * Tile::kKeys; at += 32) {
+    const int64_t first = static_cast<int64_t>(share.b) * args.heads + share.g * args.group;
+    for (int at = lane(); at < args.team * kRows * Tile::kKeys; at += 32) {
       const int row = at / Tile::kKeys, key = at % Tile::kKeys;
-      const int32_t position = __shfl_sync(kWarp, ahead.position, key);
-      const bool valid = (there >> key & 1) && row < share.heads;
-      const int64_t head = static_cast<int64_t>(share.b) * args.heads + share.first_head + row;
-      copy_4(to + at * 4, args.kept + (valid ? head * args.logits_row + position : 0),
+      const int32_t place = __shfl_sync(kWarp, ahead.place, key);
+      const bool valid = (there >> key & 1) && row < args.group;
+      copy_4(to + at * 4, args.kept + (valid ? (first + row) * args.logits_row + place : 0),
              valid ? 4 : 0);
     }
   }
 
-  __device__ __forceinline__ void run(int32_t warp, int32_t warps) {
+  __device__ __forceinline__ void run(int32_t teams) {
     tile.clear();
     VP_UNROLL for (int s = 0; s < Tile::kSlots; ++s) {
       m[s] = minus_infinity();
       l[s] = l_tau[s] = l_visual[s] = 0.0f;
     }
-    const int32_t first = share.begin + warp * Tile::kKeys;
-    const int32_t stride = warps * Tile::kKeys;
+    const int32_t first = share.begin + team * Tile::kKeys;
+    const int32_t stride = teams * Tile::kKeys;
     const int32_t tiles = first < share.end ? (share.end - first + stride - 1) / stride : 0;
-    ahead_at = first;
-    finder.start(args, share, first);
+    ahead_at = first + member * stride;
+    finder.start(args, share, ahead_at);
     look_ahead();
     int32_t stage = 0, refill = 0;
     VP_UNROLL_1 for (int32_t t = 1 - args.stages; t < tiles; ++t) {
-      if (t + args.stages - 1 < tiles) load(refill);
-      copy_commit();
+      const int32_t next = t + args.stages - 1;
+      if (next < tiles && (next & (args.team - 1)) == member) load(refill);
+      copy_commit();  // by every member: where another loads, an empty group keeps the count
       refill = refill + 1 == args.stages ? 0 : refill + 1;
       if (t < 0) continue;
       copy_wait_for(args.stages - 1);
-      __syncwarp();
+      meet();
       take(stage);
-      __syncwarp();  // everybody is done with the stage that is filled next
+      meet();  // everybody is done with the stage that is filled next
       stage = stage + 1 == args.stages ? 0 : stage + 1;
     }
   }
@@ -175,11 +188,12 @@ struct Stream {
     float z[Tile::kZ];
     int32_t place[Tile::kOwned];
     VP_UNROLL for (int i = 0; i < Tile::kZ; ++i) {
-      place[Tile::owned_of(i)] = positions[stage * Tile::kKeys + Tile::key_of(i)];
+      place[Tile::owned_of(i)] = places[stage * Tile::kKeys + Tile::key_of(i)];
     }
     if (args.kept) {
+      const auto* kept = reinterpret_cast<const float*>(k) + member * kRows * Tile::kKeys;
       VP_UNROLL for (int i = 0; i < Tile::kZ; ++i) {
-        z[i] = reinterpret_cast<const float*>(k)[Tile::head_of(i) * Tile::kKeys + Tile::key_of(i)];
+        z[i] = kept[Tile::head_of(i) * Tile::kKeys + Tile::key_of(i)];
       }
     } else {
       Tile::dot(query, k, kRowBytes<T, D>, z);
@@ -190,12 +204,7 @@ struct Stream {
         }
       }
     }
-    if (kScore) {
-      VP_UNROLL for (int i = 0; i < Tile::kZ; ++i) {
-        if (place[Tile::owned_of(i)] & kMissingBit) z[i] = minus_infinity();
-      }
-      keep(z, place);
-    }
+    if (kScore) keep(z, place);
     VP_UNROLL for (int i = 0; i < Tile::kZ; ++i) {
       z[i] = place[Tile::owned_of(i)] < 0 ? minus_infinity() : z[i] * kLog2e;
     }
@@ -250,9 +259,9 @@ struct Stream {
     if (args.keep != Keep::kNone) {
       VP_UNROLL for (int i = 0; i < Tile::kZ; ++i) {
         const int32_t at = place[Tile::owned_of(i)];
-        if (at >= wanted && Tile::head_of(i) < share.heads) {
-          const int64_t head = static_cast<int64_t>(share.b) * args.heads + share.first_head;
-          args.logits[(head + Tile::head_of(i)) * args.logits_row + (at & kPosition)] = z[i];
+        if (at >= wanted && Tile::head_of(i) < heads) {
+          const int64_t head = static_cast<int64_t>(share.b) * args.heads + first_head;
+          args.logits[(head + Tile::head_of(i)) * args.logits_row + (at & ~kVisualBit)] = z[i];
         }
       }
     }
@@ -260,7 +269,7 @@ struct Stream {
     float sum[Tile::kOwned];
     VP_UNROLL for (int o = 0; o < Tile::kOwned; ++o) sum[o] = 0.0f;
     VP_UNROLL for (int i = 0; i < Tile::kZ; ++i) {
-      sum[Tile::owned_of(i)] += Tile::head_of(i) < share.heads ? z[i] : 0.0f;
+      sum[Tile::owned_of(i)] += Tile::head_of(i) < heads ? z[i] : 0.0f;
     }
     VP_UNROLL for (int o = 0; o < Tile::kOwned; ++o) {
       VP_UNROLL for (int bit = 1; bit < Tile::kHeadLanes; bit *= 2) {
@@ -268,8 +277,8 @@ struct Stream {
       }
       const bool first = lane() % Tile::kHeadLanes == 0;
       if (first && place[o] >= kVisualBit) {
-        const int64_t row = static_cast<int64_t>(share.b) * gridDim.y + share.block;
-        args.sums[row * args.logits_row + (place[o] & kPosition)] = sum[o];
+        const int64_t row = place_of(share) * args.team + member;
+        args.sums[row * args.logits_row + (place[o] & ~kVisualBit)] = sum[o];
       }
     }
   }
@@ -295,34 +304,43 @@ struct Stream {
   }
 };
 
-// Shared memory: q, then each warp's weights and positions, then each warp's stages; at the end the
+// Shared memory: q, then each warp's weights and places, then each team's stages; at the end the
 // stages hold the parts to be joined.
-template <class T, int D, int kRows, bool kScore>
+template <class T, int D, int kRowTile, bool kScore>
 VP_DEVICE void stream(const StreamArgs& args) {
+  constexpr int kRows = kWarpRows<T, kRowTile>;
   using S = Stream<T, D, kRows, kScore>;
   using Tile = typename S::Tile;
   VP_SHARED(shared);
   wait_for_previous();
   const Share share = share_of(args);
   if (share.split >= share.splits) return;
-  const int32_t warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  const T* q =
-      static_cast<const T*>(args.q) + share.b * args.q_row + share.first_head * args.q_head;
-  Tile::load_query(shared, [&](int row, int d) {
-    return row < share.heads && d < args.head_dim ? q[row * args.q_head + d] : T{};
-  });
+  const int32_t warp = threadIdx.x / 32, warps = blockDim.x / 32, teams = warps / args.team;
+  const int32_t group_head = share.g * args.group;  // the first of all H
+  const T* q = static_cast<const T*>(args.q) + share.b * args.q_row + group_head * args.q_head;
+  VP_UNROLL_1 for (int32_t first = 0; first < args.team * kRows; first += kRows) {
+    Tile::load_query(shared + first / kRows * Tile::kQueryBytes, [&](int row, int d) {
+      const int32_t head = first + row;
+      return head < args.group && d < args.head_dim ? q[head * args.q_head + d] : T{};
+    });
+  }
   __syncthreads();
 
   const int32_t own_bytes = Tile::kWeightBytes + args.stages * Tile::kKeys * 4;
   const int32_t stage_bytes = args.stages * (args.k_bytes + args.v_bytes);
-  auto* own = reinterpret_cast<char*>(shared) + Tile::kQueryBytes;
+  auto* own = reinterpret_cast<char*>(shared) + args.team * Tile::kQueryBytes;
   char* stages = own + warps * own_bytes;
   S part(args, share);
-  part.query = shared;
+  part.team = warp / args.team;
+  part.member = warp % args.team;
+  part.first_head = group_head + part.member * kRows;
+  part.heads = args.group - part.member * kRows;
+  part.query = shared + part.member * Tile::kQueryBytes;
   part.weights = own + warp * own_bytes;
-  part.positions = reinterpret_cast<int32_t*>(part.weights + Tile::kWeightBytes);
-  part.stages = stages + warp * stage_bytes;
-  part.run(warp, warps);
+  char* leader = own + part.team * args.team * own_bytes;
+  part.places = reinterpret_cast<int32_t*>(leader + Tile::kWeightBytes);
+  part.stages = stages + part.team * stage_bytes;
+  part.run(teams);
 
   let_next_start();
   copy_wait<0>();
@@ -332,15 +350,17 @@ VP_DEVICE void stream(const StreamArgs& args) {
   part.drain_stats(stats + warp * kRows * kPartStats);
   if (args.v_bytes) part.tile.drain(sums + warp * Tile::kParts * kRows * D);
   __syncthreads();
-  finish<T, D, kRows, Tile::kParts, kScore>(args, share, stats, sums, warps);
+  finish<T, D, kRows, Tile::kParts, kScore>(args, share, stats, sums, teams);
 }
 
-template <class T, int D, int kRows>
+template <class T, int D, int kRowTile>
 constexpr StreamKernel describe(const void* function, const char* name) {
+  constexpr int kRows = kWarpRows<T, kRowTile>;
   using Tile = TileOf<T, D, kRows>;
   return {function,
           name,
           Tile::kKeys,
+          kRowTile,
           kRows,
           D,
           Tile::kQueryBytes,

@@ -80,9 +80,10 @@ def _overlay(folder: Path, edits: tuple[Edit, ...]) -> Path | None:
 
 
 def _touched(source: str, edits: tuple[Edit, ...]) -> bool:
-    """Whether an edit reaches a source; the edited headers are those of the stream kernels."""
-    streams = source in ("kernels/cuda/attend.cu", "kernels/cuda/score.cu")
-    return any(edit.path == source or (streams and edit.path.endswith(".cuh")) for edit in edits)
+    """Whether an edit reaches a source, itself or in a header."""
+    headers = ("row.cuh", "last.cuh", "radix.cuh") if source.endswith("select.cu") else (".cuh",)
+    kernel = source in KERNELS
+    return any(edit.path == source or (kernel and edit.path.endswith(headers)) for edit in edits)
 
 
 def _objects(

@@ -89,6 +89,13 @@ struct Thread {
   std::vector<std::vector<Copy>> groups;
 };
 
+// A barrier of some threads of a block, by its number.
+struct NamedBarrier {
+  size_t threads = 0;
+  std::vector<Thread*> here;
+  Place place{};
+};
+
 struct Block {
   uint3 index{};
   unsigned rank = 0;  // in its cluster
@@ -98,6 +105,7 @@ struct Block {
   char* shared = nullptr;
   size_t at_barrier = 0, live = 0;
   Place barrier{};
+  NamedBarrier named[16];
 };
 
 struct Settings {
@@ -181,6 +189,21 @@ inline void block_barrier(Place place) {
   if (++block.at_barrier < block.threads.size()) return sleep("__syncthreads", place);
   block.at_barrier = 0;
   wake_warps(block.threads);
+}
+
+inline void named_barrier(size_t number, size_t threads, Place place) {
+  NamedBarrier& barrier = machine.current->block->named[number];
+  if (!barrier.here.empty() && (barrier.threads != threads || !(barrier.place == place))) {
+    fail("threads of a team at different barriers, " + barrier.place.text() + " and here", place);
+  }
+  barrier.threads = threads;
+  barrier.place = place;
+  barrier.here.push_back(machine.current);
+  if (barrier.here.size() < threads) return sleep("team barrier", place);
+  auto here = std::move(barrier.here);
+  barrier.here.clear();
+  std::sort(here.begin(), here.end(), [](Thread* a, Thread* b) { return a->linear < b->linear; });
+  wake_warps(here);
 }
 
 inline void cluster_barrier(Place place) {

@@ -18,6 +18,8 @@ PYBIND11_MODULE(_cusim, m) {
   });
   // Bytes of K, V and kept logits read since the last call.
   m.def("bytes_read", [] { return std::exchange(cusim::bytes_read, 0); });
+  // Kernels launched since the last call.
+  m.def("launches", [] { return std::exchange(cusim::launches, 0); });
   // The plan of a stage on a chip, for tests of the host functions.
   m.def("plan", [](bool score, const std::array<int, 3>& chip, const std::array<int, 6>& shape,
                    bool keys, bool values) {
@@ -30,24 +32,29 @@ PYBIND11_MODULE(_cusim, m) {
     py::dict of;
     of["kernel"] = std::string(plan.kernel->name);
     of["row_tile"] = plan.kernel->row_tile;
-    of["head_blocks"] = plan.head_blocks;
-    of["block_heads"] = plan.block_heads;
+    of["warp_rows"] = plan.kernel->warp_rows;
+    of["team"] = plan.team;
     of["warps"] = plan.warps;
     of["stages"] = plan.stages;
     of["stage_bytes"] = plan.k_bytes + plan.v_bytes;
     of["shared_bytes"] = plan.shared_bytes;
-    of["wanted"] = plan.rule.wanted;
-    of["tile"] = plan.rule.tile;
+    of["rule"] = py::make_tuple(plan.rule.wanted, plan.rule.shortest, plan.rule.tile);
     of["max_splits"] = plan.max_splits;
     return of;
   });
-  m.def("splits", [](int wanted, int tile, int keys, int blocks) {
-    const visionpulse::SplitRule rule = {wanted, tile, 1 << 30, tile};
+  m.def("splits", [](const std::array<int, 3>& of, int keys, int blocks) {
+    const visionpulse::SplitRule rule = {of[0], of[1], 1 << 30, of[2]};
     return visionpulse::split_count(keys, visionpulse::split_length(rule, keys, blocks));
   });
   m.def("plan_select", [](const std::array<int, 3>& chip, int candidates) {
     const auto plan = visionpulse::cuda::plan_select({chip[0], chip[1], chip[2]}, candidates);
-    return py::make_tuple(plan.cluster, plan.cached, plan.shared_bytes);
+    py::dict of;
+    of["cluster"] = plan.cluster;
+    of["blocks"] = plan.blocks;
+    of["cached"] = plan.cached;
+    of["shared_bytes"] = plan.shared_bytes;
+    of["handed_over"] = plan.keys_row + plan.bins;
+    return of;
   });
   m.def("plug_in", [](int capability, int multiprocessors, int shared_bytes) {
     cusim::gpu = {capability, multiprocessors, shared_bytes};

@@ -3,7 +3,8 @@
 A process of its own: `python tests/cusim/problems.py cases bfloat16`. Fails with the first problem
 that the simulator refuses or whose result is wrong. What is run: `cases` (the shared test cases),
 `kernels` (each compiled kernel once), `probe` (few problems that every planted bug disturbs),
-`garbage` (values that nobody can check on a device), `traffic` (bytes that are read).
+`choices` (selections among thousands of given scores), `garbage` (values that nobody can check on a
+device), `traffic` (bytes that are read, and launches).
 """
 
 import sys
@@ -34,20 +35,25 @@ def check_decode(problem: Problem, config: vp.PulseConfig) -> vp.Selection:
     q, kv, visual, options = problem.q, problem.kv, problem.visual, problem.case.options
     params = ops.numbers(q, *(options.get(name) for name in ("scale", "softcap", "window")))
     params, _ = ops.budget(params, config, visual, kv.batch, q.device)
-    scores = torch.full((kv.batch, kv.capacity), torch.nan)
-    out = torch.full_like(q, torch.nan)
-    vp.decode(q, kv, visual, config, out=out, scores=scores, backend="cuda", **options)
-    # without a buffer for scores the kernels may take another way to the same selection
-    again, selection = vp.decode(q, kv, visual, config, backend="cuda", **options)
-    exact = Exact(q, kv, visual, params)
-    assert_masses(selection.mass, selection.mass_mean, exact)
-    assert_scores(scores, exact)
-    assert_counts(selection, exact.n_visual, params)
-    assert_valid_selection(selection, scores, exact.candidate)
-    kept = selection if config.anchor_output == "pruned" else None
+    backend, exact = get("cuda"), Exact(q, kv, visual, params)
+    buffer = torch.full((kv.batch, kv.capacity), torch.nan)
+    results = []
+    # without a buffer for scores the kernels take another way to the same selection
+    for scores in (buffer, None):
+        workspace = vp.Workspace()
+        workspace.take("cuda", 1 << 22, torch.uint8, q.device).fill_(0 if scores is None else 255)
+        out, given = torch.full_like(q, torch.nan), (q, kv, visual, params)
+        chosen = backend.decode(*given, scores=scores, out=out, workspace=workspace)
+        results.append((out, chosen.indices, chosen.counts, chosen.mass, chosen.mass_mean))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a.nan_to_num(9), b.nan_to_num(9)), "two runs gave two results"
+    assert_masses(chosen.mass, chosen.mass_mean, exact)
+    assert_scores(buffer, exact)
+    assert_counts(chosen, exact.n_visual, params)
+    assert_valid_selection(chosen, buffer, exact.candidate)
+    kept = chosen if config.anchor_output == "pruned" else None
     assert_output(out, exact, kept)
-    assert torch.equal(out.nan_to_num(9), again.nan_to_num(9)), "two runs gave two results"
-    return selection
+    return chosen
 
 
 def check_attend(problem: Problem, selection: vp.Selection) -> None:
@@ -74,9 +80,9 @@ def cases(dtype: torch.dtype) -> None:
 
 
 def kernels(dtype: torch.dtype) -> None:
-    """Every kernel of a dtype: all head dims, and a group for each row tile."""
+    """Every kernel of a dtype: all head dims, and a group for each row tile and team of warps."""
     for i, head_dim in enumerate(HEAD_DIMS):
-        for group in (4, 8) if dtype == torch.float32 else (4, 8, 16):
+        for group in (4, 7, 12, 24):
             case = Case("", (SPANS,), heads=group, kv_heads=1, head_dim=head_dim)
             check(case, dtype, ("pruned", "dense")[i % 2])
 
@@ -85,12 +91,42 @@ def probe(dtype: torch.dtype) -> None:
     """Long enough for splits and refilled stages; and a head dim that no kernel has."""
     spans = (((9, 700), (731, 880)), ((0, 300),))
     config = vp.PulseConfig(tau=0.3, ratio=(0.1, 0.1))
-    for group in (4, 8):
+    for group in (4, 8, 24):
         case = Case("", spans, 900, group, 1, 60, lengths=(900, 611), config=config)
         for anchor_output in ("pruned", "dense"):
             check(case, dtype, anchor_output)
     logit = config.updated(score="logit")
     check(Case("", spans, 900, 4, 1, 60, values="ties", config=logit), dtype, "pruned")
+
+
+def choices(dtype: torch.dtype) -> None:
+    """More candidates than one block reads at once: every way a radix select can go."""
+    generator = torch.Generator().manual_seed(3)
+    spans = (((3, 2900), (2950, 5100)), ((0, 5200),), ((7, 8), (100, 4300)))
+    visual = vp.VisualTokens.from_spans(spans)
+    lengths = torch.tensor([5200, 5200, 4000], dtype=torch.int32)
+    starts = torch.tensor([0, 17, 120], dtype=torch.int32)
+    normal = torch.randn(3, 5200, generator=generator)
+    rare = torch.rand(3, 5200, generator=generator) < 0.02
+    values = {
+        "normal": normal,
+        "probabilities": normal.mul(3).softmax(-1),
+        "few": (normal * 2).round(),
+        "equal": torch.zeros(3, 5200),
+        "neighbours": torch.ones(3, 5200).view(torch.int32).add(rare).view(torch.float32),
+        "nan": normal.masked_fill(~rare, torch.nan),
+        "minus infinity": normal.masked_fill(~rare, -torch.inf),
+    }
+    for scores in values.values():
+        for ratio in (0.0, 0.013, 0.3, 1.0):
+            mass = torch.tensor([ratio, ratio / 2, torch.nan])
+            config = vp.PulseConfig(ratio=(0.0, max(ratio, 0.1)))
+            given = (scores, mass, visual, config)
+            options = {"starts": starts, "lengths": lengths}
+            ours = vp.select(*given, **options, backend="cuda")
+            right = vp.select(*given, **options, backend="reference")
+            assert torch.equal(ours.counts, right.counts)
+            assert torch.equal(ours.indices, right.indices)
 
 
 def garbage(dtype: torch.dtype) -> None:
@@ -105,7 +141,6 @@ def garbage(dtype: torch.dtype) -> None:
     table = table.masked_fill(table == -1, 10**6)
     kv = vp.PagedKVCache(kv.k_pages, kv.v_pages, table, lengths, starts, kv.layout)
     params = ops.numbers(q, None, None, None)
-    params, _ = ops.budget(params, problem.config, visual, kv.batch, q.device)
     indices = torch.tensor([[-9, 5, 20, 50, 10**6], [34, 40, 69, 95, 96]], dtype=torch.int32)
     counts = torch.tensor([99, 4], dtype=torch.int32)
     mass = torch.zeros(2)
@@ -116,16 +151,18 @@ def garbage(dtype: torch.dtype) -> None:
         given = (q, kv, visual if selection else None, selection, params)
         backend.attend(*given, out=out, workspace=vp.Workspace())
         assert_output(out, exact, selection)
-    results = []
-    for dirt in (0, 255):
-        workspace = vp.Workspace()
-        workspace.take("cuda", 1 << 22, torch.uint8, q.device).fill_(dirt)
-        out = torch.full_like(q, torch.nan)
-        ranked = backend.decode(q, kv, visual, params, scores=None, out=out, workspace=workspace)
-        results.append((out, ranked.indices, ranked.counts, ranked.mass))
-        assert torch.isfinite(out).all() and torch.isfinite(ranked.mass).all()
-    for a, b in zip(*results, strict=True):
-        assert torch.equal(a, b), "what lay in the workspace leaked"
+    # a visual position without a page is no candidate, counts in no N_v, and is never kept
+    holes = problem._replace(kv=kv)
+    assert (exact.n_visual < Exact(*problem[1:4], params).n_visual).all()
+    for score in ("prob", "logit", "prob_tau"):
+        for anchor_output in ("pruned", "dense"):
+            for ratio in ((0.05, 0.3), (1.0, 1.0)):
+                check_decode(
+                    holes, vp.PulseConfig(score=score, anchor_output=anchor_output, ratio=ratio)
+                )
+    nowhere = table.fill_(-1)
+    kv = vp.PagedKVCache(kv.k_pages, kv.v_pages, nowhere, lengths, starts, kv.layout)
+    check_decode(problem._replace(kv=kv), problem.config)
 
 
 def traffic(dtype: torch.dtype) -> None:
@@ -151,11 +188,27 @@ def traffic(dtype: torch.dtype) -> None:
     assert read() == 2 * (text + kept) * row
     vp.decode(q, kv, visual, config.updated(anchor_output="dense"), backend="cuda")
     assert read() == 2 * 900 * row
+    # 32 query heads of one KV head share one read as well
+    wide = Case("", (((9, 700),),), 900, 32, 1, 64).build(dtype)
+    vp.attend(wide.q, wide.kv, backend="cuda")
+    assert read() == 2 * 900 * row // 2
+
+    def launches(score: str, anchor_output: str) -> int:
+        simulated.launches()
+        vp.decode(q, kv, visual, config.updated(score=score, anchor_output=anchor_output),
+                  backend="cuda")  # fmt: skip
+        return int(simulated.launches())
+
+    assert launches("prob", "pruned") == 4 and launches("prob", "dense") == 3
+    assert launches("logit", "pruned") == 3 and launches("logit", "dense") == 2
+    vp.attend(q, kv, visual, chosen, backend="cuda")
+    vp.attend(q, kv, backend="cuda")
+    assert simulated.launches() == 2
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # fresh memory holds NaN
     simulated = stand_in.plug_in()
-    modes = (cases, kernels, probe, garbage, traffic)
+    modes = (cases, kernels, probe, choices, garbage, traffic)
     {mode.__name__: mode for mode in modes}[sys.argv[1]](DTYPES[sys.argv[2]])

@@ -198,7 +198,7 @@ class CudaBackend(Backend):
         cut = (*scores.shape, _address(starts), _address(lengths))
         given = (_place(scores.device, visual), *cut, _visual(visual), _params(params))
         entry, chosen, at = _entries().choose, _chosen(selection), scores.data_ptr()
-        _run(workspace, scores.device, 1, lambda s: entry(*given, chosen, at, s))
+        _run(workspace, scores.device, scores.shape[0], lambda s: entry(*given, chosen, at, s))
         return selection
 
     def attend(

@@ -48,6 +48,7 @@ struct Gpu {
 };
 inline Gpu gpu;
 inline std::string last_error;
+inline int launches = 0;
 
 }  // namespace cusim
 
@@ -86,6 +87,7 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int)
 
 inline cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function,
                                        void** args) {
+  ++cusim::launches;
   unsigned cluster = 1;
   for (unsigned i = 0; i < config->numAttrs; ++i) {
     const cudaLaunchAttribute& attribute = config->attrs[i];

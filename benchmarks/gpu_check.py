@@ -19,7 +19,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("build", "tests", "sanitize", "bench")
 BACKENDS = "cuda,triton"
-SMALL = "decode_is_the_contract and (grouped or group7 or group32 or paged-hnd or long) and bfloat16"
+SMALL = (
+    "decode_is_the_contract and (grouped or group7 or group32 or paged-hnd or long) and bfloat16"
+)
 
 Command = list[str]
 

@@ -212,6 +212,28 @@ def test_retention_counts_the_steps_of_the_answer_alone(measure, model):
     assert measure.summary(drawn, made["full"])["retention"] is None
 
 
+def test_rows_measured_anew_take_the_places_of_the_old(measure):
+    def row(name, n):
+        return {"set": "crowded", "name": name, "n": n}
+
+    table = script("table")
+    old, new = [row("a", 1), row("b", 1)], [row("b", 2), row("c", 2)]
+    assert table.merged(old, new) == [row("a", 1), row("b", 2), row("c", 2)]
+
+
+def test_the_table_says_what_was_lost_and_won_on_the_same_pictures(measure):
+    table = script("table")
+    common = {
+        "set": "crowded", "visual_tokens": 400, "length_wanted": 20.0, "exact": 0.5,
+        "exact_low": 0.4, "exact_high": 0.6, "hops": 0.5, "length": 21.0, "step_ms_p50": 3.0,
+    }  # fmt: skip
+    full = common | {"name": "full attention", "n": 5, "right": "11010", "retention": None}
+    other = common | {"name": "other", "n": 3, "right": "101", "retention": 0.0225}
+    lines = table.printed([full, other]).splitlines()
+    assert lines[-1] == "| other | 3 | 50.0 (40.0..60.0) | 50.0 | 21.0 | 2.25 | 3.0 | -1 +1 |"
+    assert lines[-2].endswith("|  |")
+
+
 def test_the_tables_of_the_page_are_the_committed_rows(measure):
     write = script("write_docs")
     page = write.PAGE.read_text()

@@ -136,7 +136,8 @@ def printed(found: list[dict]) -> str:
                   f"{here[0]['length_wanted']:.1f} tokens", ""]  # fmt: skip
         lines += ["| " + " | ".join(HEADERS) + " |", "|---" * len(HEADERS) + "|"]
         for row in here:
-            pairs = list(zip(full[which]["right"], row["right"], strict=True))
+            # rows begin with the same pictures, however many they have
+            pairs = list(zip(full[which]["right"], row["right"], strict=False))
             lost, won = pairs.count(("1", "0")), pairs.count(("0", "1"))
             kept = "" if row["retention"] is None else f"{100 * row['retention']:.2f}"
             exact = f"{100 * row['exact']:.1f} ({100 * row['exact_low']:.1f}.."
@@ -149,6 +150,17 @@ def printed(found: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def merged(old: list[dict], new: list[dict]) -> list[dict]:
+    """The old rows with those that were measured anew in their places."""
+    fresh = {(row["set"], row["name"]): row for row in new}
+    rows = [fresh.pop((row["set"], row["name"]), row) for row in old]
+    return [*rows, *fresh.values()]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--weights", type=Path, default=tiny.FOLDER)
@@ -159,21 +171,24 @@ def main() -> None:
     parser.add_argument("--sets", default="", help="of crowded, sparse, large, by comma")
     parser.add_argument("--only", default="", help="rows whose name holds one of these, by comma")
     parser.add_argument("--out", type=Path, help="write the rows as JSON lines, after every batch")
+    parser.add_argument("--keep", action="store_true", help="keep rows of --out that are not run")
     parser.add_argument("--show", type=Path, help="print a table from rows that were written")
     args = parser.parse_args()
     if args.show:
-        print(printed([json.loads(line) for line in args.show.read_text().splitlines()]))
+        print(printed(read(args.show)))
         return
     jobs = [job for which, job in jobs_of(args) if not args.sets or which in args.sets.split(",")]
     groups = {row.name: row.group for row in (table.FULL, table.FIRST, *table.ROWS)}
+    is_kept = args.keep and args.out and args.out.exists()
+    before = read(args.out) if is_kept else []
     known, begun, made = about(args.weights), time.monotonic(), Made()
     with get_context("spawn").Pool(args.jobs) as pool:
         for done, (job, answers) in enumerate(pool.imap_unordered(run, jobs), 1):
             made.add(job, answers)
             if args.out:
+                rows = merged(before, [row | known for row in made.rows(groups)])
                 args.out.parent.mkdir(parents=True, exist_ok=True)
-                lines = [json.dumps(row | known) for row in made.rows(groups)]
-                args.out.write_text("\n".join(lines) + "\n")
+                args.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
             spent, share = time.monotonic() - begun, done / len(jobs)
             print(f"\r[{'#' * round(30 * share):<30}] {done}/{len(jobs)} batches, {spent:.0f} s, "
                   f"{spent / share - spent:.0f} s to go ", end="", file=sys.stderr)  # fmt: skip

@@ -238,17 +238,30 @@ static void stream_part(const Call& c, int row, int kv_head, int index) {
   store_part<HT>(states, tiles, part);
 }
 
+// Where the kept logits of position n lie: of HT heads, then a head tile further those of the next.
+template <int HT>
+VP_INLINE const float* logits_at(const Row& row, int kv_head, int tiles, int n) {
+  constexpr int kTileKeys = kLanes / HT;
+  const int key = n - row.visible.begin;
+  return row.logits + int64_t{kv_head} * row.padded * (tiles * HT) +
+         int64_t{key / kTileKeys} * tiles * kLanes + key % kTileKeys * HT;
+}
+
+template <class T, int HT>
+VP_INLINE void fetch_logits(const Row& row, int kv_head, const Keys<T>& keys, int tiles) {
+  for (int i = 0; i < keys.count; ++i)
+    __builtin_prefetch(logits_at<HT>(row, kv_head, tiles, keys.position[i]), 0, 3);
+}
+
 // The kept logits of a block's keys, in the order that dot_block gives.
 template <class T, int HT>
 VP_INLINE void gather_logits(const Row& row, int kv_head, const Keys<T>& keys, int tiles,
                              float* x) {
   constexpr int kTileKeys = kLanes / HT;
-  const float* from = row.logits + int64_t{kv_head} * row.padded * (tiles * HT);
   const int whole = (keys.count + kTileKeys - 1) / kTileKeys * kTileKeys;
   for (int i = 0; i < whole; ++i) {
     float* to = x + i / kTileKeys * tiles * kLanes + i % kTileKeys * HT;
-    const int n = i < keys.count ? keys.position[i] - row.visible.begin : 0;
-    const float* at = from + int64_t{n / kTileKeys} * tiles * kLanes + n % kTileKeys * HT;
+    const float* at = logits_at<HT>(row, kv_head, tiles, keys.position[i < keys.count ? i : 0]);
     for (int t = 0; t < tiles; ++t)
       for (int h = 0; h < HT; ++h)
         to[t * kLanes + h] = i < keys.count ? at[t * kLanes + h] : minus_infinity();
@@ -270,11 +283,13 @@ static void weigh_part(const Call& c, int row, int kv_head, int index) {
   Alphas alphas;
   Keys<T> buffers[2];
   locate(c, cut, row, kv_head, begin, end, buffers[0]);
+  fetch_logits<T, HT>(c.rows[row], kv_head, buffers[0], tiles);
   fetch_all(buffers[0].v, buffers[0].count, c.D);
   for (int first = begin, turn = 0; first < end; first += block, turn ^= 1) {
     const Keys<T>& keys = buffers[turn];
     Keys<T>& next = buffers[turn ^ 1];
     locate(c, cut, row, kv_head, first + block, end, next);
+    fetch_logits<T, HT>(c.rows[row], kv_head, next, tiles);
     gather_logits<T, HT>(c.rows[row], kv_head, keys, tiles, x);
     weigh_block<HT>(tiles, keys.count, nullptr, {1.0f, false}, x, states, alphas);
     sum_block<T, HT>(c, keys,

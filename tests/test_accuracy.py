@@ -209,23 +209,37 @@ def test_retention_counts_the_steps_of_the_answer_alone(measure, model):
         assert set(shares) == {11 / 400}
     kept = {share for shares in made["fastv"].shares for share in shares}
     assert kept == {float(np.float32(0.1))}
-    assert measure.summary(drawn, made["full"])["retention"] is None
+    assert measure.summary([q for _, q in drawn], made["full"])["retention"] is None
 
 
 def test_rows_measured_anew_take_the_places_of_the_old(measure):
     def row(name, n):
-        return {"set": "crowded", "name": name, "n": n}
+        return {"bench": "accuracy", "set": "crowded", "name": name, "n": n}
 
-    table = script("table")
-    old, new = [row("a", 1), row("b", 1)], [row("b", 2), row("c", 2)]
-    assert table.merged(old, new) == [row("a", 1), row("b", 2), row("c", 2)]
+    table, run = script("table"), {"bench": "accuracy-training", "seconds": 1}
+    old, new = [row("a", 1), row("b", 1), run], [row("b", 2), row("c", 2), run | {"seconds": 2}]
+    assert table.merged(old, new) == [
+        row("a", 1), row("b", 2), run | {"seconds": 2}, row("c", 2)
+    ]  # fmt: skip
+
+
+def test_a_table_of_other_weights_says_how_they_were_trained(measure, tmp_path):
+    train, table = script("train"), script("table")
+    assert table.training(tmp_path) == []
+    with pytest.MonkeyPatch.context() as patch:
+        options = ["--out", str(tmp_path), "--seed", "7", "--steps", "1", "--decay-from", "1"]
+        patch.setattr(sys, "argv", ["train.py", *options])
+        train.main()
+    (row,) = table.training(tmp_path)
+    assert (row["bench"], row["seed"], row["steps"]) == ("accuracy-training", 7, 1)
+    assert row["resumed"] is False and row["seconds"] >= 0
 
 
 def test_the_table_says_what_was_lost_and_won_on_the_same_pictures(measure):
     table = script("table")
     common = {
-        "set": "crowded", "visual_tokens": 400, "length_wanted": 20.0, "exact": 0.5,
-        "exact_low": 0.4, "exact_high": 0.6, "hops": 0.5, "length": 21.0, "step_ms_p50": 3.0,
+        "bench": "accuracy", "set": "crowded", "visual_tokens": 400, "length_wanted": 20.0,
+        "exact": 0.5, "exact_low": 0.4, "exact_high": 0.6, "hops": 0.5, "length": 21.0, "step_ms_p50": 3.0,
     }  # fmt: skip
     full = common | {"name": "full attention", "n": 5, "right": "11010", "retention": None}
     other = common | {"name": "other", "n": 3, "right": "101", "retention": 0.0225}
@@ -263,7 +277,8 @@ def test_the_claims_hold_on_a_sample(measure, model):
         "blind": baselines.Blind,
     }
     made = measure.answer(model, drawn, settings)
-    exact = {name: measure.summary(drawn, found)["exact"] for name, found in made.items()}
+    questions = [question for _, question in drawn]
+    exact = {n: measure.summary(questions, found)["exact"] for n, found in made.items()}
     assert exact["full"] > 0.9 and exact["5pct"] >= exact["full"] - 0.05
     for static in ("fastv", "lookm", "visionzip"):
         assert exact[static] < exact["full"] - 0.3, static

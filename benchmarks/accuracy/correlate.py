@@ -61,13 +61,14 @@ def printed(rows: list[dict]) -> str:
                      + f" | {row['r need']:.2f} | {row['r need, marks']:.2f} |")  # fmt: skip
     found = [row for row in rows if row["bench"] == "accuracy-correlation"]
     limits = list(dict.fromkeys(row["threshold"] for row in found))
-    lines += ["", "Pearson's r of mass and activated tokens over all steps (nan: nothing varied), "
-              "and the share of tokens never active, by threshold:", ""]  # fmt: skip
+    lines += ["", "Pearson's r of mass and activated tokens over all steps, in brackets the median "
+              "of r among first steps, second steps, ... (nan: nothing varied), and the share of "
+              "tokens never active, by threshold:", ""]  # fmt: skip
     lines.append("| layer | " + " | ".join(f"{limit:g}" for limit in limits) + " |")
     lines.append("|---" * (len(limits) + 1) + "|")
     for layer in dict.fromkeys(row["layer"] for row in found):
         cells = [
-            f"{row['pooled']:.2f}; {100 * row['never']:.0f} %"
+            f"{row['pooled']:.2f} ({row['per_step']:.2f}); {100 * row['never']:.0f} %"
             for row in found
             if row["layer"] == layer
         ]

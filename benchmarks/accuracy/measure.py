@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -34,11 +35,13 @@ class Answers:
     tokens: list[list[int]]
     shares: list[list[float]]
     seconds: list[float]  # of every decode step of a batch
+    spent: float = 0.0  # seconds of processor time for all of it, prefill included
 
     def add(self, more: "Answers") -> None:
         self.tokens += more.tokens
         self.shares += more.shares
         self.seconds += more.seconds
+        self.spent += more.spent
 
 
 def answer(
@@ -50,23 +53,30 @@ def answer(
     """Greedy answers to one batch of pictures under every setting; `tick` hears each name.
 
     A setting is a PulseConfig, None for full attention, or what makes a baseline. The first two
-    change decode steps alone, so they share one prefill, each with a copy of its cache.
+    change decode steps alone, so they share one prefill, each with a copy of its cache; the first
+    of them bears its time.
     """
+    begun = time.process_time()
     given = inputs_of(drawn)
     made = {}
+
+    def done(name: str, answers: Answers) -> None:
+        nonlocal begun
+        now = time.process_time()
+        made[name], answers.spent, begun = answers, now - begun, now
+        tick(name)
+
     pulses = {n: s for n, s in settings.items() if s is None or isinstance(s, vp.PulseConfig)}
     if pulses:
         for name, found in _from_one_prefill(model, given, pulses):
-            made[name] = found
-            tick(name)
+            done(name, found)
     for name, make in settings.items():
         if name in pulses:
             continue
         with baselines.apply(model, make()) as run, Clock(model) as clock:
             out = model.generate(**given, do_sample=False, max_new_tokens=MOST_TOKENS)
         shares = torch.stack(run.shares, 1).float().numpy()
-        made[name] = _answers(out, given, shares, clock)
-        tick(name)
+        done(name, _answers(out, given, shares, clock))
     return {name: made[name] for name in settings}
 
 
@@ -136,9 +146,9 @@ def wilson(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def summary(drawn: Sequence[tuple[trail.Picture, trail.Question]], made: Answers) -> dict:
+def summary(questions: Sequence[trail.Question], made: Answers) -> dict:
     """The numbers of one row."""
-    wanted = [question.answer for _, question in drawn]
+    wanted = [question.answer for question in questions]
     right = [said == answer for said, answer in zip(made.tokens, wanted, strict=True)]
     hops = [hops_right(said, answer) for said, answer in zip(made.tokens, wanted, strict=True)]
     low, high = wilson(sum(right), len(right))
@@ -153,5 +163,6 @@ def summary(drawn: Sequence[tuple[trail.Picture, trail.Question]], made: Answers
         "length_wanted": float(np.mean([len(answer) for answer in wanted])),
         "retention": float(steps.mean()) if len(steps) else None,
         "step_ms_p50": 1e3 * float(np.median(made.seconds)),
+        "spent_s": round(made.spent, 2),
         "right": "".join("01"[r] for r in right),  # picture by picture, for paired comparisons
     }

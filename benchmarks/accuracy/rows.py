@@ -72,4 +72,6 @@ SPARSE = (
     "full attention", "dynamic 5pct", "dynamic 10pct", "fixed 2 %", "random tokens 10 %",
     "blind: no visual token in decode", "FastV 10 %", "VisionZip 10 %", "LOOK-M 10 %",
 )  # fmt: skip
-LARGE = ("full attention", "dynamic 5pct", "dynamic 10pct", "fixed 2 %")
+LARGE = (
+    "full attention", "dynamic 5pct", "dynamic 10pct", "fixed 1 %", "fixed 2 %", "FastV 10 %",
+)  # fmt: skip

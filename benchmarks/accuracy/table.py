@@ -46,7 +46,15 @@ class Job(NamedTuple):
     weights: Path
 
 
-def run(job: Job) -> tuple[Job, dict[str, Answers]]:
+class Part(NamedTuple):
+    """A job that is done."""
+
+    job: Job
+    questions: list[trail.Question]
+    answers: dict[str, Answers]
+
+
+def run(job: Job) -> Part:
     """Answer a batch in a process of its own, on one thread."""
     torch.set_num_threads(1)
     from transformers.utils import logging
@@ -55,7 +63,8 @@ def run(job: Job) -> tuple[Job, dict[str, Answers]]:
     logging.set_verbosity_error()
     drawn = trail.test_set(job.seed, job.pictures, job.side, job.crowd)
     known = settings_of(job.which)
-    return job, answer(tiny.load(job.weights), drawn, {name: known[name] for name in job.rows})
+    made = answer(tiny.load(job.weights), drawn, {name: known[name] for name in job.rows})
+    return Part(job, [question for _, question in drawn], made)
 
 
 def about(weights: Path) -> dict:
@@ -63,7 +72,7 @@ def about(weights: Path) -> dict:
     import transformers
 
     commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False,
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False,
         cwd=Path(__file__).parent,
     ).stdout.strip()  # fmt: skip
     digest = hashlib.sha256((weights / "model.safetensors").read_bytes()).hexdigest()[:12]
@@ -98,10 +107,10 @@ class Made:
     """The answers so far, by test set and row."""
 
     def __init__(self) -> None:
-        self.parts: dict[tuple[str, int], tuple[Job, dict[str, Answers]]] = {}
+        self.parts: dict[tuple[str, int], Part] = {}
 
-    def add(self, job: Job, answers: dict[str, Answers]) -> None:
-        self.parts[job.which, job.seed] = job, answers
+    def add(self, part: Part) -> None:
+        self.parts[part.job.which, part.job.seed] = part
 
     def rows(self, groups: dict[str, str]) -> list[dict]:
         found = []
@@ -109,24 +118,21 @@ class Made:
             parts = [self.parts[key] for key in sorted(self.parts) if key[0] == which]
             if not parts:
                 continue
-            first = parts[0][0]
-            drawn = [
-                one
-                for job, _ in parts
-                for one in trail.test_set(job.seed, job.pictures, job.side, job.crowd)
-            ]
+            first = parts[0].job
+            questions = [question for part in parts for question in part.questions]
             for name in first.rows:
                 whole = Answers([], [], [])
-                for _, answers in parts:
-                    whole.add(answers[name])
+                for part in parts:
+                    whole.add(part.answers[name])
                 where = {"set": which, "side": first.side, "visual_tokens": first.side**2}
                 what = {"bench": "accuracy", "name": name, "group": groups[name]}
-                found.append(what | where | summary(drawn, whole) | {"batch": first.pictures})
+                found.append(what | where | summary(questions, whole) | {"batch": first.pictures})
         return found
 
 
 def printed(found: list[dict]) -> str:
     """The rows as a table of Markdown."""
+    found = [row for row in found if row["bench"] == "accuracy"]
     full = {row["set"]: row for row in found if row["name"] == table.FULL.name}
     lines = []
     for which in dict.fromkeys(row["set"] for row in found):
@@ -156,16 +162,28 @@ def read(path: Path) -> list[dict]:
 
 def merged(old: list[dict], new: list[dict]) -> list[dict]:
     """The old rows with those that were measured anew in their places."""
-    fresh = {(row["set"], row["name"]): row for row in new}
-    rows = [fresh.pop((row["set"], row["name"]), row) for row in old]
+
+    def key(row: dict) -> tuple:
+        return row["bench"], row.get("set"), row.get("name")
+
+    fresh = {key(row): row for row in new}
+    rows = [fresh.pop(key(row), row) for row in old]
     return [*rows, *fresh.values()]
+
+
+def training(weights: Path) -> list[dict]:
+    """A row on how weights were trained, where train.py wrote it beside them."""
+    said = weights / "train.json"
+    if not said.exists():
+        return []
+    return [{"bench": "accuracy-training"} | json.loads(said.read_text())]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--weights", type=Path, default=tiny.FOLDER)
     parser.add_argument("--n", type=int, default=500, help="pictures of a row")
-    parser.add_argument("--large", type=int, default=100, help="pictures of 1600 tokens, 0: none")
+    parser.add_argument("--large", type=int, default=500, help="pictures of 1600 tokens, 0: none")
     parser.add_argument("--batch", type=int, default=50)
     parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
     parser.add_argument("--sets", default="", help="of crowded, sparse, large, by comma")
@@ -183,10 +201,11 @@ def main() -> None:
     before = read(args.out) if is_kept else []
     known, begun, made = about(args.weights), time.monotonic(), Made()
     with get_context("spawn").Pool(args.jobs) as pool:
-        for done, (job, answers) in enumerate(pool.imap_unordered(run, jobs), 1):
-            made.add(job, answers)
+        for done, part in enumerate(pool.imap_unordered(run, jobs), 1):
+            made.add(part)
             if args.out:
-                rows = merged(before, [row | known for row in made.rows(groups)])
+                new = made.rows(groups) + training(args.weights)
+                rows = merged(before, [row | known for row in new])
                 args.out.parent.mkdir(parents=True, exist_ok=True)
                 args.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
             spent, share = time.monotonic() - begun, done / len(jobs)
@@ -194,6 +213,7 @@ def main() -> None:
                   f"{spent / share - spent:.0f} s to go ", end="", file=sys.stderr)  # fmt: skip
     print(file=sys.stderr)
     print(printed(made.rows(groups)))
+    print(f"\n{(time.monotonic() - begun) / 60:.1f} minutes, --jobs {args.jobs}")
 
 
 if __name__ == "__main__":

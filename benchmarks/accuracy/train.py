@@ -277,8 +277,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=5000)
-    parser.add_argument("--decay-from", type=int, default=4000, help="step of the full rate's end")
+    parser.add_argument("--steps", type=int, default=3700)
+    parser.add_argument("--decay-from", type=int, default=3000, help="step of the full rate's end")
     parser.add_argument("--penalty", type=float, default=0.05, help="weight of the visual mass")
     parser.add_argument("--resume", type=Path, help="folder of a checkpoint to go on from")
     args = parser.parse_args()
@@ -300,6 +300,11 @@ def main() -> None:
             if number % 250 == 249:
                 trainer.save(args.out, number + 1)
     trainer.save(args.out, args.steps)
+    asked = {name: getattr(args, name) for name in ("seed", "steps", "decay_from", "penalty")}
+    # of a run that was resumed, the seconds of its last part
+    seconds = round(time.monotonic() - begun)
+    about = asked | {"resumed": args.resume is not None, "seconds": seconds}
+    (args.out / "train.json").write_text(json.dumps(about) + "\n")
     print()
 
 

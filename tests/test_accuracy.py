@@ -239,7 +239,8 @@ def test_the_table_says_what_was_lost_and_won_on_the_same_pictures(measure):
     table = script("table")
     common = {
         "bench": "accuracy", "set": "crowded", "visual_tokens": 400, "length_wanted": 20.0,
-        "exact": 0.5, "exact_low": 0.4, "exact_high": 0.6, "hops": 0.5, "length": 21.0, "step_ms_p50": 3.0,
+        "exact": 0.5, "exact_low": 0.4, "exact_high": 0.6, "hops": 0.5, "length": 21.0,
+        "step_ms_p50": 3.0,
     }  # fmt: skip
     full = common | {"name": "full attention", "n": 5, "right": "11010", "retention": None}
     other = common | {"name": "other", "n": 3, "right": "101", "retention": 0.0225}

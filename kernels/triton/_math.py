@@ -165,8 +165,9 @@ def merge_values(
     offs_d = tl.arange(0, BLOCK_D)
     real = (offs_r < GROUP)[:, None]
     acc = tl.zeros([ROWS, BLOCK_D], dtype=tl.float32)
-    # the loads of several splits are in flight at once
-    for s in tl.range(0, n_splits, num_stages=4):
+    # the loads of several splits are in flight at once, in less shared memory than the keys took
+    STAGES: tl.constexpr = 4 if ROWS * BLOCK_D <= 2048 else 2 if ROWS * BLOCK_D <= 4096 else 1
+    for s in tl.range(0, n_splits, num_stages=STAGES):
         m_s = tl.load(stats_ptr + s * stride_split + offs_r)
         # [ROWS, BLOCK_D]
         at = acc_ptr + (s * ROWS + offs_r[:, None]) * BLOCK_D + offs_d[None, :]

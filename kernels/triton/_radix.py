@@ -36,6 +36,21 @@ def _digit(counts, want, BINS: tl.constexpr):
 
 
 @triton.jit
+def _slots(at, TILE: tl.constexpr):
+    """Slots of a tile [TILE / 16, 16]: a line is scanned by few threads, then the lines' sums."""
+    lines = tl.arange(0, TILE // 16)
+    return at + (lines[:, None] * 16 + tl.arange(0, 16)[None, :])
+
+
+@triton.jit
+def _before(flags):
+    """How many lie before each slot of a tile in its order, and how many there are."""
+    lines = tl.sum(flags, axis=1)
+    earlier = tl.cumsum(lines, 0) - lines
+    return earlier[:, None] + tl.cumsum(flags, 1) - flags, tl.sum(lines)
+
+
+@triton.jit
 def _filter(keys_ptr, candidates_ptr, prefix_ptr, first, last, bucket, TILE: tl.constexpr):
     """Copy the low bits of the bucket's keys out, in order of position; give their number.
 
@@ -43,18 +58,19 @@ def _filter(keys_ptr, candidates_ptr, prefix_ptr, first, last, bucket, TILE: tl.
     """
     n_in = first * 0
     n_above = first * 0
-    offs = tl.arange(0, TILE)
     for at in tl.range(first, last, TILE, num_stages=3):
-        key = tl.load(keys_ptr + at + offs, mask=at + offs < last, other=ABSENT)
+        key = tl.load(keys_ptr + _slots(at, TILE))
         digit = key >> LOW_BITS
-        chosen = (digit == bucket) & (key != ABSENT)
         tile = prefix_ptr + (at - first) // TILE * 2
         tl.store(tile, n_above)
         tl.store(tile + 1, n_in)
-        rank = n_in + tl.cumsum(chosen.to(tl.int32), 0) - 1
+        # both counts in one scan: a tile has fewer than 2**15 keys
+        chosen = (digit == bucket) & (key != ABSENT)
+        before, here = _before(chosen.to(tl.int32) + ((digit > bucket).to(tl.int32) << 16))
+        rank = n_in + (before & 0xFFFF)
         tl.store(candidates_ptr + rank, key & (LOW_SPAN - 1), mask=chosen)
-        n_in += tl.sum(chosen.to(tl.int32))
-        n_above += tl.sum((digit > bucket).to(tl.int32))
+        n_in += here & 0xFFFF
+        n_above += here >> 16
     return n_in
 
 
@@ -76,22 +92,19 @@ def _refine(candidates_ptr, n_in, want, TILE: tl.constexpr):
 
 @triton.jit
 def write_tile(
-    keys_ptr, indices_ptr, at, last, pivot, ties, n_above, n_equal, k_max, TILE: tl.constexpr
+    keys_ptr, indices_ptr, at, pivot, ties, n_above, n_equal, k_max, TILE: tl.constexpr
 ):  # fmt: skip
     """Write the kept positions of one tile; `n_above`, `n_equal` lie before it in the row."""
-    n = at + tl.arange(0, TILE)
-    key = tl.load(keys_ptr + n, mask=n < last, other=ABSENT)
+    n = _slots(at, TILE)
+    key = tl.load(keys_ptr + n)
     above = (key > pivot).to(tl.int32)
     equal = (key == pivot).to(tl.int32)
-    # both counts in one scan: a tile has fewer than 2**15 keys
-    both = above + (equal << 16)
-    before = tl.cumsum(both, 0) - both
+    before, here = _before(above + (equal << 16))
     n_equal_here = n_equal + (before >> 16)
     # ties go to the lowest positions, and the list ascends: a key's place is what lies before it
     kept = (above > 0) | ((equal > 0) & (n_equal_here < ties))
     place = n_above + (before & 0xFFFF) + tl.minimum(n_equal_here, ties)
     tl.store(indices_ptr + place, n, mask=kept & (place < k_max))
-    here = tl.sum(both)
     return n_above + (here & 0xFFFF), n_equal + (here >> 16)
 
 
@@ -103,6 +116,10 @@ def keep_largest(
     """Find the K-th key of one row among keys [first, last), and write what is kept."""
     bucket, want = _digit(counts, k, BUCKETS)
     bucket -= BUCKETS // 2  # keys are signed
+    # the last tile may reach past the row's keys: nothing is there
+    offs = tl.arange(0, TILE)
+    tl.store(keys_ptr + last + offs, ABSENT, mask=offs < (TILE - (last - first) % TILE) % TILE)
+    tl.debug_barrier()
     # a row that keeps nothing has nothing to look at
     last = tl.where(k > 0, last, first)
     n_in = _filter(keys_ptr, candidates_ptr, prefix_ptr, first, last, bucket, TILE)
@@ -115,12 +132,11 @@ def keep_largest(
         n_equal = first * 0
         for at in tl.range(first, last, TILE, num_stages=3):
             n_above, n_equal = write_tile(
-                keys_ptr, indices_ptr, at, last, pivot, ties, n_above, n_equal, k_max, TILE
+                keys_ptr, indices_ptr, at, pivot, ties, n_above, n_equal, k_max, TILE
             )
     else:
         tl.store(state_ptr, pivot)
         tl.store(state_ptr + 1, ties)
         tl.store(state_ptr + 2, last)
-    offs = tl.arange(0, TILE)
     for at in range(k, k_max, TILE):
         tl.store(indices_ptr + at + offs, -1, mask=at + offs < k_max)

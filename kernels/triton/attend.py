@@ -171,12 +171,13 @@ def attend(
     """Attend to text and to `indices` [B, K_max]; `logits` [B, H, N] stand in for q and K."""
     d = q.shape[2]
     plan = _host.plan_of(q, kv, gather=True)
-    splits = _host.splits_of(plan, kv.capacity)
+    n_spans, k_max = visual.spans.shape[1], indices.shape[1]
+    # unique positions fit the slots; a list from elsewhere may not, and must still be merged
+    splits = _host.splits_of(plan, kv.capacity + k_max)
     rows = kv.batch * kv.kv_heads
     stats, values, arrived = _host.scratch(workspace, "attend", plan, rows, splits, q.device)
     strides = _host.strides_of(kv)
     n_tiles, tile = _host.slot_tiles(kv.capacity, q.device)
-    n_spans, k_max = visual.spans.shape[1], indices.shape[1]
     listed = workspace.take(
         "triton.attend.list", rows * (kv.capacity + k_max), torch.int32, q.device
     )

@@ -26,7 +26,7 @@ PROB, LOGIT, SUMS, SCORES = 0, 1, 2, 3
 
 @triton.jit
 def _scores_of(
-    z_ptr, final_ptr, b, n, candidate, rows, heads, n_slots, n_keys, z_scale,
+    z_ptr, final_ptr, b, n, candidate, rows, heads, n_slots, z_slots, z_scale,
     SOURCE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Score of positions n from what was kept: the final statistics of the row, nothing else."""
@@ -40,7 +40,7 @@ def _scores_of(
             real = row < rows
             row += b * rows
             # [8, CHUNK], read whole: a mask per slot would make the loads narrow
-            z = tl.load(z_ptr + row[:, None] * n_keys + n[None, :], mask=real[:, None], other=0.0)
+            z = tl.load(z_ptr + row[:, None] * z_slots + n[None, :], mask=real[:, None], other=0.0)
             if SOURCE == 0:
                 m = tl.load(final_ptr + row * 3, mask=real, other=0.0)
                 share = tl.load(final_ptr + row * 3 + 1, mask=real, other=0.0)
@@ -92,7 +92,8 @@ def _rank_kernel(
     TILE: tl.constexpr,
 ):  # fmt: skip
     chunk, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    n_keys = n_tiles * TILE
+    # a row of keys has a tile to spare: tiles are counted from the row's first chunk
+    n_keys = n_tiles * TILE + TILE
     begin, end = visible_range(starts_ptr, lengths_ptr, b, n_slots, window)
     first, last = _chunks_of(begin, end, CHUNK)
     takes_part = (chunk >= first) & (chunk < last)
@@ -110,7 +111,8 @@ def _rank_kernel(
     _, _, candidate = locate(n, (n >= begin) & (n < end), table_ptr, n_pages, PAGE)
     candidate = candidate & is_visual(n, spans_ptr + b * n_spans * 2, n_spans, STEPS)
     score = _scores_of(
-        z_ptr, final_ptr, b, n, candidate, rows, heads, n_slots, n_keys, z_scale, SOURCE, CHUNK,
+        z_ptr, final_ptr, b, n, candidate, rows, heads, n_slots, n_tiles * TILE, z_scale,
+        SOURCE, CHUNK,
     )  # fmt: skip
     if scores_ptr is not None:
         given = tl.where(candidate, score, float("-inf"))
@@ -150,7 +152,7 @@ def _write_kernel(
     n_slots, n_tiles, window, k_max, CHUNK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     tile, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    n_keys = n_tiles * TILE
+    n_keys = n_tiles * TILE + TILE
     begin, end = visible_range(starts_ptr, lengths_ptr, b, n_slots, window)
     first, _ = _chunks_of(begin, end, CHUNK)
     pivot = tl.load(state_ptr + b * 3)
@@ -171,7 +173,7 @@ def _write_kernel(
         n_above += tl.sum((bits > low).to(tl.int32))
         n_equal += tl.sum((bits == low).to(tl.int32))
     write_tile(
-        keys_ptr + b * n_keys, indices_ptr + b * k_max, at, last, pivot, ties,
+        keys_ptr + b * n_keys, indices_ptr + b * k_max, at, pivot, ties,
         n_above, n_equal, k_max, TILE,
     )  # fmt: skip
 
@@ -215,7 +217,7 @@ def _launch(
         keys, candidates, prefix, state = (
             take(f"triton.rank.{name}", rows * numel, torch.int32, device)
             for name, numel in (
-                ("keys", n_tiles * tile), ("candidates", n_tiles * tile),
+                ("keys", (n_tiles + 1) * tile), ("candidates", (n_tiles + 1) * tile),
                 ("prefix", n_tiles * 2 + 2), ("state", 3),
             )
         )  # fmt: skip

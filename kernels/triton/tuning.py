@@ -13,6 +13,9 @@ import torch
 # cores idle otherwise, and without a dot the same loop takes more instructions even at group 1
 # (docs/triton-bounds.md). In float32 a dot is the CUDA cores' own (never TF32).
 MIN_ROWS = 16
+# Output values (padded heads x padded head dim) above which a program has `wide_warps`: with four
+# warps the accumulator alone takes 64 registers of each thread.
+WIDE = 4096
 # Programs per multiprocessor that one long row should give, so that a batch of one fills the chip.
 PER_SM = 2
 
@@ -29,7 +32,7 @@ class Tiles(NamedTuple):
     """One loop, by the bytes of an element."""
 
     half: Tile
-    full: Tile  # eight warps: four spill
+    full: Tile
 
 
 class Target(NamedTuple):
@@ -37,6 +40,7 @@ class Target(NamedTuple):
 
     stream: Tiles  # scan and dense decode
     gather: Tiles  # followers and the anchor's output
+    wide_warps: int  # at least, where a program has more than WIDE output values
     min_split: int  # keys a program gets at least
     max_splits: int  # programs a row gets at most, per KV head
     rank_chunk: int  # slots that one program ranks
@@ -49,26 +53,39 @@ class Target(NamedTuple):
 _LARGE = Target(
     stream=Tiles(half=Tile(16384, 4, 3), full=Tile(16384, 8, 3)),
     gather=Tiles(half=Tile(16384, 4, 2), full=Tile(16384, 8, 2)),
+    wide_warps=8,
     min_split=128,
     max_splits=64,
     rank_chunk=1024,
     rank_tile=4096,
-    rank_warps=8,
+    rank_warps=16,
     long_row=32768,
 )
 # 99 KiB: two stages, so that two blocks still fit
 _SMALL = _LARGE._replace(
     rank_tile=2048,
+    rank_warps=8,
     stream=Tiles(half=Tile(16384, 4, 2), full=Tile(16384, 8, 2)),
+    # float32 gathers by eight warps spill there, in tiles of either size
+    gather=Tiles(half=Tile(16384, 4, 2), full=Tile(8192, 4, 2)),
 )
-# 64 KiB
-_CDNA3 = _SMALL
+# 64 KiB; eight wavefronts leave each half of the registers, which is too few for wide output
+_CDNA3 = _SMALL._replace(
+    gather=Tiles(half=Tile(16384, 4, 2), full=Tile(8192, 8, 2)),
+    wide_warps=4,
+)
 _INTERPRETED = Tiles(half=Tile(16384, 4, 1), full=Tile(16384, 4, 1))
 TABLE = {
-    "sm_80": _LARGE,
+    # sixteen warps spill there with newer compilers, and three stages of wide float32
+    "sm_80": _LARGE._replace(
+        rank_tile=2048,
+        rank_warps=8,
+        stream=Tiles(half=Tile(16384, 4, 3), full=Tile(16384, 8, 2)),
+    ),
     "sm_86": _SMALL,
     "sm_89": _SMALL,
-    "sm_90": _LARGE,
+    # eight warps spill in the output of a wide pruned anchor
+    "sm_90": _LARGE._replace(wide_warps=4),
     "sm_100": _LARGE,
     "sm_120": _SMALL,
     "gfx942": _CDNA3,
@@ -76,6 +93,7 @@ TABLE = {
     "interpreter": Target(
         stream=_INTERPRETED,
         gather=_INTERPRETED,
+        wide_warps=4,
         min_split=64,
         max_splits=8,
         rank_chunk=128,
@@ -124,15 +142,16 @@ def plan(
     row = TABLE[target]
     tiles = row.gather if gather else row.stream
     tile = tiles.half if itemsize == 2 else tiles.full
+    rows = max(MIN_ROWS, _pow2(group))
     block_d = max(16, _pow2(head_dim))
     block_n = max(16, min(128, tile.tile_bytes // (block_d * itemsize)))
     # a row alone should fill the chip, but every split is merged: between 8 and the most
     wanted = -(-PER_SM * sms // kv_heads)
     return Plan(
-        rows=max(MIN_ROWS, _pow2(group)),
+        rows=rows,
         block_d=block_d,
         block_n=block_n,
-        warps=tile.warps,
+        warps=max(tile.warps, row.wide_warps) if rows * block_d > WIDE else tile.warps,
         stages=tile.stages,
         min_split=max(row.min_split, block_n),
         max_splits=max(8, min(row.max_splits, wanted)),

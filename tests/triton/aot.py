@@ -78,10 +78,11 @@ def _nvidia(compiled):
     wide = len(re.findall(r"\b(?:LDG|LDGSTS)\b[^;]*\.128", code))
     # static memory is the system's own; the kernel's is dynamic
     shared = compiled.metadata.shared
-    arrivals = len(re.findall(r"ATOMG\.E\.ADD\.STRONG\.GPU", code))
-    fenced = re.findall(
-        r"MEMBAR(?:(?!ATOMG)[\s\S])*ATOMG\.E\.ADD\.STRONG\.GPU[^\n]*\n[^\n]*CCTL\.IVALL", code
-    )
+    # no other access to global memory may stand between an arrival and its fences
+    access = r"(?:(?!\b(?:LDG|LDGSTS|STG|ATOMG|RED)\b)[\s\S])*?"
+    arrival = r"\bATOMG\.E\.ADD\.STRONG\.GPU"
+    arrivals = len(re.findall(arrival, code))
+    fenced = re.findall(rf"MEMBAR\.\S*GPU{access}{arrival}{access}CCTL\.IVALL", code)
     return Report(int(found["REG"]), shared, spills, wide, "TF32" in code, len(fenced) == arrivals)
 
 

@@ -1,7 +1,7 @@
 """Compile every launch ahead of time: `python tests/triton/compile.py [pytest arguments]`.
 
-A process of its own, without the interpreter; it needs no GPU. With `--write` it writes what it
-finds to limits.json instead.
+A process of its own, without the interpreter; it needs no GPU. With `--write [names, targets]` it
+writes what it finds to limits.json instead.
 """
 
 import json
@@ -20,26 +20,28 @@ import process
 HERE = Path(__file__).resolve().parent
 
 
-def write():
+def write(only):
     """Note what was found: registers up to 16, shared memory up to 1 KiB, wide loads down to 4."""
     import aot
     import machine_code
 
-    found = {}
-    for name in machine_code.ALL:
-        rows = found.setdefault(name, {})
-        for target in aot.TARGETS:
+    found = {name: machine_code.LIMITS.get(name, {}) for name in machine_code.ALL}
+    targets = [target for target in aot.TARGETS if target in only] or aot.TARGETS
+    for name in [name for name in found if name in only] or found:
+        for target in targets:
             for kernel, report in machine_code.kernels_of(name, target).items():
-                rows.setdefault(kernel, {})[target] = [
+                if report.spills:
+                    print(f"{kernel} of {name} spills on {target}: {report}")
+                found[name].setdefault(kernel, {})[target] = [
                     -(-report.registers // 16) * 16,
                     -(-report.shared // 1024) * 1024,
                     report.wide_loads // 4 * 4,
                 ]
-    lines = (f' "{name}": {json.dumps(rows)}' for name, rows in found.items())
+    lines = (f' "{name}": {json.dumps(kernels)}' for name, kernels in found.items())
     (HERE / "limits.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--write"]:
-        sys.exit(write())
+    if sys.argv[1:2] == ["--write"]:
+        sys.exit(write(sys.argv[2:]))
     sys.exit(process.run([str(HERE / "machine_code.py")]))

@@ -23,7 +23,10 @@ FAULTS = {
         "score",
         ('tl.dot(q, tl.trans(k), input_precision="ieee")', "tl.dot(q, tl.trans(k))"),
     ),
-    "spill": ("tuning", ("half=Tile(16384, 4, 3)", "half=Tile(65536, 1, 1)")),
+    "spill": (
+        "tuning",
+        ("half=Tile(16384, 4, 3), full=Tile(16384, 8, 3)", "half=Tile(65536, 1, 1), full=None"),
+    ),
     "unfenced": ("_math", ('sem="acq_rel"', 'sem="relaxed"')),
     "narrow": ("_host", ("unit = gcd(16 // kv.k_data.element_size(), *k, *v)", "unit = 1")),
 }

@@ -67,6 +67,52 @@ def test_a_step_takes_few_launches(name, score, output, most):
     assert others == ["_attend_kernel", "_scan_kernel"]
 
 
+SCAN, RANK, WRITE, ATTEND = launches.PLACES
+LONG = 131072  # slots, past `long_row` of every GPU
+
+
+@pytest.mark.parametrize("page", (0, 16))
+@pytest.mark.parametrize("capacity", (4096, LONG))
+def test_launches_are_chosen_without_reading_a_tensor(page, capacity):
+    """Meta tensors hold nothing: a host read raises, a shape taken from values cannot be."""
+    shape = launches.Shape(page=page, capacity=capacity)
+    write = [WRITE] if capacity == LONG else []
+    calls = [
+        ([SCAN], launches.dense, {}),
+        ([ATTEND], launches.follow, {}),
+        ([RANK, *write], launches.choose, {}),
+        ([SCAN, RANK], launches.score, {}),
+    ]
+    for score in ("prob", "logit", "prob_tau"):
+        anchor = [SCAN, RANK, *write]
+        calls.append((anchor, launches.decode, {"score": score, "output": "dense"}))
+        calls.append(([*anchor, ATTEND], launches.decode, {"score": score, "output": "pruned"}))
+    for wanted, call, options in calls:
+        with launches.recorded("sm_90") as found:
+            call(shape, **options)
+        assert [one.kernel.__name__ for one in found] == wanted
+
+
+@pytest.mark.parametrize("output", ("pruned", "dense"))
+def test_scratch_is_written_before_it_is_read(output):
+    """All but the counters, which their kernels leave at zero."""
+    problem = CASES["ragged"].build(torch.bfloat16, "cpu")
+    q, kv, visual = problem.q, problem.kv, problem.visual
+    config = problem.config.updated(anchor_output=output)
+    workspace, results = Workspace(), []
+    for _ in range(2):
+        out, selection = vp.decode(q, kv, visual, config, workspace=workspace, backend="triton")
+        follow = vp.attend(q, kv, visual, selection, workspace=workspace, backend="triton")
+        results.append((out, follow, selection.indices, selection.mass))
+        for (name, *_), buffer in workspace._buffers.items():
+            if name.endswith(("arrived", "histogram")):
+                assert not buffer.any(), name
+            else:
+                buffer.fill_(torch.nan if buffer.is_floating_point() else -7)
+    for first, second in zip(*results, strict=True):
+        assert torch.equal(first, second)
+
+
 def both(q, kv, visual, params):
     """The same call, unchecked, on this backend and on the reference."""
     for name in ("triton", "reference"):
@@ -114,6 +160,22 @@ def test_selected_positions_out_of_range_are_skipped(params_of):
     out, wanted = torch.empty_like(q), torch.empty_like(q)
     for name, into in (("triton", out), ("reference", wanted)):
         get(name).attend(q, kv, visual, selection, params, out=into, workspace=Workspace())
+    torch.testing.assert_close(out, wanted)
+
+
+def test_a_list_longer_than_the_cache_ends(params_of):
+    """Its programs are more than the slots ask for; none may wait for one that is not there."""
+    problem = CASES["grouped"].build(torch.float32, "cpu")
+    q, kv, visual, params = problem.q, problem.kv, problem.visual, params_of(problem)
+    indices = torch.full((2, 500), 2**31 - 1, dtype=torch.int32)
+    indices[:, :3] = torch.tensor([5, 40, 96])
+    counts = torch.tensor([500, 500], dtype=torch.int32)
+    mass = torch.zeros(2)
+    selection = Selection(indices, counts, mass, mass, trusted=True)
+    out, wanted, workspace = torch.empty_like(q), torch.empty_like(q), Workspace()
+    for _ in range(2):
+        get("triton").attend(q, kv, visual, selection, params, out=out, workspace=workspace)
+    get("reference").attend(q, kv, visual, selection, params, out=wanted, workspace=workspace)
     torch.testing.assert_close(out, wanted)
 
 

@@ -1,6 +1,8 @@
 """The machine code of every launch on every target: no spill, in its table, wide loads, no TF32.
 
-Run by `compile.py` in a process without the interpreter and without a GPU.
+Run by `compile.py` in a process without the interpreter and without a GPU. All seven targets are
+assembled to the end, none is skipped: the wheel of Triton has ptxas for the six of NVIDIA, whose
+machine code is read back, and the linker for AMD, whose compiler reports registers and spills.
 """
 
 import functools
@@ -17,6 +19,7 @@ import triton
 # per launch, kernel and target, with the pinned Triton. `compile.py --write` makes it.
 LIMITS = json.loads(Path(__file__).with_name("limits.json").read_text())
 PINNED = triton.__version__.startswith("3.6.")
+ANY = 512, 1 << 20, 1  # of another Triton only what the chip itself asks
 # What a block may have on the chip: registers a thread, bytes of shared memory.
 CHIP = {
     "sm_80": (255, 163 << 10),
@@ -33,7 +36,7 @@ PRUNED, DENSE = ({"score": "prob", "output": output} for output in ("pruned", "d
 FAR = 2**22
 
 # What is compiled: each kernel in each dtype, then each constant that changes the code, where it
-# weighs most. (name: shape, launcher, its options)
+# weighs most. (name: shape, launcher, its options, and the only kernel to look at, if so)
 PLAIN = {
     f"{name}-{str(dtype).removeprefix('torch.')}": (Shape(dtype=dtype), call, options)
     for dtype in (torch.bfloat16, torch.float16, torch.float32)
@@ -44,17 +47,20 @@ PLAIN = {
         ("follow", launches.follow, {}),
     )
 }
+WIDEST = {"group": 32, "head_dim": 256, "page": 16, "softcap": 30.0}
 SPECIAL = {
+    # logits summed over a group, ranked without an exp: the code of "logit" in both its forms
     "dense-anchor-logit": (Shape(), launches.decode, {"score": "logit", "output": "dense"}),
-    "pruned-logit": (Shape(), launches.decode, {"score": "logit", "output": "pruned"}),
-    "choose": (Shape(), launches.choose, {}),
+    # given scores; the writing in one launch with the choosing is in every other row
     "choose-long": (Shape(capacity=131072), launches.choose, {}),
     "score": (Shape(), launches.score, {}),
-    "anchor-g32-d256": (Shape(group=32, head_dim=256), launches.decode, DENSE),
-    "anchor-g32-d256-float32": (
-        Shape(group=32, head_dim=256, dtype=torch.float32), launches.decode, DENSE,
+    "anchor-widest": (Shape(**WIDEST), launches.decode, DENSE, "_scan_kernel"),
+    "anchor-widest-float32": (
+        Shape(**WIDEST, dtype=torch.float32), launches.decode, DENSE, "_scan_kernel",
     ),
-    "follow-g32-d256": (Shape(group=32, head_dim=256), launches.follow, {}),
+    "pruned-widest": (Shape(**WIDEST), launches.decode, PRUNED, "_attend_kernel"),
+    "follow-widest": (Shape(**WIDEST), launches.follow, {}),
+    "follow-widest-float32": (Shape(**WIDEST, dtype=torch.float32), launches.follow, {}),
     "follow-g7-d80": (Shape(group=7, head_dim=80), launches.follow, {}),
     "dense-paged-softcap": (Shape(page=16, softcap=30.0), launches.dense, {}),
     "pruned-paged-spans": (Shape(page=16, spans=300), launches.decode, PRUNED),
@@ -66,12 +72,13 @@ ALL = PLAIN | SPECIAL
 @functools.cache
 def kernels_of(name, target):
     """Report of each kernel that a launch compiles, by its own name."""
-    shape, call, options = ALL[name]
+    shape, call, options, *only = ALL[name]
     with launches.recorded(target) as found:
         call(shape, **options)
     return {
         one.kernel.__name__: aot.report(one.kernel, one.arguments, one.options, target)
         for one in found
+        if not only or one.kernel.__name__ in only
     }
 
 
@@ -81,14 +88,11 @@ def test_machine_code(name, target):
     most_registers, most_shared = CHIP[target]
     for kernel, found in kernels_of(name, target).items():
         where = f"{kernel} of {name} on {target}"
-        assert found.spills == 0, f"{where}: {found.spills} spills, bytes of stack or local memory"
-        assert found.registers <= most_registers and found.shared <= most_shared, where
         assert not found.tf32, f"{where}: TF32 in the machine code"
-        assert found.wide_loads, f"{where}: no 128-bit load"
+        registers, shared, wide_loads = LIMITS[name][kernel][target] if PINNED else ANY
+        few = f"{where}: {found.wide_loads} of {wide_loads} 128-bit loads"
+        assert found.wide_loads >= wide_loads, few
         assert found.fenced, f"{where}: the arrival count is not fenced on both sides"
-        if PINNED:
-            registers, shared, wide_loads = LIMITS[name][kernel][target]
-            assert found.registers <= registers, f"{where}: {found.registers} registers"
-            assert found.shared <= shared, f"{where}: {found.shared} bytes of shared memory"
-            few = f"{where}: {found.wide_loads} of {wide_loads} 128-bit loads"
-            assert found.wide_loads >= wide_loads, few
+        assert found.spills == 0, f"{where}: {found.spills} spills, bytes of stack or local memory"
+        assert found.registers <= min(registers, most_registers), f"{where}: {found.registers}"
+        assert found.shared <= min(shared, most_shared), f"{where}: {found.shared} bytes shared"

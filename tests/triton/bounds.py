@@ -1,0 +1,170 @@
+"""What the table of limits and the sizes of a step imply: `python tests/triton/bounds.py`.
+
+Prints the tables of docs/triton-bounds.md, which the tests compare with what is printed here.
+Occupancy follows from limits.json and the launch tables, bytes from the cost model.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+from visionpulse._triton import tuning
+
+from visionpulse.analysis import cost
+
+LIMITS = json.loads(Path(__file__).with_name("limits.json").read_text())
+HEADS, KV_HEADS, HEAD_DIM, ITEMSIZE = 32, 8, 128, 2
+TEXT, KEPT = 256, 0.05
+SHAPES = {"B1 16k": (1, 16384), "B8 32k": (8, 32768)}  # rows, visual tokens
+BANDWIDTH = 4.3e12  # bytes/s that a copy reaches on an H200
+SMS, LATENCY = 132, 1e-6  # its multiprocessors, seconds until a byte asked for arrives
+
+
+class Chip(NamedTuple):
+    """What the blocks of one multiprocessor share."""
+
+    registers: int  # of 32 bits
+    shared: int  # bytes
+    threads: int
+    blocks: int
+    warp: int = 32
+    reserved: int = 1024  # bytes of shared memory that each block costs beside its own
+
+
+# The CUDA programming guide's compute capabilities; CDNA3: 4 SIMDs of 512 x 64 registers, 8 waves
+CHIPS = {
+    "sm_80": Chip(65536, 164 << 10, 2048, 32),
+    "sm_86": Chip(65536, 100 << 10, 1536, 16),
+    "sm_89": Chip(65536, 100 << 10, 1536, 24),
+    "sm_90": Chip(65536, 228 << 10, 2048, 32),
+    "sm_100": Chip(65536, 228 << 10, 2048, 32),
+    "sm_120": Chip(65536, 100 << 10, 1536, 24),
+    "gfx942": Chip(131072, 64 << 10, 2048, 32, warp=64, reserved=0),
+}
+
+
+class Use(NamedTuple):
+    """A kernel in a step: its row of limits.json, its loop, the tensors that it stages."""
+
+    row: str
+    kernel: str
+    loop: str | None
+    tensors: int
+
+
+KERNELS = {
+    "dense decode": Use("dense-bfloat16", "_scan_kernel", "stream", 2),
+    "scan, pruned": Use("pruned-bfloat16", "_scan_kernel", "stream", 1),
+    "scan, dense output": Use("dense-anchor-bfloat16", "_scan_kernel", "stream", 2),
+    "attend, anchor": Use("pruned-bfloat16", "_attend_kernel", "gather", 1),
+    "attend, follower": Use("follow-bfloat16", "_attend_kernel", "gather", 2),
+    "rank": Use("pruned-bfloat16", "_rank_kernel", None, 0),
+}
+
+
+def blocks_of(name, target):
+    """Blocks of a kernel that a multiprocessor holds, its threads, registers, shared bytes."""
+    row, kernel, loop, _ = KERNELS[name]
+    registers, shared, _ = LIMITS[row][kernel][target]
+    table, chip = tuning.TABLE[target], CHIPS[target]
+    warps = getattr(table, loop).half.warps if loop else table.rank_warps
+    threads = warps * chip.warp
+    fits = (
+        chip.registers // (registers * threads), chip.shared // (shared + chip.reserved),
+        chip.threads // threads, chip.blocks,
+    )  # fmt: skip
+    return min(fits), threads, registers, shared
+
+
+def plan_of(name):
+    return tuning.plan(
+        "sm_90", SMS, kv_heads=KV_HEADS, group=HEADS // KV_HEADS, head_dim=HEAD_DIM,
+        itemsize=ITEMSIZE, gather=KERNELS[name].loop == "gather",
+    )  # fmt: skip
+
+
+def programs(name, shape):
+    """Programs of a launch, all rows: splits of a row's keys times KV heads."""
+    rows, visual = SHAPES[shape]
+    gathered = KERNELS[name].loop == "gather"
+    n = TEXT + (math.floor(KEPT * visual) if gathered else visual)
+    plan = plan_of(name)
+    per_split = max(
+        plan.min_split, math.ceil(math.ceil(n / plan.max_splits) / plan.block_n) * plan.block_n
+    )
+    return rows * KV_HEADS * math.ceil(n / per_split)
+
+
+def occupancy():
+    """On sm_90: what a block holds, how many fit, and the bytes in flight that follow."""
+    needed = BANDWIDTH / SMS * LATENCY
+    yield (
+        "| kernel | threads | registers | shared KiB | blocks per multiprocessor | KB in flight: "
+        + ", ".join(SHAPES) + " | bound by: " + ", ".join(SHAPES) + " |"
+    )  # fmt: skip
+    yield "|---|---|---|---|---|---|---|"
+    for name, use in KERNELS.items():
+        blocks, threads, registers, shared = blocks_of(name, "sm_90")
+        held = f"| {name} | {threads} | {registers} | {shared / 1024:.0f} | {blocks} "
+        if use.loop is None:
+            yield held + "| | the last program of a row: instructions and latency |"
+            continue
+        plan = plan_of(name)
+        staged = (plan.stages - 1) * use.tensors * plan.block_n * HEAD_DIM * ITEMSIZE
+        flying = [min(blocks, programs(name, shape) / SMS) * staged for shape in SHAPES]
+        bound = ["memory" if bytes_ >= needed else "latency" for bytes_ in flying]
+        numbers = ", ".join(f"{bytes_ / 1000:.0f}" for bytes_ in flying)
+        yield held + f"| {numbers} | {', '.join(bound)} |"
+
+
+def everywhere():
+    """Blocks per multiprocessor on every target."""
+    yield "| blocks of bfloat16 | " + " | ".join(CHIPS) + " |"
+    yield "|---|" + "---|" * len(CHIPS)
+    for name in KERNELS:
+        held = " | ".join(str(blocks_of(name, target)[0]) for target in CHIPS)
+        yield f"| {name} | {held} |"
+
+
+def moved(name, rows, visual):
+    """Bytes that a kernel moves from and to memory: what it must, and the logits it spills."""
+    shape = cost.Shape(rows, HEADS, KV_HEADS, HEAD_DIM, TEXT, visual, ITEMSIZE)
+    kept = math.floor(KEPT * visual)
+    one = rows * KV_HEADS * HEAD_DIM * ITEMSIZE  # the keys of one position
+    logits = 4 * rows * HEADS * shape.keys
+    return {
+        "dense decode": cost.dense(shape).bytes,
+        "scan, pruned": shape.keys * one + logits,
+        "scan, dense output": cost.dense(shape).bytes + logits,
+        "attend, anchor": (TEXT + kept) * one,
+        "attend, follower": cost.attend(shape, kept).bytes,
+    }[name]
+
+
+def traffic():
+    """Bytes of each kernel, the time they take at the speed of a copy, and no measured time yet."""
+    columns = " | ".join(f"{shape}: MB, us at {BANDWIDTH / 1e12} TB/s" for shape in SHAPES)
+    yield f"| kernel | {columns} | measured |"
+    yield "|---|" + "---|" * (len(SHAPES) + 1)
+    for name in list(KERNELS)[:-1]:
+        cells = (moved(name, *shape) for shape in SHAPES.values())
+        shown = (f"{bytes_ / 1e6:.1f}, {bytes_ / BANDWIDTH * 1e6:.1f}" for bytes_ in cells)
+        yield f"| {name} | {' | '.join(shown)} | |"
+    rows, visual = SHAPES["B8 32k"]
+    parts = ("scan, pruned", "attend, anchor")
+    pruned = sum(moved(name, rows, visual) for name in parts)
+    whole = moved("dense decode", rows, visual)
+    output = moved("scan, dense output", rows, visual)
+    yield ""
+    yield (
+        f"By these bytes a pruned anchor takes {pruned / whole:.2f} of dense at B8 32k before rank "
+        f"and launches, a dense anchor {output / whole:.2f}."
+    )
+
+
+TABLES = {"occupancy": occupancy, "everywhere": everywhere, "traffic": traffic}
+
+if __name__ == "__main__":
+    for make in TABLES.values():
+        print("\n".join(make()), end="\n\n")

@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 REQUIRED := reference,cpu
 CPP := $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' 2>/dev/null)
 
-.PHONY: demo test test-newest lint format bench gpu-check clean
+.PHONY: demo test test-newest test-triton-newest lint format bench gpu-check clean
 
 demo: $(READY)
 	$(BIN)/visionpulse demo
@@ -24,6 +24,15 @@ $(NEWEST)/.ready: $(READY)
 
 test-newest: $(NEWEST)/.ready
 	PYTHONPATH=$(NEWEST) $(BIN)/pytest tests/models --require-backends $(REQUIRED) $(PYTEST_ARGS)
+
+# The Triton kernels, interpreted and compiled, with the newest Triton that is held up (1 GB).
+NEWEST_TRITON := build/triton-newest
+$(NEWEST_TRITON)/.ready: $(READY)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(NEWEST_TRITON) triton==3.9.0
+	touch $@
+
+test-triton-newest: $(NEWEST_TRITON)/.ready
+	PYTHONPATH=$(NEWEST_TRITON) $(BIN)/pytest tests/test_triton.py $(PYTEST_ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,0 +1,107 @@
+"""The Triton kernels without a GPU: two processes, of which this file only shows the results.
+
+One interprets the kernels on CPU tensors and runs the shared backend tests, the other compiles
+every launch for every chip. Each is also run with faults planted, and must then fail.
+"""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from visionpulse.backends import get
+
+HERE = Path(__file__).resolve().parent / "triton"
+SHARED = str(HERE.parent / "test_backends.py")
+MACHINE = str(HERE / "machine_code.py")
+RUNS = {
+    "compile 1 of 2": ("compile.py", "--share", "0/2"),
+    "compile 2 of 2": ("compile.py", "--share", "1/2"),
+    "interpreter 1 of 2": ("interpret.py", "--share", "0/2"),
+    "interpreter 2 of 2": ("interpret.py", "--share", "1/2"),
+}
+# A fault, the tests that must see it, and what they say.
+PLANTED = {
+    "ties": (("interpret.py", SHARED, "--backends", "triton", "-k", "select_is_exact and two"),
+             "ties go to the lowest index"),
+    "minus-zero": (("interpret.py", SHARED, "--backends", "triton", "-k", "zeros-of-both"),
+                   "a kept score below|ties go to the lowest"),
+    "neighbours": (("interpret.py", SHARED, "--backends", "triton", "-k",
+                    "neighbours and long and float32"), "test_a_row_does_not_depend"),
+    "merge": (("interpret.py", SHARED, "--backends", "triton", "-k", "dense_decode and long"),
+              "output: error"),
+    "tf32": (("compile.py", MACHINE, "-k", "sm_90-dense-float32"), "TF32 in the machine code"),
+    "spill": (("compile.py", MACHINE, "-k", "sm_90-dense-bfloat16"), "spills, bytes of stack"),
+    "narrow": (("compile.py", MACHINE, "-k", "sm_90-dense-bfloat16"), "128-bit load"),
+    "unfenced": (("compile.py", MACHINE, "-k", "sm_90-dense-bfloat16"), "is not fenced"),
+}  # fmt: skip
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+
+def _run(script, *arguments):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, HERE / script, "-q", "--no-header", "--tb=short", *arguments],
+        cwd=HERE.parents[1], env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def results(request):
+    """All processes this session needs, two at a time."""
+    wanted = {item.callspec.params["name"] for item in request.session.items
+              if "results" in getattr(item, "fixturenames", ())}  # fmt: skip
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        started = {name: pool.submit(_run, *RUNS[name]) for name in RUNS if name in wanted}
+        for name, (command, _) in PLANTED.items():
+            if name in wanted:
+                started[name] = pool.submit(_run, *command, "--plant", name)
+        yield started
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_without_a_gpu(results, name, record_property):
+    done = results[name].result()
+    last = done.stdout.strip().splitlines()[-1]
+    record_property("summary", last)
+    print(f"{name}: {last}")
+    assert done.returncode == 0, done.stdout[-8000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_planted_fault_is_seen(results, name):
+    done = results[name].result()
+    assert done.returncode == 1, f"not seen:\n{done.stdout[-4000:]}"
+    assert re.search(PLANTED[name][1], done.stdout), done.stdout[-4000:]
+
+
+def test_the_page_of_bounds_is_what_the_table_implies():
+    """Occupancy and bytes in the documentation are the output of a script, not typed."""
+    made = subprocess.run(
+        [sys.executable, HERE / "bounds.py"], check=True, text=True, stdout=subprocess.PIPE
+    ).stdout
+    page = (HERE.parents[1] / "docs" / "triton-bounds.md").read_text()
+    for table in made.strip().split("\n\n"):
+        assert table in page, f"docs/triton-bounds.md lacks what bounds.py prints:\n{table}"
+
+
+def test_it_says_why_it_cannot_run(monkeypatch):
+    """Without a GPU and without the interpreter."""
+    import torch
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    reason = get("triton").unavailable()
+    assert "no GPU" in reason and "TRITON_INTERPRET=1" in reason
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "pip install triton" in get("triton").unavailable()

@@ -1,6 +1,8 @@
 """Calibration: its parts on made-up observations, the whole on the tiny model from a bad start."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -14,9 +16,9 @@ from visionpulse.analysis.calibration import (
     Calibration,
     Trial,
     calibrate,
-    load_config,
 )
 from visionpulse.analysis.watch import TAUS, Observation
+from visionpulse.config import resolve
 from visionpulse.data import tiny, trail
 
 
@@ -103,15 +105,37 @@ def test_a_saved_suggestion_is_a_config_again(tmp_path):
     seen = observation([[0.5, 0.5]], 1.0)
     made = Calibration(trials[1].config, trials, {0: 0.1}, {0.4: 0.9}, seen, ["few"])
     path = made.save(tmp_path / "config.json")
-    assert load_config(path) == made.config
+    assert vp.load_config(path) == made.config == resolve(str(path))
     assert json.loads(path.read_text())["about"]["sure"] is False
     text = made.report()
     assert "not sure: few" in text and "*b" in text and "95 %" in text
-    (tmp_path / "other.json").write_text("{}")
-    with pytest.raises(ValueError, match="holds no config"):
-        load_config(tmp_path / "other.json")
     pytest.importorskip("matplotlib")
     assert made.plot(tmp_path / "pareto.png").stat().st_size > 5_000
+
+
+def test_a_file_that_is_no_suggestion_is_refused(tmp_path):
+    path = tmp_path / "other.json"
+    with pytest.raises(ValueError, match=r"no file .*other.json; `visionpulse calibrate"):
+        resolve(str(path))
+    for text, message in (
+        ("{}", "holds no config"),
+        ("[1]", "holds no config"),
+        ("tau: 1", "is no JSON"),
+        ('{"config": {"tau": -1}}', "tau must be finite and > 0"),
+        ('{"config": {"taus": 1}}', "no field 'taus'"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            resolve(str(path))
+
+
+def test_calibrate_is_imported_when_asked_for():
+    code = "import sys, visionpulse as vp; assert 'visionpulse.analysis' not in sys.modules; "
+    code += "vp.calibrate; assert 'visionpulse.analysis.calibration' in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert vp.calibrate is calibrate
+    with pytest.raises(AttributeError, match="no attribute 'calibrated'"):
+        vp.calibrated  # noqa: B018
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,11 @@
 """Dynamic visual sparsity for multimodal decoding: VisionPulse as one fast decode-step op."""
 
+from typing import TYPE_CHECKING, Any
+
 from .backends import BackendUnavailableError, backends
 from .budgets import Fixed, Random, TopK, TopP
 from .budgets import register as register_budget
-from .config import PRESETS, PulseConfig
+from .config import PRESETS, PulseConfig, load_config
 from .models import (
     Session,
     Trace,
@@ -18,6 +20,9 @@ from .models import (
 from .ops import attend, decode, score, select
 from .structs import KVCache, PagedKVCache, Selection, VisualTokens
 from .workspace import Workspace
+
+if TYPE_CHECKING:
+    from .analysis.calibration import calibrate
 
 __version__ = "0.1.0"
 
@@ -39,9 +44,11 @@ __all__ = [
     "Workspace",
     "attend",
     "backends",
+    "calibrate",
     "decode",
     "explain",
     "install",
+    "load_config",
     "patch",
     "register_budget",
     "score",
@@ -50,3 +57,12 @@ __all__ = [
     "uninstall",
     "unpatch",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # tools for people at a desk are imported when they are asked for
+    if name == "calibrate":
+        from .analysis.calibration import calibrate
+
+        return calibrate
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

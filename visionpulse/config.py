@@ -1,8 +1,11 @@
 """What a user may set: `PulseConfig`, its presets, and the names that registries add to."""
 
+import json
 import math
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from . import budgets
@@ -86,19 +89,39 @@ class PulseConfig:
 
 
 def resolve(config: "PulseConfig | str") -> PulseConfig:
-    """Turn a preset name into its config; a config passes through."""
+    """Turn a preset name, or a file of `visionpulse calibrate`, into its config.
+
+    A config passes through. A name that ends in .json is a file, read in every call.
+    """
     if isinstance(config, PulseConfig):
         return config
     if not isinstance(config, str):
         raise TypeError(
             f"config must be a PulseConfig or the name of a preset, got {type(config).__name__}"
         )
+    if config.endswith(".json"):
+        return load_config(config)
     if config not in PRESETS:
         raise ValueError(
             f"no preset {config!r}; known: {', '.join(map(repr, PRESETS))}; "
-            "or pass a visionpulse.PulseConfig"
+            "or pass a visionpulse.PulseConfig, or a .json file of `visionpulse calibrate`"
         )
     return PRESETS[config]
+
+
+def load_config(path: str | PathLike[str]) -> PulseConfig:
+    """Read the setting in a file that `visionpulse calibrate` wrote."""
+    try:
+        found = json.loads(Path(path).read_text())
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"no file {path}; `visionpulse calibrate MODEL --data FILE --out {path}` writes one"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    if not isinstance(found, dict) or not isinstance(found.get("config"), dict):
+        raise ValueError(f"{path} holds no config; expected what `visionpulse calibrate` writes")
+    return PulseConfig().updated(**found["config"])
 
 
 def _is_int(value: object) -> bool:

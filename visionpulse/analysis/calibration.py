@@ -102,7 +102,7 @@ class Calibration:
         return "\n".join(lines)
 
     def save(self, path: str | PathLike[str]) -> Path:
-        """Write the suggested setting, with what it rests on, as JSON; `load_config` reads it."""
+        """Write the suggested setting, with what it rests on, as JSON; `patch` takes the file."""
         known = asdict(self.config)
         trials = [dict(asdict(t), config=asdict(t.config)) for t in self.trials]
         about = {"trials": trials, "sure": self.is_sure, "remarks": self.remarks}
@@ -129,14 +129,6 @@ class Calibration:
         axis.set_ylabel("distance from dense, nats a step")
         figure.savefig(path, dpi=150)
         return Path(path)
-
-
-def load_config(path: str | PathLike[str]) -> PulseConfig:
-    """Read the setting that `Calibration.save` wrote."""
-    found = json.loads(Path(path).read_text())
-    if "config" not in found:
-        raise ValueError(f"{path} holds no config; expected what `visionpulse calibrate` writes")
-    return PulseConfig(**found["config"])
 
 
 def calibrate(

@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike
 from .plots import pyplot
 from .watch import Observation
 
+_ABREAST = 4  # panels of a row
 _FEWEST = 8  # entries of a step for which a correlation says anything
 
 
@@ -62,15 +63,20 @@ def plot_correlation(seen: Observation, layer: int, path: str | PathLike[str]) -
     """Scatter mass against activated tokens of one layer, one panel per threshold."""
     i = seen.place(layer)
     count = len(seen.thresholds)
-    figure = pyplot()(figsize=(3.2 * count, 3.2))
-    axes = figure.subplots(1, count, squeeze=False)[0]
-    for j, (axis, threshold) in enumerate(zip(axes, seen.thresholds, strict=True)):
+    columns = min(count, _ABREAST)
+    lines = -(-count // columns)
+    figure = pyplot()(figsize=(3.0 * columns, 2.8 * lines + 0.4))
+    axes = figure.subplots(lines, columns, squeeze=False).flatten()
+    for axis in axes[count:]:
+        axis.set_axis_off()
+    for j, (axis, threshold) in enumerate(zip(axes, seen.thresholds, strict=False)):
         active = seen.active[:, i, j]
         axis.scatter(seen.mass_mean[:, i], active, s=5, alpha=0.4, color="#3b5b8c", linewidths=0)
         r = pearson(seen.mass_mean[:, i], active)
         axis.set_title(f"threshold {threshold:g}, r = {r:.2f}", fontsize=9)
         axis.set_xlabel("visual mass")
-    axes[0].set_ylabel("activated tokens")
+        if j % columns == 0:
+            axis.set_ylabel("activated tokens")
     figure.suptitle(f"layer {layer}, {len(seen)} steps", fontsize=10)
     figure.savefig(path, dpi=150)
     return Path(path)

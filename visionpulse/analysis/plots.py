@@ -105,7 +105,8 @@ def _over_steps(axis: Any, frames: Sequence[Frame], n_visual: int, texts: Sequen
     axis.set_ylim(0, 1.02)
     axis.set_xlim(-0.6, len(frames) - 0.4)
     axis.set_ylabel("mass on visual tokens", color=_ACCENT)
-    axis.legend(loc="upper right", fontsize=7, frameon=False)
+    # above the bars, which may reach the top at any step
+    axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, fontsize=7, frameon=False)
     every = -(-len(frames) // 80)  # labels that can be read
     axis.set_xticks(at[::every], [_plain(t) for t in texts[::every]], rotation=90, fontsize=7)
     axis.set_xlabel("token read")

@@ -219,9 +219,10 @@ def patch(
 ) -> Session:
     """Make single-token decode steps of a model of transformers sparse in its visual tokens.
 
-    `config` is a PulseConfig or the name of a preset; keywords change fields of it. The model keeps
-    its `generate()`, prefill and training are untouched. Patching twice with the same setting gives
-    the same session; as a context manager the session unpatches at the end.
+    `config` is a PulseConfig, the name of a preset, or a .json file that `visionpulse calibrate`
+    wrote; keywords change fields of it. The model keeps its `generate()`, prefill and training are
+    untouched. Patching twice with the same setting gives the same session; as a context manager the
+    session unpatches at the end.
     """
     config = resolve_config(config)
     config = config.updated(**changes) if changes else config

@@ -10,7 +10,7 @@
 namespace visionpulse::cpu {
 
 constexpr int kBlock = 32;     // keys of a stream that are worked on together: K and V stay in L1
-constexpr int kGather = 128;   // kept keys together: scattered rows take longer to come
+constexpr int kGather = 64;    // kept keys together: scattered rows take longer to come
 constexpr int kLanes = 16;     // logits of one tile: kLanes / heads keys of 1, 2 or 4 heads
 constexpr int kMaxGroup = 32;  // query heads of one KV head
 constexpr int kMaxHeadDim = 256;

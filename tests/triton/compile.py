@@ -13,6 +13,8 @@ from pathlib import Path
 # nothing that an earlier run compiled may stand in for the sources of today
 os.environ["TRITON_ALWAYS_COMPILE"] = "1"
 os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="visionpulse-triton-")
+# what a later release turns off by default
+os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"
 os.environ.pop("TRITON_INTERPRET", None)
 
 import process

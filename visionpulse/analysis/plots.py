@@ -11,6 +11,7 @@ from ..models.trace import Trace
 from .scene import Frame, Shown, Told, sequences, text_of
 
 _ACCENT, _BAR = "#d9480f", "#9db2ce"
+_WIDEST = 3.0  # inches of a drawn picture
 
 
 def pyplot() -> Any:
@@ -59,7 +60,7 @@ def plot(
     if wrong:
         raise ValueError(f"steps must be in 0..{len(frames) - 1}, got {wrong}")
     width = max(9.0, min(24.0, 0.32 * len(frames)))
-    column = width / max(len(shown_steps), 1)
+    column = min(width / max(len(shown_steps), 1), _WIDEST)
     below = sum(column * shown.rows / shown.columns for shown in told.shown) + 0.4
     figure = pyplot()(figsize=(width, 2.6 + below * bool(shown_steps)))
     upper, *lower = figure.subfigures(

@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 import subprocess
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -43,9 +44,13 @@ extern "C" __global__ void __launch_bounds__(1024, 2) greedy(float* x) {
 }
 """
 
+# On PATH, or as the packages nvidia-cuda-{nvcc,crt,runtime,cccl} and nvidia-nvvm bring it.
+PACKAGED = Path(sysconfig.get_path("purelib")) / "nvidia" / "cu13" / "bin" / "nvcc"
+NVCC = shutil.which("nvcc") or shutil.which(PACKAGED)
+
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on this machine"),
+    pytest.mark.skipif(NVCC is None, reason="no nvcc, on PATH or among Python's packages"),
 ]
 
 
@@ -60,7 +65,7 @@ def digest():
 def assembled(source, arch, target):
     """What ptxas says of one file for one architecture."""
     command = [
-        *("nvcc", "-std=c++17", "-O3", "-Xptxas", "-v", f"-I{ROOT}", "-Werror", "all-warnings"),
+        *(NVCC, "-std=c++17", "-O3", "-Xptxas", "-v", f"-I{ROOT}", "-Werror", "all-warnings"),
         *("-gencode", f"arch=compute_{arch},code=sm_{arch}"),
         *("-c", str(source), "-o", str(target)),
     ]

@@ -4,13 +4,15 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "cusim"))
-from build import ROOT, Edit, build
+from build import HERE, ROOT, Edit, build
 
 COMPILER = os.environ.get("CXX", "g++")
 pytestmark = [
@@ -18,22 +20,23 @@ pytestmark = [
     pytest.mark.skipif(shutil.which(COMPILER) is None, reason="no C++ compiler"),
 ]
 
-LANDINGS = ("late", "early")
+LANDINGS = ({"landing": "late"}, {"landing": "early"})
 # Threads and blocks in an order of their own, and a dtype, per seed.
 RUNS = {1: "bfloat16", 2: "float16", 3: "float32"}
 SMALL = tuple(f"bf16, BFloat16, 64, {rows}" for rows in (4, 8, 32))
 HALF_GPU = "80,5,101376"  # no clusters, and less shared memory
 SCARCE = "80,1,30000"  # neither, and no room for the keys of a long row
 ONE_SM = "90,1,232448"  # few splits: every warp meets more tiles than it has stages
+GPUS = ({"gpu": None}, {"gpu": HALF_GPU})
 
 
-def run(module, what, dtype, *, seed=1, landing="late", asan=False, gpu=None):
-    """Run problems in a process of their own; its exit code and what it said last."""
+def start(module, command, *, seed=1, landing="late", asan=False, gpu=None):
+    """Run Python in a process of its own; its exit code and what it said last."""
     environment = os.environ | {
         "CUSIM_MODULE": str(module),
         "CUSIM_SEED": str(seed),
         "CUSIM_LANDING": landing,
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{HERE}",
         "OMP_NUM_THREADS": "1",
     }
     if gpu:
@@ -42,10 +45,14 @@ def run(module, what, dtype, *, seed=1, landing="late", asan=False, gpu=None):
         library = subprocess.check_output([COMPILER, "-print-file-name=libasan.so"], text=True)
         environment["LD_PRELOAD"] = library.strip()
         environment["ASAN_OPTIONS"] = "detect_leaks=0:detect_stack_use_after_return=0"
-    script = ROOT / "tests" / "cusim" / "problems.py"
-    command = [sys.executable, str(script), what, dtype]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    options = {"env": environment, "capture_output": True, "text": True, "timeout": 600}
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, **options)
     return done.returncode, (done.stdout + done.stderr)[-3000:]
+
+
+def run(module, what, dtype, **options):
+    """Problems of one kind, see problems.py."""
+    return start(module, (str(HERE / "problems.py"), what, dtype), **options)
 
 
 @pytest.fixture(scope="module")
@@ -58,51 +65,50 @@ def watched():
     return build(asan=True)
 
 
-@pytest.mark.parametrize("landing", LANDINGS)
-@pytest.mark.parametrize("seed, dtype", RUNS.items())
-def test_shared_cases_in_any_order(plain, seed, dtype, landing):
-    code, text = run(plain, "cases", dtype, seed=seed, landing=landing)
-    assert code == 0, text
+def hold(module, what, dtype, ways, **options):
+    """Run problems in several ways, two at a time; all must hold."""
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(run, module, what, dtype, **options, **way) for way in ways]
+        for way, (code, text) in zip(ways, (of.result() for of in runs), strict=True):
+            assert code == 0, f"{way}: {text}"
 
 
-@pytest.mark.parametrize("landing", LANDINGS)
 @pytest.mark.parametrize("seed, dtype", RUNS.items())
-def test_shared_cases_touch_no_memory_but_theirs(watched, seed, dtype, landing):
-    code, text = run(watched, "cases", dtype, seed=seed, landing=landing, asan=True)
+def test_shared_cases_in_any_order(plain, seed, dtype):
+    hold(plain, "cases", dtype, LANDINGS, seed=seed)
+
+
+@pytest.mark.parametrize("seed, dtype", RUNS.items())
+def test_shared_cases_touch_no_memory_but_theirs(watched, seed, dtype):
+    hold(watched, "cases", dtype, LANDINGS, seed=seed, asan=True)
+
+
+def test_the_suite_of_all_backends_passes(plain):
+    """What it holds beside the cases: bits that depend on no neighbour, page size or capacity."""
+    suite = ("tests/test_backends.py", "--backends", "cuda", "--require-backends", "cuda")
+    quiet = ("-q", "-x", "--no-header", "-p", "no:cacheprovider")
+    code, text = start(plain, ("-m", "pytest", *quiet, "-p", "stand_in", *suite), seed=4)
     assert code == 0, text
 
 
 @pytest.mark.parametrize("dtype", RUNS.values())
-def test_every_kernel_is_the_contract(plain, dtype):
-    code, text = run(plain, "kernels", dtype, seed=5)
-    assert code == 0, text
+def test_every_kernel_is_the_contract_on_any_gpu(plain, dtype):
+    hold(plain, "kernels", dtype, GPUS, seed=5)
 
 
-@pytest.mark.parametrize("dtype", RUNS.values())
-def test_a_small_gpu_without_clusters(plain, dtype):
-    code, text = run(plain, "kernels", dtype, seed=6, gpu=HALF_GPU)
-    assert code == 0, text
-
-
-@pytest.mark.parametrize("gpu", (None, HALF_GPU, SCARCE))
 @pytest.mark.parametrize("seed", RUNS)
-def test_a_choice_among_thousands_is_exact(watched, gpu, seed):
-    code, text = run(watched, "choices", "float32", seed=seed, gpu=gpu, asan=True)
-    assert code == 0, text
+def test_a_choice_among_thousands_is_exact(watched, seed):
+    hold(watched, "choices", "float32", (*GPUS, {"gpu": SCARCE}), seed=seed, asan=True)
 
 
-@pytest.mark.parametrize("gpu", (None, HALF_GPU))
 @pytest.mark.parametrize("dtype", ("bfloat16", "float32"))
-def test_garbage_is_skipped(watched, dtype, gpu):
-    code, text = run(watched, "garbage", dtype, asan=True, gpu=gpu)
-    assert code == 0, text
+def test_garbage_is_skipped(watched, dtype):
+    hold(watched, "garbage", dtype, GPUS, asan=True)
 
 
-@pytest.mark.parametrize("gpu", (None, HALF_GPU))
 @pytest.mark.parametrize("dtype", RUNS.values())
-def test_each_key_is_read_once_in_few_launches(plain, dtype, gpu):
-    code, text = run(plain, "traffic", dtype, gpu=gpu)
-    assert code == 0, text
+def test_each_key_is_read_once_in_few_launches(plain, dtype):
+    hold(plain, "traffic", dtype, GPUS)
 
 
 STREAM, MERGE = "kernels/cuda/stream.cuh", "kernels/cuda/merge.cuh"
@@ -249,19 +255,39 @@ BUGS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "what, gpu", (("probe", ONE_SM), ("choices", HALF_GPU), ("garbage", ONE_SM))
-)
+PROBES = (("probe", ONE_SM), ("choices", HALF_GPU), ("garbage", ONE_SM))
+
+
 @pytest.mark.parametrize("asan", (False, True))
-def test_the_probe_passes_without_a_bug(what, gpu, asan):
+def test_the_probes_pass_without_a_bug(asan):
     module = build(asan, kernels=SMALL)
-    code, text = run(module, what, "bfloat16", asan=asan, gpu=gpu)
-    assert code == 0, text
+    for what, gpu in PROBES:
+        hold(module, what, "bfloat16", LANDINGS, asan=asan, gpu=gpu)
+
+
+@pytest.fixture(scope="module")
+def planted(request):
+    """{bug: what becomes of it} of the bugs that this session tests, two at a time."""
+    building = Lock()  # each build takes two cores itself
+
+    def plant(bug):
+        with building:
+            module = build(bug.asan, bug.edits, SMALL)
+        options = {"landing": bug.landing, "asan": bug.asan, "gpu": bug.gpu}
+        return run(module, bug.what, "bfloat16", **options)
+
+    name = test_a_planted_bug_is_caught.__name__
+    items = [item for item in request.session.items if getattr(item, "originalname", "") == name]
+    with ThreadPoolExecutor(2) as pool:
+        bugs = [item.callspec.params["bug"] for item in items]
+        yield {id(bug): pool.submit(plant, bug) for bug in bugs}
+        pool.shutdown(cancel_futures=True)
 
 
 @pytest.mark.parametrize("bug", BUGS.values(), ids=BUGS.keys())
-def test_a_planted_bug_is_caught(bug):
-    module = build(bug.asan, bug.edits, SMALL)
-    code, text = run(module, bug.what, "bfloat16", landing=bug.landing, asan=bug.asan, gpu=bug.gpu)
+def test_a_planted_bug_is_caught(planted, bug):
+    code, text = planted[id(bug)].result()
     assert code != 0, "the bug went through"
     assert bug.says in text, text
+    if bug.says and not bug.asan:
+        assert "vp_" in text, f"the error does not name the entry point: {text}"

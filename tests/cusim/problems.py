@@ -163,6 +163,11 @@ def garbage(dtype: torch.dtype) -> None:
     nowhere = table.fill_(-1)
     kv = vp.PagedKVCache(kv.k_pages, kv.v_pages, nowhere, lengths, starts, kv.layout)
     check_decode(problem._replace(kv=kv), problem.config)
+    # more candidates than one block reads at once
+    problem = Case("", (((3, 2390),),), 2400, 4, 1, 64, layout="NHD", page=7).build(dtype)
+    problem.kv.block_table[0, ::5] = -1
+    for score in ("prob", "logit"):
+        check_decode(problem, vp.PulseConfig(score=score, ratio=(0.05, 0.3)))
 
 
 def traffic(dtype: torch.dtype) -> None:

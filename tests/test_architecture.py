@@ -25,8 +25,9 @@ ALLOWED = {
     "reference": {"structs", "budgets"},
     "backends": {"config", *STRUCTS},
     "backends.reference": {"backends", "reference", *STRUCTS},
-    "backends.cpu": {"backends", "_native", *STRUCTS},
-    "backends.cuda": {"backends", "_native", *STRUCTS},
+    "backends.packing": {*STRUCTS},
+    "backends.cpu": {"backends", "backends.packing", "_native", *STRUCTS},
+    "backends.cuda": {"backends", "backends.packing", "_native", *STRUCTS},
     "backends.triton": {"backends", "_triton", *STRUCTS},
     "library": {"backends", *STRUCTS},
     "ops": {

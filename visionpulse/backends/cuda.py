@@ -16,17 +16,12 @@ from .. import _native
 from ..structs import Cache, Params, Selection, VisualTokens
 from ..workspace import Workspace
 from . import Backend
+from . import packing as pack
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_SCORES = {"prob": 0, "logit": 1, "prob_tau": 2}
-_MAX_HEAD_DIM = 256
-_MAX_GROUP = 32
 _MAX_CAPACITY = 2**29  # the kernels mark positions with the bits above
 _MAX_HEADS = 1024  # head masses that the select kernel holds at once
 _MAX_ROWS = 65535  # of a grid
-_NO_VISUAL = (0, 0, 0)
 _NO_SELECTION = (0, 0, 0, 0)
-_NO_OUT = (0, 0, 0)
 
 
 @cache
@@ -39,58 +34,12 @@ def _unavailable(device: int) -> str | None:
     return _entries().unavailable(device) or None
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def _place(device: torch.device, visual: VisualTokens | None = None) -> tuple[int, int, int]:
     candidates = 0 if visual is None else visual.max_count
     if device.type != "cuda":  # the simulated GPU of the tests
         return 0, 0, candidates
     stream = torch.cuda.current_stream(device)
     return stream.device_index, stream.cuda_stream, candidates
-
-
-def _query(q: Tensor, kv: Cache) -> tuple[int, ...]:
-    rows, heads, dim = q.shape
-    return (
-        *(q.data_ptr(), q.stride(0), q.stride(1)),
-        *(_DTYPES[q.dtype], rows, heads, kv.kv_heads, dim),
-    )
-
-
-def _cache(kv: Cache) -> tuple[int, ...]:
-    table: Tensor | None = kv.block_table if kv.is_paged else None  # type: ignore[union-attr]
-    return (
-        *(kv.k_data.data_ptr(), kv.v_data.data_ptr(), _address(kv.starts), _address(kv.lengths)),
-        *((0, 0) if table is None else (table.data_ptr(), table.stride(0))),
-        *kv.k_strides,
-        *kv.v_strides,
-        *(kv.capacity, kv.page_size, kv.k_data.shape[0]),
-    )
-
-
-def _visual(visual: VisualTokens) -> tuple[int, int, int]:
-    return visual.spans.data_ptr(), visual.offsets.data_ptr(), visual.spans.shape[1]
-
-
-def _params(params: Params) -> tuple[float, ...]:
-    return (
-        *(params.scale, params.softcap, params.window, params.tau, params.r_min, params.r_max),
-        *(params.mass == "mean", _SCORES[params.score], params.k_max),
-        *(_address(params.ratio), _address(params.counts)),
-    )
-
-
-def _out(out: Tensor) -> tuple[int, ...]:
-    return out.data_ptr(), out.stride(0), out.stride(1)
-
-
-def _chosen(selection: Selection) -> tuple[int, ...]:
-    return (
-        *(selection.indices.data_ptr(), selection.counts.data_ptr()),
-        *(selection.mass.data_ptr(), selection.mass_mean.data_ptr()),
-    )
 
 
 def _run(
@@ -104,16 +53,6 @@ def _run(
     while lacking:
         scratch = workspace.take("cuda", lacking, torch.uint8, device)
         lacking = call((scratch.data_ptr(), scratch.numel(), armed.data_ptr()))
-
-
-def _masses(rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    return torch.empty(rows, device=device), torch.empty(rows, device=device)
-
-
-def _empty_selection(rows: int, k_max: int, mass: Tensor, mass_mean: Tensor) -> Selection:
-    indices = torch.empty(rows, k_max, dtype=torch.int32, device=mass.device)
-    counts = torch.empty(rows, dtype=torch.int32, device=mass.device)
-    return Selection(indices, counts, mass, mass_mean, trusted=True)
 
 
 class CudaBackend(Backend):
@@ -136,23 +75,17 @@ class CudaBackend(Backend):
         reason = self._refuses_device(q)
         if reason is not None:
             return reason
-        if q.dtype not in _DTYPES:
-            return f"it serves float32, bfloat16 and float16, not {q.dtype}"
-        if q.shape[2] > _MAX_HEAD_DIM:
-            return f"it serves head dims up to {_MAX_HEAD_DIM}, not {q.shape[2]}"
-        if q.shape[1] > min(_MAX_GROUP * kv.kv_heads, _MAX_HEADS):
-            return f"it serves up to {_MAX_GROUP} query heads per KV head and {_MAX_HEADS} in all"
+        if q.shape[1] > _MAX_HEADS:
+            return f"it serves up to {_MAX_HEADS} query heads"
         if kv.capacity > _MAX_CAPACITY or kv.batch > _MAX_ROWS:
             return f"it serves up to {_MAX_ROWS} rows of {_MAX_CAPACITY} slots"
-        return None
+        return pack.refuses(q, kv)
 
     def refuses_select(self, scores: Tensor, params: Params) -> str | None:
         reason = self._refuses_device(scores)
         if reason is not None:
             return reason
-        if scores.dtype != torch.float32:
-            return f"it selects from float32 scores, not {scores.dtype}"
-        return None
+        return pack.refuses_scores(scores)
 
     def _refuses_device(self, tensor: Tensor) -> str | None:
         if tensor.device.type not in self.auto_devices:
@@ -170,11 +103,11 @@ class CudaBackend(Backend):
         out: Tensor | None,
         workspace: Workspace,
     ) -> tuple[Tensor, Tensor]:
-        mass, mass_mean = _masses(kv.batch, q.device)
+        mass, mass_mean = pack.masses(kv.batch, q.device)
         place = _place(q.device, visual)
-        given = (place, _query(q, kv), _cache(kv), _visual(visual), _params(params))
+        given = (place, pack.query(q, kv), pack.cache(kv), pack.visual(visual), pack.params(params))
         chosen = (0, 0, mass.data_ptr(), mass_mean.data_ptr())
-        to = _NO_OUT if out is None else _out(out)
+        to = pack.NO_OUT if out is None else pack.output(out)
         entry, at = _entries().score, scores.data_ptr()
         counters = q.shape[0] * q.shape[1]
         _run(workspace, q.device, counters, lambda s: entry(*given, chosen, to, at, s))
@@ -194,10 +127,10 @@ class CudaBackend(Backend):
     ) -> Selection:
         mass, mass_mean = mass.float().contiguous(), mass_mean.float().contiguous()
         scores = scores.contiguous()
-        selection = _empty_selection(scores.shape[0], params.k_max, mass, mass_mean)
-        cut = (*scores.shape, _address(starts), _address(lengths))
-        given = (_place(scores.device, visual), *cut, _visual(visual), _params(params))
-        entry, chosen, at = _entries().choose, _chosen(selection), scores.data_ptr()
+        selection = pack.empty_selection(scores.shape[0], params.k_max, mass, mass_mean)
+        cut = (*scores.shape, pack.address(starts), pack.address(lengths))
+        given = (_place(scores.device, visual), *cut, pack.visual(visual), pack.params(params))
+        entry, chosen, at = _entries().choose, pack.chosen(selection), scores.data_ptr()
         _run(workspace, scores.device, scores.shape[0], lambda s: entry(*given, chosen, at, s))
         return selection
 
@@ -212,13 +145,20 @@ class CudaBackend(Backend):
         out: Tensor,
         workspace: Workspace,
     ) -> Tensor:
-        seen, kept = _NO_VISUAL, _NO_SELECTION
+        seen, kept = pack.NO_VISUAL, _NO_SELECTION
         if visual is not None and selection is not None:
-            seen = _visual(visual)
+            seen = pack.visual(visual)
             indices, check = selection.indices, not selection.trusted
             kept = (indices.data_ptr(), selection.counts.data_ptr(), indices.shape[1], check)
-        given = (_place(q.device), _query(q, kv), _cache(kv), seen, kept, _params(params))
-        entry, to = _entries().attend, _out(out)
+        given = (
+            _place(q.device),
+            pack.query(q, kv),
+            pack.cache(kv),
+            seen,
+            kept,
+            pack.params(params),
+        )
+        entry, to = _entries().attend, pack.output(out)
         counters = q.shape[0] * q.shape[1]
         _run(workspace, q.device, counters, lambda s: entry(*given, to, s))
         return out
@@ -234,12 +174,12 @@ class CudaBackend(Backend):
         out: Tensor,
         workspace: Workspace,
     ) -> Selection:
-        selection = _empty_selection(kv.batch, params.k_max, *_masses(kv.batch, q.device))
+        selection = pack.empty_selection(kv.batch, params.k_max, *pack.masses(kv.batch, q.device))
         place = _place(q.device, visual)
-        given = (place, _query(q, kv), _cache(kv), _visual(visual), _params(params))
+        given = (place, pack.query(q, kv), pack.cache(kv), pack.visual(visual), pack.params(params))
         dense = params.anchor_output == "dense"
-        entry, at = _entries().decode, _address(scores)
-        after = (_chosen(selection), _out(out), dense, at)
+        entry, at = _entries().decode, pack.address(scores)
+        after = (pack.chosen(selection), pack.output(out), dense, at)
         counters = q.shape[0] * q.shape[1]
         _run(workspace, q.device, counters, lambda s: entry(*given, *after, s))
         return selection

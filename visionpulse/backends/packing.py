@@ -1,0 +1,99 @@
+"""What both native engines are handed: addresses, strides and host numbers, as plain tuples.
+
+`csrc/reader.h` takes them apart in the same order.
+"""
+
+import torch
+from torch import Tensor
+
+from ..structs import Cache, Params, Selection, VisualTokens
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+SCORES = {"prob": 0, "logit": 1, "prob_tau": 2}
+MAX_HEAD_DIM = 256
+MAX_GROUP = 32
+NO_VISUAL = (0, 0, 0)
+NO_OUT = (0, 0, 0)
+
+
+def address(tensor: Tensor | None) -> int:
+    """Where its first element lies; 0 for none."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def query(q: Tensor, kv: Cache) -> tuple[int, ...]:
+    """Q [B, H, D], and the sizes of the call."""
+    rows, heads, dim = q.shape
+    return (
+        *(q.data_ptr(), q.stride(0), q.stride(1)),
+        *(DTYPES[q.dtype], rows, heads, kv.kv_heads, dim),
+    )
+
+
+def cache(kv: Cache) -> tuple[int, ...]:
+    """K and V, contiguous or paged."""
+    table: Tensor | None = kv.block_table if kv.is_paged else None  # type: ignore[union-attr]
+    return (
+        *(kv.k_data.data_ptr(), kv.v_data.data_ptr(), address(kv.starts), address(kv.lengths)),
+        *((0, 0) if table is None else (table.data_ptr(), table.stride(0))),
+        *kv.k_strides,
+        *kv.v_strides,
+        *(kv.capacity, kv.page_size, kv.k_data.shape[0]),
+    )
+
+
+def visual(tokens: VisualTokens) -> tuple[int, int, int]:
+    """Its spans and their offsets."""
+    return tokens.spans.data_ptr(), tokens.offsets.data_ptr(), tokens.spans.shape[1]
+
+
+def params(given: Params) -> tuple[float, ...]:
+    """The host numbers of a call, and the tensors that may stand for some of them."""
+    return (
+        *(given.scale, given.softcap, given.window, given.tau, given.r_min, given.r_max),
+        *(given.mass == "mean", SCORES[given.score], given.k_max),
+        *(address(given.ratio), address(given.counts)),
+    )
+
+
+def output(out: Tensor) -> tuple[int, int, int]:
+    """Where the output [B, H, D] goes."""
+    return out.data_ptr(), out.stride(0), out.stride(1)
+
+
+def masses(rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Room for the mass of the strongest head, and of the mean head."""
+    return torch.empty(rows, device=device), torch.empty(rows, device=device)
+
+
+def empty_selection(rows: int, k_max: int, mass: Tensor, mass_mean: Tensor) -> Selection:
+    """Room for what a kernel will choose."""
+    indices = torch.empty(rows, k_max, dtype=torch.int32, device=mass.device)
+    counts = torch.empty(rows, dtype=torch.int32, device=mass.device)
+    return Selection(indices, counts, mass, mass_mean, trusted=True)
+
+
+def chosen(selection: Selection) -> tuple[int, int, int, int]:
+    """Where a choice and its masses go."""
+    return (
+        *(selection.indices.data_ptr(), selection.counts.data_ptr()),
+        *(selection.mass.data_ptr(), selection.mass_mean.data_ptr()),
+    )
+
+
+def refuses(q: Tensor, kv: Cache) -> str | None:
+    """Why neither engine serves this call, or None."""
+    if q.dtype not in DTYPES:
+        return f"it serves float32, bfloat16 and float16, not {q.dtype}"
+    if q.shape[2] > MAX_HEAD_DIM:
+        return f"it serves head dims up to {MAX_HEAD_DIM}, not {q.shape[2]}"
+    if q.shape[1] > MAX_GROUP * kv.kv_heads:
+        return f"it serves up to {MAX_GROUP} query heads per KV head"
+    return None
+
+
+def refuses_scores(scores: Tensor) -> str | None:
+    """The same of a choice from scores."""
+    if scores.dtype != torch.float32:
+        return f"it selects from float32 scores, not {scores.dtype}"
+    return None

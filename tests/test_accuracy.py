@@ -28,7 +28,7 @@ def script(name):
         return module
     finally:
         sys.path.remove(str(ACCURACY))
-        for other in ("measure", "rows", "model", "table", "correlate"):
+        for other in ("measure", "rows", "model", "table", "correlate", "claims"):
             sys.modules.pop(other, None)
 
 
@@ -249,12 +249,13 @@ def test_the_table_says_what_was_lost_and_won_on_the_same_pictures(measure):
     assert lines[-2].endswith("|  |")
 
 
-def test_the_tables_of_the_page_are_the_committed_rows(measure):
+def test_the_tables_of_the_pages_are_the_committed_rows(measure):
     write = script("write_docs")
-    page = write.PAGE.read_text()
-    assert write.filled(page) == page
+    pages = "".join(page.read_text() for page in write.PAGES)
+    assert write.filled(pages) == pages
+    assert all(pages.count(f"<!-- {mark} -->") == 1 for mark in write.PARTS)
     digest = script("table").about(tiny.FOLDER)["weights"]
-    for file, _ in write.PARTS.values():
+    for (file, *_), _ in write.PARTS.values():
         assert f'"weights": "{digest}"' in (write.RESULTS / file).read_text()
 
 

@@ -205,7 +205,7 @@ def main() -> None:
             made.add(part)
             if args.out:
                 new = made.rows(groups) + training(args.weights)
-                rows = merged(before, [row | known for row in new])
+                rows = merged(before, [known | row for row in new])
                 args.out.parent.mkdir(parents=True, exist_ok=True)
                 args.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
             spent, share = time.monotonic() - begun, done / len(jobs)

@@ -1,29 +1,35 @@
-"""Write the tables of docs/accuracy.md from the rows that were measured."""
+"""Write the tables of docs/accuracy.md and the README from the rows that were measured."""
 
-import json
 import re
 from pathlib import Path
 
+import claims
 import correlate
 import table
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGE = ROOT / "docs" / "accuracy.md"
+PAGES = ROOT / "docs" / "accuracy.md", ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
+TABLE, RETRAINED = "accuracy.jsonl", "accuracy-retrained.jsonl"
+# mark on a page: the files that its text is made of, and what makes it
 PARTS = {
-    "table": ("accuracy.jsonl", table.printed),
-    "correlation": ("accuracy-correlation.jsonl", correlate.printed),
+    "claims": ((TABLE,), claims.printed),
+    "table": ((TABLE,), table.printed),
+    "correlation": (("accuracy-correlation.jsonl",), correlate.printed),
+    "retrained": ((TABLE, RETRAINED), claims.retrained),
+    "evidence": ((TABLE,), claims.front),
 }
 
 
 def filled(page: str) -> str:
-    """The page with each table between its marks, made from the committed rows."""
-    for mark, (file, printed) in PARTS.items():
-        rows = [json.loads(line) for line in (RESULTS / file).read_text().splitlines()]
-        text = f"<!-- {mark} -->\n{printed(rows).strip()}\n<!-- end -->"
+    """A page with each table between its marks, made from the committed rows."""
+    for mark, (files, printed) in PARTS.items():
+        text = printed(*(table.read(RESULTS / file) for file in files)).strip()
+        text = f"<!-- {mark} -->\n{text}\n<!-- end -->"
         page = re.sub(rf"(?s)<!-- {mark} -->.*?<!-- end -->", lambda _, t=text: t, page)
     return page
 
 
 if __name__ == "__main__":
-    PAGE.write_text(filled(PAGE.read_text()))
+    for page in PAGES:
+        page.write_text(filled(page.read_text()))

@@ -1,18 +1,24 @@
 """Whole decode steps of a patched model against the unpatched one, and what patching costs.
 
     python benchmarks/bench_model.py --shapes b1-8k --dtypes bf16 --out rows.jsonl
+    python benchmarks/bench_model.py --model full --layers 4 --shapes b1-8k      # with its weights
 
-The model has the attention of Qwen3-VL (32 heads, 8 KV heads, head dim 128) in 36 layers and thin
-projections, random weights, and a cache filled with random keys: a step is attention and Python.
-`step` rows time a whole step, `attention` rows the sum of its attention calls. The unpatched model
-has a static cache; its best implementation is the baseline. `overhead` rows are the CPU time of a
-step of a model so small that Python is nearly all of it.
+The model has the attention of Qwen3-VL-4B (32 heads, 8 KV heads, head dim 128), random weights, and
+a cache filled with random keys. `--model thin` has thin projections: a step is attention and
+Python. `--model full` has the real widths, but a vocabulary of 256; with fewer than 36 layers its
+times are scaled to 36, which `scaled` and `facts.stands_for` say.
+
+`model-step` rows time a whole step, with the tokens per second that follow, `model-attention` rows
+the sum of its attention calls (on a CPU: a GPU runs behind the host), `model-prefill` a prompt of
+`--prefill` visual tokens. The unpatched model has a static cache; its best implementation is the
+baseline. `model-overhead` is the CPU time of a step of a model so small that Python is nearly all.
 """
 
 import argparse
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from harness import Bench
@@ -37,16 +43,23 @@ REFRESH = 8  # steps of one turn of "lookback": one of them is dense
 OURS = {
     "ours:dense": {"schedule": "dense"},
     "ours:paper": {},
+    "ours:paper-1%": {"retention": 0.01},
     "ours:lookback": {"schedule": "lookback", "refresh": 0},
     "ours:lookback-refresh-8": {"schedule": "lookback", "refresh": REFRESH},
 }
 THEIRS = ("transformers:sdpa", "transformers:eager")
+LAYERS = 36  # of the models that the paper publishes
+WIDTHS = {"thin": (256, 256), "full": (2560, 9728)}  # hidden and feed-forward width
 
 
-def model_of(layers: int, dtype: torch.dtype, heads: int = 32, width: int = 256, dim: int = 128):
-    """A model with wide attention and thin everything else."""
+def model_of(
+    layers: int, dtype: torch.dtype, *, heads: int = 32, dim: int = 128,
+    widths: tuple[int, int] = WIDTHS["thin"], device: torch.device | str = "cpu",
+):  # fmt: skip
+    """Qwen3-VL with these widths, next to no vision tower, and random weights."""
+    width, inner = widths
     text = {
-        "hidden_size": width, "intermediate_size": width, "num_hidden_layers": layers,
+        "hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers,
         "num_attention_heads": heads, "num_key_value_heads": heads // 4, "head_dim": dim,
         "vocab_size": 256, "max_position_embeddings": 1 << 20,
         "rope_parameters": {
@@ -62,7 +75,8 @@ def model_of(layers: int, dtype: torch.dtype, heads: int = 32, width: int = 256,
         "qwen3_vl", text_config=text, vision_config=vision, image_token_id=IMAGE
     )
     torch.manual_seed(0)
-    return AutoModelForImageTextToText.from_config(config, dtype=dtype).eval()
+    with torch.device(device):
+        return AutoModelForImageTextToText.from_config(config, dtype=dtype).eval()
 
 
 class Timed:
@@ -81,16 +95,24 @@ class Timed:
 class Run:
     """The variants of one shape: two models with the same weights, caches with the same keys."""
 
-    def __init__(self, shape: Shape, dtype: torch.dtype, layers: int, steps: int, budget: int):
-        self.ours, self.theirs = model_of(layers, dtype), model_of(layers, dtype)
+    def __init__(
+        self, shape: Shape, dtype: torch.dtype, device: torch.device, layers: int, steps: int,
+        budget: int, model: str,
+    ) -> None:  # fmt: skip
+        self.shape, self.device = shape, device
+        self.ours, self.theirs = (
+            model_of(layers, dtype, widths=WIDTHS[model], device=device) for _ in range(2)
+        )
+        self.theirs.load_state_dict(self.ours.state_dict(), assign=True)  # one copy of the weights
         self.session = vp.patch(self.ours, shape.config())
-        self.token = torch.full((shape.rows, 1), 7)
+        self.token = torch.full((shape.rows, 1), 7, device=device)
         slots = shape.keys + steps
         distinct = max(2, min(layers, budget // shape.cache_bytes(dtype)))
         size = (shape.rows, shape.kv_heads, slots, shape.head_dim)
         # layers share buffers in turn, so many that none is found in a cache
         buffers = [
-            (torch.randn(size).to(dtype), torch.randn(size).to(dtype)) for _ in range(distinct)
+            tuple(torch.randn(size, dtype=dtype, device=device) for _ in "kv")
+            for _ in range(distinct)
         ]
         text = self.ours.config.get_text_config()
         self.growing = DynamicCache(config=text)
@@ -109,18 +131,24 @@ class Run:
             fixed.lazy_initialization(one[:0], one[:0])
             fixed.keys, fixed.values = k, v
             fixed.cumulative_length.fill_(shape.keys)
-        mask = torch.zeros(shape.rows, shape.keys, dtype=torch.bool)
-        mask[:, shape.text // 4 : shape.text // 4 + shape.visual] = True
+        mask = self.mask(shape.visual)
         self.plans, self.states = {}, {}
         for name, changes in OURS.items():
             keep_all = changes.get("schedule") == "dense"
-            config = shape.config(**({} if keep_all else changes))
+            config = config_of(shape, {} if keep_all else changes)
             self.plans[name] = plan_of(config, self.session.anatomy)
             state = self.session.new_state()
             state.see(None if keep_all else vp.VisualTokens.from_mask(mask))
             self.states[name] = state
         attach(self.growing, 0, self.states["ours:paper"])
         self._register()
+
+    def mask(self, visual: int) -> torch.Tensor:
+        """A system prompt, the picture, the question."""
+        text = self.shape.text
+        mask = torch.zeros(self.shape.rows, text + visual, dtype=torch.bool, device=self.device)
+        mask[:, text // 4 : text // 4 + visual] = True
+        return mask
 
     def _register(self) -> None:
         self.timed = {"visionpulse": Timed(attention)}
@@ -158,15 +186,47 @@ class Run:
         return turn
 
     def check(self) -> None:
-        """Hold the dense step to the model's own: no further than its implementations differ."""
-        logits = {name: self.step(name).float() for name in (*THEIRS, "ours:dense")}
-        apart = (logits[THEIRS[0]] - logits[THEIRS[1]]).abs().max()
-        ulp = torch.finfo(self.ours.dtype).eps * logits[THEIRS[1]].abs().max()
-        ours = (logits["ours:dense"] - logits[THEIRS[1]]).abs().max()
-        assert ours <= 2 * (apart + ulp), f"dense logits are {ours} off, theirs {apart}"
+        """Hold the dense step to the model's own."""
+        logits = {name: self.step(name) for name in (*THEIRS, "ours:dense")}
+        held(logits, "ours:dense")
         for layer in self.static.layers:
             layer.cumulative_length.sub_(2)
         self.growing.crop(-1)
+
+    def prefills(self, visual: int) -> dict[str, Callable[[int], torch.Tensor]]:
+        """A prompt through both models, into a cache of its own each time."""
+        mask = self.mask(visual)
+        width = self.ours.config.get_text_config().hidden_size
+        embeds = torch.randn(*mask.shape, width, dtype=self.ours.dtype, device=self.device)
+
+        def ours(turn: int) -> torch.Tensor:
+            self.session.plan = self.plans["ours:paper"]
+            self.session.set_visual_mask(mask)
+            cache = DynamicCache(config=self.ours.config.get_text_config())
+            return self.ours.get_decoder()(inputs_embeds=embeds, past_key_values=cache)[0]
+
+        def theirs(name: str) -> torch.Tensor:
+            decoder = self.theirs.get_decoder()
+            decoder.config._attn_implementation_internal = f"timed_{name.partition(':')[2]}"
+            cache = DynamicCache(config=self.theirs.config.get_text_config())
+            return decoder(inputs_embeds=embeds, past_key_values=cache)[0]
+
+        made = {name: lambda turn, name=name: theirs(name) for name in THEIRS}
+        return {"ours:paper": ours, **made}
+
+
+def held(outputs: dict[str, torch.Tensor], ours: str) -> None:
+    """Ours lies no further from the model's own than its implementations from each other."""
+    sdpa, eager, own = (outputs[name].float() for name in (*THEIRS, ours))
+    apart, off = (sdpa - eager).abs().max(), (own - eager).abs().max()
+    ulp = torch.finfo(outputs[ours].dtype).eps * eager.abs().max()
+    assert off <= 2 * (apart + ulp), f"{ours} is {off} off, theirs are {apart} apart"
+
+
+def config_of(shape: Shape, changes: dict) -> vp.PulseConfig:
+    changes = dict(changes)
+    kept = changes.pop("retention", shape.retention)
+    return replace(shape, retention=kept).config(**changes)
 
 
 def turns(name: str) -> int:
@@ -174,36 +234,77 @@ def turns(name: str) -> int:
 
 
 def run(bench: Bench, shape: Shape, dtype: torch.dtype, options: argparse.Namespace) -> None:
-    rounds = options.rounds + 1
     names = [*OURS, *(() if shape.visual > options.theirs_up_to else THEIRS)]
+    row_bytes, steps = shape.head_dim * dtype.itemsize, (options.rounds + 1) * 12 + 8
     with torch.inference_mode():
-        made = Run(shape, dtype, options.layers, rounds * 12 + 8, options.budget << 20)
+        made = Run(
+            shape, dtype, bench.device, options.layers, steps, options.budget << 20, options.model
+        )
         if len(names) > len(OURS):
             made.check()
         spent: dict[str, list[float]] = {}
         variants = {name: made.variant(name, spent) for name in names}
-        times, ceilings = bench.time(variants, dtype, shape.head_dim * dtype.itemsize)
-    scaled = {name: 1 / turns(name) for name in names}
+        times, ceilings = bench.time(variants, dtype, row_bytes)
+    to_all = LAYERS / options.layers if options.model == "full" else 1
+    scaled = {name: to_all / turns(name) for name in names}
     facts = {
-        name: {"layers": options.layers, "visual": shape.visual, "retention": shape.retention}
+        name: {
+            "model": options.model, "layers": options.layers, "visual": shape.visual,
+            "stands_for": round(options.layers * to_all),
+            "retention": OURS.get(name, {}).get("retention", shape.retention),
+            "tokens_s": round(shape.rows / (times[name].best * scaled[name]), 2),
+        }
         for name in names
-    }
+    }  # fmt: skip
     whole = {name: times[name] for name in names}
     theirs = [name for name in names if name in THEIRS]
     best = min(theirs, key=lambda name: whole[name].best, default="ours:dense")
+    kind = "" if options.model == "thin" else f"-{options.model}"
     shared = {"scaled": scaled, "facts": facts}
-    bench.add("model-step", shape.name, dtype, whole, ceilings, baseline=best, **shared)
-    parts = {name: Times(tuple(sorted(spent[name][1:]))) for name in names}  # the first warmed up
-    bench.add(
-        "model-attention", shape.name, dtype, parts, ceilings, baseline="ours:dense", **shared
-    )
+    bench.add(f"model-step{kind}", shape.name, dtype, whole, ceilings, baseline=best, **shared)
+    if bench.device.type == "cpu":
+        parts = {name: Times(tuple(sorted(spent[name][1:]))) for name in names}  # 1 warmed up
+        bench.add(
+            f"model-attention{kind}", shape.name, dtype, parts, ceilings, baseline="ours:dense",
+            **shared,
+        )  # fmt: skip
+    if options.prefill:
+        prefill(bench, made, dtype, options, to_all, kind)
     made.session.unpatch()
+
+
+def prefill(
+    bench: Bench, made: Run, dtype: torch.dtype, options: argparse.Namespace, to_all: float,
+    kind: str,
+) -> None:  # fmt: skip
+    """A prompt, apart from the steps: patching must not cost anything there."""
+    with torch.inference_mode():
+        variants = made.prefills(options.prefill)
+        held({name: variant(0) for name, variant in variants.items()}, "ours:paper")
+        times, ceilings = bench.time(variants, dtype, made.shape.head_dim * dtype.itemsize)
+    times = {name: times[name] for name in variants}
+    tokens = made.shape.rows * (options.prefill + made.shape.text)
+    facts = {
+        name: {
+            "model": options.model, "layers": options.layers, "visual": options.prefill,
+            "stands_for": round(options.layers * to_all),
+            "tokens_s": round(tokens / (times[name].best * to_all), 1),
+        }
+        for name in times
+    }  # fmt: skip
+    shape = f"b{made.shape.rows}-{options.prefill}"
+    bench.add(
+        f"model-prefill{kind}", shape, dtype, times, ceilings, baseline=THEIRS[0],
+        scaled=dict.fromkeys(times, to_all), facts=facts,
+    )  # fmt: skip
 
 
 def overhead(bench: Bench, layers: int, rounds: int = 300) -> None:
     """CPU time that patching adds to a step, per layer; paired, so that the machine cancels."""
     names = ["unpatched", *OURS]
-    models = {name: model_of(layers, torch.float32, heads=4, width=32, dim=16) for name in names}
+    models = {
+        name: model_of(layers, torch.float32, heads=4, widths=(32, 32), dim=16) for name in names
+    }
     caches, spent = {}, {name: [] for name in names}
     prompt = torch.full((1, 40), 5)
     prompt[:, 4:36] = IMAGE
@@ -212,7 +313,9 @@ def overhead(bench: Bench, layers: int, rounds: int = 300) -> None:
             caches[name] = DynamicCache(config=model.config.get_text_config())
             if name in OURS:
                 keep_all = OURS[name].get("schedule") == "dense"
-                session = vp.patch(model, **({} if keep_all else OURS[name]))
+                changes = {} if keep_all else dict(OURS[name])
+                kept = changes.pop("retention", None)
+                session = vp.patch(model, **changes, **({"ratio": (kept, kept)} if kept else {}))
                 if not keep_all:
                     session.set_visual_mask(prompt == IMAGE)
             embeds = model.get_input_embeddings()(prompt)
@@ -241,7 +344,9 @@ def overhead(bench: Bench, layers: int, rounds: int = 300) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=36)
+    parser.add_argument("--layers", type=int, default=LAYERS)
+    parser.add_argument("--model", choices=WIDTHS, default="thin")
+    parser.add_argument("--prefill", type=int, default=0, help="visual tokens of a prompt to time")
     parser.add_argument("--no-overhead", action="store_true", help="leave the overhead rows out")
     parser.add_argument(
         "--theirs-up-to", type=int, default=8192, help="visual tokens the unpatched model is given"

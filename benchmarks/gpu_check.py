@@ -56,10 +56,14 @@ def bench(rows: Path, backends: str) -> list[Command]:
     shared = ["--device", "cuda", "--backends", backends, "--out", str(rows)]
     stages = [sys.executable, "benchmarks/bench_layers.py", *shared, "--dtypes", "bf16"]
     steps = [sys.executable, "benchmarks/bench_decode.py", *shared, "--dtypes", "bf16"]
+    # the published setting, whole models; their caches are as many gigabytes
+    model = [sys.executable, "benchmarks/bench_model.py", *shared, "--dtypes", "bf16"]
     return [
         [*stages, "--shapes", "b1-4k,b1-16k,b1-128k,b8-16k,b8-32k,b8-128k"],
         [*steps, "--shapes", "b1-16k,b8-8k,b8-16k,b8-32k", "--baselines", "all"],
-    ]
+        [*model, "--model", "full", "--shapes", "b1-16k,b8-8k,b8-16k,b8-32k", "--budget", "50000",
+         "--theirs-up-to", "32768", "--rounds", "5", "--prefill", "1024", "--no-overhead"],
+    ]  # fmt: skip
 
 
 def run(name: str, command: Command, log: Path) -> bool:

@@ -80,6 +80,22 @@ def test_a_decode_step_is_timed_under_every_schedule(run, tmp_path):
     assert all(row.checked and row.ceiling_gb_s > 0 for row in found.values())
 
 
+def test_a_patched_model_is_timed_against_the_unpatched_one(run, tmp_path):
+    out = tmp_path / "rows.jsonl"
+    more = ("--dtypes", "fp32", "--prefill", "64", "--no-overhead")
+    run("bench_model.py", "--shapes", "b1-1k", *SMALL, *more, "--out", out)
+    found = {(row.bench, row.backend): row for row in rows.read(out)}
+    theirs = {"transformers:sdpa", "transformers:eager"}
+    for bench in ("model-step", "model-attention"):
+        assert theirs < {name for kind, name in found if kind == bench}
+    assert {name for kind, name in found if kind == "model-prefill"} == theirs | {"ours:paper"}
+    step = found["model-step", "ours:paper"]
+    assert step.baseline in theirs and step.facts["stands_for"] == 3
+    assert step.facts["tokens_s"] == pytest.approx(1e6 / step.us_best, rel=1e-2)
+    rare = found["model-step", "ours:paper-1%"]
+    assert (step.facts["retention"], rare.facts["retention"]) == (0.05, 0.01)
+
+
 def test_every_stage_is_timed_against_a_baseline_of_its_own(run, tmp_path):
     out = tmp_path / "rows.jsonl"
     small = ("--device", "cpu", "--rounds", "1", "--budget", "32", "--quiet", "--dtypes", "fp32")

@@ -190,13 +190,15 @@ COLUMNS: tuple[Column, ...] = (
     ("GB/s", "gb_s"),
     ("% ceiling", "pct_ceiling"),
     ("predicted us", "predicted_us"),
+    ("tokens/s", "tokens_s"),
     ("ratio", "ratio"),
     ("against", "baseline"),
 )
 
 
 def table(rows: Sequence[Row], columns: Sequence[Column] = COLUMNS) -> str:
-    """The rows as text with aligned columns."""
+    """The rows as text with aligned columns; those that none of the rows fills are left out."""
+    columns = [one for one in columns if any(_cell(row, one[1]) != "-" for row in rows)]
     cells = [[heading for heading, _ in columns]]
     cells += [[_cell(row, name) for _, name in columns] for row in rows]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]

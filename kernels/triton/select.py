@@ -1,10 +1,9 @@
 """Scores, budget and exact top-K: ranked by many programs of a row, chosen by its last one.
 
-Grid (chunk, row). Every program turns its chunk of logits into ordered int32 keys and adds them to
-the row's histogram of the top 11 bits. The last program of a row to arrive then has the mass, N_v
-and K, knows the bucket that holds the K-th key, copies the keys of that bucket out, and finds the
-other 21 bits among them alone. Last come the positions, ascending: by the same program, or for
-long rows by as many as there are tiles, in a launch of their own.
+Grid (chunk, row). Every program turns its chunk of logits into ordered int32 keys, adds them to the
+row's histogram of the top 11 bits, and notes that histogram of its own chunk, summed up. The last
+program of a row to arrive then has the mass, N_v and K, knows the bucket that holds the K-th key,
+lists the keys in it and above, finds the other 21 bits, and writes the kept positions, ascending.
 
 All sums are of integers, so the order of arrival changes nothing.
 """
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from . import _host, tuning
 from ._math import is_last, is_visual, locate, visible_range
-from ._radix import ABSENT, BUCKETS, LOW_BITS, LOW_SPAN, keep_largest, ordered_key, write_tile
+from ._radix import ABSENT, BUCKETS, LOW_BITS, keep_largest, ordered_key
 
 # What the keys are made of, for `SOURCE`.
 PROB, LOGIT, SUMS, SCORES = 0, 1, 2, 3
@@ -82,18 +81,17 @@ def _chunks_of(begin, end, CHUNK: tl.constexpr):
 
 @triton.jit(do_not_specialize=_host.PLAIN)
 def _rank_kernel(
-    z_ptr, final_ptr, scores_ptr, mass_ptr, mean_ptr, keys_ptr, candidates_ptr, prefix_ptr,
-    state_ptr, histogram_ptr, arrived_ptr, indices_ptr, counts_ptr, ratio_ptr, wanted_ptr,
-    table_ptr, starts_ptr, lengths_ptr, spans_ptr,
+    z_ptr, final_ptr, scores_ptr, mass_ptr, mean_ptr, keys_ptr, list_ptr, candidates_ptr,
+    below_ptr, place_ptr, histogram_ptr, arrived_ptr, indices_ptr, counts_ptr, ratio_ptr,
+    wanted_ptr, table_ptr, starts_ptr, lengths_ptr, spans_ptr,
     z_scale, r_min, r_max, n_slots, n_tiles, window, n_pages, n_spans, rows, heads, k_max,
     stride_tb,
-    SOURCE: tl.constexpr, SELECT: tl.constexpr, WRITE: tl.constexpr, MEAN: tl.constexpr,
+    SOURCE: tl.constexpr, SELECT: tl.constexpr, MEAN: tl.constexpr,
     PAGE: tl.constexpr, STEPS: tl.constexpr, HEADS: tl.constexpr, CHUNK: tl.constexpr,
-    TILE: tl.constexpr,
+    LINES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     chunk, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    # a row of keys has a tile to spare: tiles are counted from the row's first chunk
-    n_keys = n_tiles * TILE + TILE
+    n_keys = n_tiles * TILE
     begin, end = visible_range(starts_ptr, lengths_ptr, b, n_slots, window)
     first, last = _chunks_of(begin, end, CHUNK)
     takes_part = (chunk >= first) & (chunk < last)
@@ -126,6 +124,9 @@ def _rank_kernel(
             bins = tl.arange(0, BUCKETS)
             counts = tl.histogram((key >> LOW_BITS) + BUCKETS // 2, BUCKETS, mask=candidate)
             tl.atomic_add(histogram_ptr + bins, counts, mask=counts > 0, sem="relaxed")
+            n_chunks = tl.num_programs(0)
+            below_ptr += b * n_chunks * BUCKETS
+            tl.store(below_ptr + chunk * BUCKETS + bins, tl.cumsum(counts, 0))
             if is_last(arrived_ptr + b, last - first):
                 counts = tl.load(histogram_ptr + bins)
                 tl.store(histogram_ptr + bins, tl.zeros_like(counts))
@@ -138,44 +139,11 @@ def _rank_kernel(
                     ratio = mean if MEAN else largest
                 k = _count(b, tl.sum(counts), ratio, r_min, r_max, wanted_ptr, k_max)
                 tl.store(counts_ptr + b, k)
-                prefix_ptr += b * (n_tiles * 2 + 2)
                 keep_largest(
-                    keys_ptr, candidates_ptr + b * n_keys, prefix_ptr, state_ptr + b * 3,
-                    indices_ptr + b * k_max,
-                    first * CHUNK, last * CHUNK, k, counts, k_max, WRITE, TILE,
+                    keys_ptr, list_ptr + b * n_keys, candidates_ptr + b * n_keys, below_ptr,
+                    place_ptr + b * n_chunks, indices_ptr + b * k_max,
+                    first, last, k, counts, k_max, CHUNK, LINES, TILE,
                 )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=_host.PLAIN)
-def _write_kernel(
-    keys_ptr, candidates_ptr, prefix_ptr, state_ptr, indices_ptr, starts_ptr, lengths_ptr,
-    n_slots, n_tiles, window, k_max, CHUNK: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    tile, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    n_keys = n_tiles * TILE + TILE
-    begin, end = visible_range(starts_ptr, lengths_ptr, b, n_slots, window)
-    first, _ = _chunks_of(begin, end, CHUNK)
-    pivot = tl.load(state_ptr + b * 3)
-    ties = tl.load(state_ptr + b * 3 + 1)
-    last = tl.load(state_ptr + b * 3 + 2)
-    at = first * CHUNK + tile * TILE
-    if at >= last:
-        return
-    prefix_ptr += b * (n_tiles * 2 + 2) + tile * 2
-    n_above = tl.load(prefix_ptr)
-    n_in = tl.load(prefix_ptr + 1)
-    n_equal = n_in * 0
-    candidates_ptr += b * n_keys
-    low = pivot & (LOW_SPAN - 1)
-    offs = tl.arange(0, TILE)
-    for c in range(0, n_in, TILE):
-        bits = tl.load(candidates_ptr + c + offs, mask=c + offs < n_in, other=-1)
-        n_above += tl.sum((bits > low).to(tl.int32))
-        n_equal += tl.sum((bits == low).to(tl.int32))
-    write_tile(
-        keys_ptr + b * n_keys, indices_ptr + b * k_max, at, pivot, ties,
-        n_above, n_equal, k_max, TILE,
-    )  # fmt: skip
 
 
 class Kept(NamedTuple):
@@ -207,41 +175,36 @@ def _launch(
     row = tuning.TABLE[tuning.target_of(device)[0]]
     chunk, tile = row.rank_chunk, row.rank_tile
     n_tiles = triton.cdiv(n_slots, tile)
-    long = n_slots > row.long_row
+    n_chunks = triton.cdiv(n_slots, chunk)
     take = workspace.take
     starts, lengths = cut
-    indices = counts = keys = candidates = prefix = state = histogram = arrived = None
+    indices = counts = keys = listed = candidates = below = place = histogram = arrived = None
     if select:
         indices = torch.empty((rows, params.k_max), dtype=torch.int32, device=device)
         counts = torch.empty(rows, dtype=torch.int32, device=device)
-        keys, candidates, prefix, state = (
-            take(f"triton.rank.{name}", rows * numel, torch.int32, device)
-            for name, numel in (
-                ("keys", (n_tiles + 1) * tile), ("candidates", (n_tiles + 1) * tile),
-                ("prefix", n_tiles * 2 + 2), ("state", 3),
+        keys, listed, candidates, below, place = (
+            take(f"triton.rank.{name}", rows * numel, dtype, device)
+            for name, numel, dtype in (
+                ("keys", n_tiles * tile, torch.int32), ("list", n_tiles * tile, torch.int64),
+                ("candidates", n_tiles * tile, torch.int32),
+                ("below", n_chunks * 2048, torch.int32), ("place", n_chunks, torch.int32),
             )
         )  # fmt: skip
         histogram = workspace.zeroed("triton.rank.histogram", rows * 2048, torch.int32, device)
         arrived = workspace.zeroed("triton.rank.arrived", rows, torch.int32, device)
     n_spans = visual.spans.shape[1]
-    _rank_kernel[(triton.cdiv(n_slots, chunk), rows)](
-        z, final, scores, *masses, keys, candidates, prefix, state, histogram, arrived,
-        indices, counts, params.ratio, params.counts,
+    _rank_kernel[(n_chunks, rows)](
+        z, final, scores, *masses, keys, listed, candidates, below, place, histogram,
+        arrived, indices, counts, params.ratio, params.counts,
         starts_ptr=starts, lengths_ptr=lengths, spans_ptr=visual.spans,
         z_scale=1.0 / params.tau if params.score == "prob_tau" else 1.0,
         r_min=float(params.r_min), r_max=float(params.r_max),
         n_slots=n_slots, n_tiles=n_tiles, window=params.window, n_spans=n_spans,
         rows=kept_rows, heads=heads, k_max=params.k_max, **page,
-        SOURCE=source, SELECT=select, WRITE=not long, MEAN=params.mass == "mean",
+        SOURCE=source, SELECT=select, MEAN=params.mass == "mean",
         STEPS=_host.span_steps(n_spans), HEADS=triton.next_power_of_2(heads),
-        CHUNK=chunk, TILE=tile, num_warps=row.rank_warps,
+        CHUNK=chunk, LINES=row.rank_lines, TILE=tile, num_warps=row.rank_warps,
     )  # fmt: skip
-    if select and long:
-        _write_kernel[(n_tiles, rows)](
-            keys, candidates, prefix, state, indices, starts, lengths,
-            n_slots=n_slots, n_tiles=n_tiles, window=params.window, k_max=params.k_max,
-            CHUNK=chunk, TILE=tile, num_warps=row.rank_warps,
-        )  # fmt: skip
     return indices, counts
 
 

@@ -46,7 +46,7 @@ class Target(NamedTuple):
     rank_chunk: int  # slots that one program ranks
     rank_tile: int  # keys that the last program looks at in one step
     rank_warps: int
-    long_row: int  # slots above which several programs write the kept positions of a row
+    rank_lines: int  # chunks that it passes side by side, one for every 32 threads
 
 
 # 227 KiB of shared memory: three blocks of three stages a multiprocessor
@@ -59,12 +59,13 @@ _LARGE = Target(
     rank_chunk=1024,
     rank_tile=4096,
     rank_warps=16,
-    long_row=32768,
+    rank_lines=16,
 )
 # 99 KiB: two stages, so that two blocks still fit
 _SMALL = _LARGE._replace(
     rank_tile=2048,
     rank_warps=8,
+    rank_lines=8,
     stream=Tiles(half=Tile(16384, 4, 2), full=Tile(16384, 8, 2)),
     # float32 gathers by eight warps spill there, in tiles of either size
     gather=Tiles(half=Tile(16384, 4, 2), full=Tile(8192, 4, 2)),
@@ -73,6 +74,7 @@ _SMALL = _LARGE._replace(
 _CDNA3 = _SMALL._replace(
     gather=Tiles(half=Tile(16384, 4, 2), full=Tile(8192, 8, 2)),
     wide_warps=4,
+    rank_lines=16,
 )
 _INTERPRETED = Tiles(half=Tile(16384, 4, 1), full=Tile(16384, 4, 1))
 TABLE = {
@@ -80,6 +82,7 @@ TABLE = {
     "sm_80": _LARGE._replace(
         rank_tile=2048,
         rank_warps=8,
+        rank_lines=8,
         stream=Tiles(half=Tile(16384, 4, 3), full=Tile(16384, 8, 2)),
     ),
     "sm_86": _SMALL,
@@ -96,10 +99,10 @@ TABLE = {
         wide_warps=4,
         min_split=64,
         max_splits=8,
-        rank_chunk=128,
+        rank_chunk=64,
         rank_tile=256,
         rank_warps=4,
-        long_row=384,
+        rank_lines=2,
     ),
 }
 

@@ -23,6 +23,7 @@ _POINTERS = {
     "float32": "*fp32",
     "bfloat16": "*bf16",
     "float16": "*fp16",
+    "int64": "*i64",
     "int32": "*i32",
     "int8": "*i8",
 }

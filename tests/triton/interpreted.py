@@ -50,8 +50,9 @@ def counted():
         ("grouped", "logit", "pruned", 3),
         ("grouped", "prob", "dense", 2),
         ("grouped", "logit", "dense", 2),
-        # past `long_row` slots the kept positions are written by a launch of their own
-        ("long", "prob", "pruned", 4),
+        # and no more for a long row
+        ("long", "prob", "pruned", 3),
+        ("long", "logit", "dense", 2),
     ),
 )
 def test_a_step_takes_few_launches(name, score, output, most):
@@ -67,8 +68,8 @@ def test_a_step_takes_few_launches(name, score, output, most):
     assert others == ["_attend_kernel", "_scan_kernel"]
 
 
-SCAN, RANK, WRITE, ATTEND = launches.PLACES
-LONG = 131072  # slots, past `long_row` of every GPU
+SCAN, RANK, ATTEND = launches.PLACES
+LONG = 131072  # slots
 
 
 @pytest.mark.parametrize("page", (0, 16))
@@ -76,15 +77,14 @@ LONG = 131072  # slots, past `long_row` of every GPU
 def test_launches_are_chosen_without_reading_a_tensor(page, capacity):
     """Meta tensors hold nothing: a host read raises, a shape taken from values cannot be."""
     shape = launches.Shape(page=page, capacity=capacity)
-    write = [WRITE] if capacity == LONG else []
     calls = [
         ([SCAN], launches.dense, {}),
         ([ATTEND], launches.follow, {}),
-        ([RANK, *write], launches.choose, {}),
+        ([RANK], launches.choose, {}),
         ([SCAN, RANK], launches.score, {}),
     ]
     for score in ("prob", "logit", "prob_tau"):
-        anchor = [SCAN, RANK, *write]
+        anchor = [SCAN, RANK]
         calls.append((anchor, launches.decode, {"score": score, "output": "dense"}))
         calls.append(([*anchor, ATTEND], launches.decode, {"score": score, "output": "pruned"}))
     for wanted, call, options in calls:

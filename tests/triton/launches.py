@@ -18,7 +18,6 @@ PLACES = {
     for name, module in (
         ("_scan_kernel", "score"),
         ("_rank_kernel", "select"),
-        ("_write_kernel", "select"),
         ("_attend_kernel", "attend"),
     )
 }

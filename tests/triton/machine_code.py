@@ -51,7 +51,7 @@ WIDEST = {"group": 32, "head_dim": 256, "page": 16, "softcap": 30.0}
 SPECIAL = {
     # logits summed over a group, ranked without an exp: the code of "logit" in both its forms
     "dense-anchor-logit": (Shape(), launches.decode, {"score": "logit", "output": "dense"}),
-    # given scores; the writing in one launch with the choosing is in every other row
+    # given scores
     "choose-long": (Shape(capacity=131072), launches.choose, {}),
     "score": (Shape(), launches.score, {}),
     "anchor-widest": (Shape(**WIDEST), launches.decode, DENSE, "_scan_kernel"),

@@ -146,7 +146,7 @@ class TritonBackend(Backend):
         out: Tensor,
         workspace: Workspace,
     ) -> Selection:
-        """Scan K, rank and select, and for a pruned output gather V: two or three launches."""
+        """Scan K, rank and select, and for a pruned output gather V: two launches, or three."""
         kernels = _kernels()
         dense = params.anchor_output == "dense"
         # a pruned output needs the logits of every head, a dense one by "logit" only their sums

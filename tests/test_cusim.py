@@ -267,7 +267,7 @@ def test_the_probes_pass_without_a_bug(asan):
 
 @pytest.fixture(scope="module")
 def planted(request):
-    """{bug: what becomes of it} of the bugs that this session tests, two at a time."""
+    """{bug: what becomes of it} of the bugs that are tested now, two at a time."""
     building = Lock()  # each build takes two cores itself
 
     def plant(bug):

@@ -56,7 +56,7 @@ def _run(script, *arguments):
 
 @pytest.fixture(scope="module")
 def results(request):
-    """All processes this session needs, two at a time."""
+    """All processes that the chosen tests need, two at a time."""
     wanted = {item.callspec.params["name"] for item in request.session.items
               if "results" in getattr(item, "fixturenames", ())}  # fmt: skip
     with ThreadPoolExecutor(max_workers=2) as pool:

@@ -23,7 +23,12 @@ pytestmark = [
 LANDINGS = ({"landing": "late"}, {"landing": "early"})
 # Threads and blocks in an order of their own, and a dtype, per seed.
 RUNS = {1: "bfloat16", 2: "float16", 3: "float32"}
-SMALL = tuple(f"bf16, BFloat16, 64, {rows}" for rows in (4, 8, 32))
+SMALL = (
+    "bf16, BFloat16, 64, 8",
+    "bf16, BFloat16, 64, 32",
+    "fp32, float, 64, 4",
+    "fp32, float, 64, 32",
+)
 HALF_GPU = "80,5,101376"  # no clusters, and less shared memory
 SCARCE = "80,1,30000"  # neither, and no room for the keys of a long row
 ONE_SM = "90,1,232448"  # few splits: every warp meets more tiles than it has stages
@@ -106,6 +111,10 @@ def test_garbage_is_skipped(watched, dtype):
     hold(watched, "garbage", dtype, GPUS, asan=True)
 
 
+def test_the_copy_engine_changes_no_bit(plain):
+    hold(plain, "bulk", "float32", LANDINGS)
+
+
 @pytest.mark.parametrize("dtype", RUNS.values())
 def test_each_key_is_read_once_in_few_launches(plain, dtype):
     hold(plain, "traffic", dtype, GPUS)
@@ -126,16 +135,18 @@ class Bug:
     landing: str = "late"
     asan: bool = False
     what: str = "probe"
+    dtype: str = "bfloat16"
     gpu: str = ONE_SM
 
 
-WAIT = "copy_wait_for(args.stages - 1);\n      meet();"
+WAIT = "copy_wait_for(args.stages - 1);"
+LANDED = "if (kBulk && args.bulk) landing_wait(landings + stage, phase);\n      meet();"
 BUGS = {
     "missing-barrier-after-wait": Bug(
-        (Edit(STREAM, WAIT, "copy_wait_for(args.stages - 1);"),), ""
+        (Edit(STREAM, LANDED, LANDED.removesuffix("meet();")),), ""
     ),
     "short-wait": Bug(
-        (Edit(STREAM, WAIT, "copy_wait_for(args.stages);\n      meet();"),), ""
+        (Edit(STREAM, WAIT, "copy_wait_for(args.stages);"),), ""
     ),
     "team-that-does-not-meet": Bug(
         (Edit(STREAM, "team_barrier(1 + team, args.team * 32);", "__syncwarp();"),), ""
@@ -149,7 +160,7 @@ BUGS = {
         "",
     ),
     "missing-barrier-before-weights": Bug(
-        (Edit(DOTS, "= p[i];\n    __syncwarp();", "= p[i];"),), ""
+        (Edit(DOTS, "= p[i];\n    __syncwarp();", "= p[i];"),), "", dtype="float32"
     ),
     "missing-barrier-before-join": Bug(
         (Edit(STREAM, "  __syncthreads();\n  finish<", "  finish<"),), ""
@@ -165,6 +176,7 @@ BUGS = {
     "bad-shuffle-mask": Bug(
         (Edit(DOTS, "__shfl_xor_sync(kWarp, given", "__shfl_xor_sync(0xffffu, given"),),
         "not in its own mask",
+        dtype="float32",
     ),
     "half-a-warp-skips": Bug(
         (Edit(STREAM, "if (!__any_sync(kWarp, grown)) return;",
@@ -193,10 +205,34 @@ BUGS = {
         (
             Edit(STREAM, "int32_t t = 1 - args.stages;", "int32_t t = -args.stages;"),
             Edit(STREAM, "next = t + args.stages - 1;", "next = t + args.stages;"),
-            Edit(STREAM, WAIT, "copy_wait_for(args.stages);\n      meet();"),
+            Edit(STREAM, WAIT, "copy_wait_for(args.stages);"),
         ),
         "",
         landing="early",
+    ),
+    "stage-refilled-before-all-are-done": Bug(
+        (Edit(STREAM, "meet();  // everybody", "// everybody"),), "", landing="early"
+    ),
+    "bulk-not-awaited": Bug(
+        (Edit(STREAM, LANDED, "meet();"),), "", dtype="float32"
+    ),
+    "bulk-phase-not-turned": Bug(
+        (Edit(STREAM, "stage = 0, phase ^= 1", "stage = 0"),), "", dtype="float32"
+    ),
+    "bulk-expects-too-little": Bug(
+        (Edit(STREAM, "whole ? k_bytes + args.v_bytes", "whole ? args.v_bytes"),),
+        "",
+        dtype="float32",
+    ),
+    "bulk-not-fenced": Bug(
+        (Edit(STREAM, "fence_copy_engine();  // behind", "// behind"),),
+        "without a fence",
+        dtype="float32",
+    ),
+    "bulk-of-rows-apart": Bug(
+        (Edit(STREAM, "apart && lane() < Tile::kKeys", "apart && lane() < 0"),),
+        "",
+        dtype="float32",
     ),
     "counter-not-rearmed": Bug(
         (Edit(LAST, "atomicInc(counter, blocks - 1)", "atomicInc(counter, blocks + 6)"),), ""
@@ -255,14 +291,19 @@ BUGS = {
 }  # fmt: skip
 
 
-PROBES = (("probe", ONE_SM), ("choices", HALF_GPU), ("garbage", ONE_SM))
+PROBES = (
+    ("probe", "bfloat16", ONE_SM),
+    ("probe", "float32", ONE_SM),
+    ("choices", "float32", HALF_GPU),
+    ("garbage", "bfloat16", ONE_SM),
+)
 
 
 @pytest.mark.parametrize("asan", (False, True))
 def test_the_probes_pass_without_a_bug(asan):
     module = build(asan, kernels=SMALL)
-    for what, gpu in PROBES:
-        hold(module, what, "bfloat16", LANDINGS, asan=asan, gpu=gpu)
+    for what, dtype, gpu in PROBES:
+        hold(module, what, dtype, LANDINGS, asan=asan, gpu=gpu)
 
 
 @pytest.fixture(scope="module")
@@ -274,7 +315,7 @@ def planted(request):
         with building:
             module = build(bug.asan, bug.edits, SMALL)
         options = {"landing": bug.landing, "asan": bug.asan, "gpu": bug.gpu}
-        return run(module, bug.what, "bfloat16", **options)
+        return run(module, bug.what, bug.dtype, **options)
 
     name = test_a_planted_bug_is_caught.__name__
     items = [item for item in request.session.items if getattr(item, "originalname", "") == name]

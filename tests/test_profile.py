@@ -106,12 +106,12 @@ def test_host_time_is_counted_once(tmp_path):
 
 def test_kernels_of_a_graph_are_told_by_name(tmp_path):
     graph = [
-        ("vp_attend_bf16_d128_r4", 30), ("_scan_kernel", 20), ("vp_select_cluster", 5), ("gemm", 3),
-        ("_attend_kernel", 7), ("_rank_kernel", 1),
+        ("vp_attend_bf16_d128_r8", 30), ("_scan_kernel", 20), ("vp_select_cluster", 5), ("gemm", 3),
+        ("_attend_kernel", 7), ("_rank_kernel", 1), ("vp_rank", 2),
     ]  # fmt: skip
     path = write_nsys(tmp_path / "a.sqlite", [("visionpulse::step", 0, 9)], [], graph)
     device = {line.name: line.device_us for line in profile.stages(path)}
-    assert device == {"attend": 37, "score": 20, "select": 6, "(other)": 3, "step": 0}
+    assert device == {"attend": 37, "score": 22, "select": 6, "(other)": 3, "step": 0}
 
 
 def test_ranges_of_other_processes_do_not_mix(tmp_path):

@@ -9,12 +9,13 @@
 
 namespace visionpulse::cuda {
 
-// (device, stream handle, most visual tokens of a row)
+// (device, stream handle, most visual tokens of a row, how tiles are copied)
 inline void read_place(Call& c, const py::tuple& items) {
-  Reader r(items, 3);
+  Reader r(items, 4);
   c.device = r.small();
   c.stream = static_cast<cudaStream_t>(r.address<void>());
   c.candidates = r.small();
+  c.copies = static_cast<Copies>(r.small());
 }
 
 inline Scratch read_scratch(const py::tuple& items) {

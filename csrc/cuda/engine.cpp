@@ -43,6 +43,12 @@ int32_t alignment(const Call& call) {
   return static_cast<int32_t>(all & (~all + 1));
 }
 
+// Whether keys that follow each other lie as they do in a tile.
+bool lies_in_place(const Call& call, const StreamKernel& kernel) {
+  return kernel.in_place && call.D == kernel.padded_dim && alignment(call) == 16 &&
+         call.cache.k_stride.token == call.D && call.cache.v_stride.token == call.D;
+}
+
 StreamArgs stream_args(const Call& call, const StreamPlan& plan, Arena& arena,
                        const Scratch& scratch) {
   StreamArgs args = {};
@@ -65,6 +71,7 @@ StreamArgs stream_args(const Call& call, const StreamPlan& plan, Arena& arena,
   args.team = plan.team;
   args.stages = plan.stages;
   args.align = alignment(call);
+  args.bulk = bulk_copies(chip_of(call.device), call.copies) && lies_in_place(call, *plan.kernel);
   args.k_bytes = plan.k_bytes;
   args.v_bytes = plan.v_bytes;
   args.rule = plan.rule;
@@ -75,9 +82,11 @@ StreamArgs stream_args(const Call& call, const StreamPlan& plan, Arena& arena,
   return args;
 }
 
-void launch_stream(const Call& call, const StreamPlan& plan, const StreamArgs& args) {
+void launch_stream(const char* range, const Call& call, const StreamPlan& plan,
+                   const StreamArgs& args) {
   const dim3 grid(plan.max_splits, call.G, call.B);
-  const Launch what = {plan.kernel->name,
+  const Launch what = {range,
+                       plan.kernel->name,
                        plan.kernel->function,
                        grid,
                        plan.warps * kThreadsPerWarp,
@@ -85,6 +94,9 @@ void launch_stream(const Call& call, const StreamPlan& plan, const StreamArgs& a
                        1};
   launch(what, &args, call.device, call.stream);
 }
+
+constexpr const char* kScoreRange = "visionpulse::score";
+constexpr const char* kAttendRange = "visionpulse::attend";
 
 // What the scoring pass leaves for the stages behind it.
 struct Kept {
@@ -152,8 +164,8 @@ RankArgs rank_args(const Call& call, const Kept& kept, float* scores, bool masse
 void launch_rank(const Call& call, const RankArgs& args) {
   const int64_t blocks = (args.scores_row + kRankThreads - 1) / kRankThreads;
   const dim3 grid(std::max<int64_t>(blocks, 1), call.B);
-  launch({"vp_rank", rank_kernel(), grid, kRankThreads, 2 * call.H * 4, 1}, &args, call.device,
-         call.stream);
+  launch({kScoreRange, "vp_rank", rank_kernel(), grid, kRankThreads, 2 * call.H * 4, 1}, &args,
+         call.device, call.stream);
 }
 
 // `stats` nullptr: the masses are given.
@@ -191,9 +203,9 @@ SelectArgs select_args(const Call& call, const SelectPlan& plan, const Ranked& r
 }
 
 void launch_select(const Call& call, const SelectPlan& plan, const SelectArgs& args) {
-  launch({plan.cluster ? "vp_select_cluster" : "vp_select_global", select_kernel(plan.cluster),
-          dim3(call.B * plan.blocks), kSelectThreads, plan.shared_bytes,
-          plan.cluster ? plan.blocks : 1},
+  launch({"visionpulse::select", plan.cluster ? "vp_select_cluster" : "vp_select_global",
+          select_kernel(plan.cluster), dim3(call.B * plan.blocks), kSelectThreads,
+          plan.shared_bytes, plan.cluster ? plan.blocks : 1},
          &args, call.device, call.stream);
 }
 
@@ -208,7 +220,7 @@ int64_t attend(const Call& call, const Scratch& scratch) {
   args.selection = call.selection;
   args.check_list = call.check_list;
   if (arena.lacking()) return arena.lacking();
-  launch_stream(call, plan, args);
+  launch_stream(kAttendRange, call, plan, args);
   return 0;
 }
 
@@ -221,7 +233,7 @@ int64_t score(const Call& call, float* scores, const Scratch& scratch) {
   const StreamArgs args = score_args(call, plan, false, arena, scratch, kept);
   const RankArgs rank = rank_args(call, kept, scores, true, arena);
   if (arena.lacking()) return arena.lacking();
-  launch_stream(call, plan, args);
+  launch_stream(kScoreRange, call, plan, args);
   launch_rank(call, rank);
   return 0;
 }
@@ -265,10 +277,10 @@ int64_t decode(const Call& call, bool dense, float* scores, const Scratch& scrat
   const SelectArgs select = select_args(call, choice, ranked, kept.stats, arena, scratch);
   if (arena.lacking()) return arena.lacking();
 
-  launch_stream(call, plan, first);
+  launch_stream(kScoreRange, call, plan, first);
   if (ranks) launch_rank(call, rank);
   launch_select(call, choice, select);
-  if (!dense) launch_stream(call, last, pruned);
+  if (!dense) launch_stream(kAttendRange, call, last, pruned);
   return 0;
 }
 

@@ -23,6 +23,7 @@ struct Call {
   const void* q;  // [B, H, D], last stride 1
   int64_t q_row, q_head;
   DType dtype;
+  Copies copies;
   int32_t B, H, G, D;
   void* out;  // [B, H, D], last stride 1; nullptr: scores only
   int64_t out_row, out_head;

@@ -36,6 +36,7 @@ class OnDevice {
 };
 
 struct Launch {
+  const char* range;  // of NVTX: visionpulse::<stage>
   const char* name;
   const void* function;
   dim3 grid;

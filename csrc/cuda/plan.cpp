@@ -22,8 +22,8 @@ int32_t round_up(int32_t a, int32_t b) { return ceil_div(a, b) * b; }
 
 // The least row tile that there is for a group of query heads.
 int32_t row_tile(DType dtype, int32_t group) {
-  if (group <= 4) return 4;
-  return group <= 8 && dtype != DType::kFloat32 ? 8 : 32;
+  const int32_t least = dtype == DType::kFloat32 ? 4 : 8;
+  return group <= least ? least : 32;
 }
 
 // Warps that hold a group together; the kernels count in powers of two.
@@ -41,7 +41,7 @@ struct Memory {
   int32_t merge;      // in the place of the stages
 
   int32_t total(int32_t warps, int32_t team, int32_t stages, int32_t keys) const {
-    const int32_t own = warps * (per_warp + stages * keys * 4);
+    const int32_t own = warps * (per_warp + stages * stage_extra_bytes(keys));
     return fixed + own + std::max({warps / team * stages * per_stage, warps * reduce, merge});
   }
 };
@@ -71,6 +71,17 @@ void fit(StreamPlan& plan, const Memory& memory, const Chip& chip) {
 }
 
 }  // namespace
+
+// By default on the chips with HBM: sm_120 was seen to bring tiles from L2 faster without it.
+bool bulk_copies(const Chip& chip, Copies wish) {
+  const bool able = chip.capability >= 90;
+  if (wish == Copies::kBulk && !able) {
+    throw std::invalid_argument("bulk copies need compute capability 9.0, this GPU has " +
+                                std::to_string(chip.capability / 10) + "." +
+                                std::to_string(chip.capability % 10) + "; ask for auto or async");
+  }
+  return wish == Copies::kAuto ? able && chip.capability < 120 : wish == Copies::kBulk;
+}
 
 int32_t padded_head_dim(int32_t head_dim) {
   for (const int32_t d : kHeadDims) {

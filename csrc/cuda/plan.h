@@ -17,6 +17,9 @@ struct Chip {
   bool dependent_launch() const { return capability >= 90; }
 };
 
+// How tiles reach shared memory, where a caller insists on one way.
+enum class Copies : int32_t { kAuto, kAsync, kBulk };
+
 struct Shape {
   DType dtype;
   int32_t rows, heads, kv_heads, head_dim;
@@ -54,6 +57,9 @@ struct SelectPlan {
 
 // `candidates`: the most visual tokens that a row can have.
 SelectPlan plan_select(const Chip& chip, int32_t candidates);
+
+// Whether whole tiles come by the copy engine.
+bool bulk_copies(const Chip& chip, Copies wish);
 
 // The head dim that the kernels pad D to; 0 when they have none.
 int32_t padded_head_dim(int32_t head_dim);

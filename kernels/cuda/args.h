@@ -41,6 +41,7 @@ struct StreamArgs {
   int32_t align;             // bytes that every row of K and V starts at a multiple of
   int32_t k_bytes, v_bytes;  // of one team's stage; 0: not loaded
   int32_t check_list;        // indices may name text: look each one up
+  int32_t bulk;              // tiles that lie in memory as they are used come by the copy engine
   SplitRule rule;            // over keys of one KV head
   int32_t max_splits;
   float* part_stats;   // [B, G, max_splits, team * warp rows, kPartStats]
@@ -114,14 +115,18 @@ struct StreamKernel {
   int32_t query_bytes;   // shared memory for the q of one warp's heads
   int32_t warp_bytes;    // shared memory of one warp beside its stages
   int32_t tile_bytes;    // of K or V in a stage
+  bool in_place;         // rows of a tile have no gap
   int32_t reduce_bytes;  // of one warp, at the end
 };
 
-// nullptr where there is no such kernel: row tiles 4 and 32, and 8 for the 16-bit types.
+// nullptr where there is no such kernel: row tiles 4 and 32 for float32, else 8 and 32.
 const StreamKernel* attend_kernel(DType dtype, int32_t head_dim, int32_t row_tile);
 const StreamKernel* score_kernel(DType dtype, int32_t head_dim, int32_t row_tile);
 const void* rank_kernel();
 const void* select_kernel(bool cluster);
+
+// Shared memory of a warp for each stage: where its keys are, and what counts its bytes in.
+VP_HD int32_t stage_extra_bytes(int32_t keys) { return keys * 4 + 16; }
 
 constexpr int kRankThreads = 256;
 constexpr int kSelectThreads = 512;

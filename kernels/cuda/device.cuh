@@ -107,10 +107,6 @@ struct Element<BFloat16> {
     return store(low).bits | static_cast<uint32_t>(store(high).bits) << 16;
   }
 #endif
-  VP_DEVICE void unpack(uint32_t word, float* two) {
-    two[0] = bits_float(word << 16);
-    two[1] = bits_float(word & 0xffff0000u);
-  }
 };
 
 template <>
@@ -141,10 +137,6 @@ struct Element<Float16> {
     return store(low).bits | static_cast<uint32_t>(store(high).bits) << 16;
   }
 #endif
-  VP_DEVICE void unpack(uint32_t word, float* two) {
-    two[0] = load(Float16{static_cast<uint16_t>(word & 0xffff)});
-    two[1] = load(Float16{static_cast<uint16_t>(word >> 16)});
-  }
 };
 
 #if defined(__CUDACC__)

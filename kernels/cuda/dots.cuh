@@ -1,28 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-// One warp's tile on the CUDA cores: exact float32 products for few query heads, or float32 inputs.
-// Eight lanes share a key for the logits; for the output each lane owns 16-byte columns of V.
+// One warp's tile of float32 on the CUDA cores, which multiply it exactly. Eight lanes share a key
+// for the logits; for the output each lane owns 16-byte columns of V.
 #pragma once
 
 #include "kernels/cuda/device.cuh"
 
 namespace visionpulse::cuda {
 
-template <class T>
-VP_DEVICE void load_chunk(const void* at, float (&x)[Element<T>::kChunk]) {
-  const uint4 word = *static_cast<const uint4*>(at);
-  if constexpr (sizeof(T) == 4) {
-    x[0] = bits_float(word.x), x[1] = bits_float(word.y);
-    x[2] = bits_float(word.z), x[3] = bits_float(word.w);
-  } else {
-    Element<T>::unpack(word.x, x), Element<T>::unpack(word.y, x + 2);
-    Element<T>::unpack(word.z, x + 4), Element<T>::unpack(word.w, x + 6);
-  }
-}
-
-template <class T, int D, int kRows>
+template <int D, int kRows>
 struct DotTile {
-  static constexpr int kKeys = sizeof(T) == 2 ? 16 : 8;
-  static constexpr int kChunk = Element<T>::kChunk;
+  static constexpr int kKeys = 8;
+  static constexpr int kChunk = 4;  // elements in 16 bytes
   static constexpr int kChunks = D / kChunk;
   static constexpr int kOwnKeys = kKeys / 4;       // of eight lanes
   static constexpr int kZ = kOwnKeys * kRows / 8;  // logits that end up in a lane: heads of one key
@@ -34,6 +22,9 @@ struct DotTile {
   static constexpr int kOwnChunks = (kChunks + 31) / 32;
   static constexpr int kQueryBytes = kRows * D * 4;
   static constexpr int kWeightBytes = kKeys * kRows * 4;
+  // Eight lanes read 128 bytes in a row: rows need no gap, so a tile may lie as it does in memory.
+  static constexpr int kRowBytes = D * 4;
+  static constexpr bool kInPlace = true;
 
   float out[kOwnChunks][kRows][kChunk];
 
@@ -43,16 +34,12 @@ struct DotTile {
   VP_DEVICE int head_of(int i) { return lane() % 8 * kZ % kRows + i; }
   VP_DEVICE int key_of(int) { return lane() / 8 * kOwnKeys + lane() % 8 * kZ / kRows; }
 
-  // q as float32 [row][chunk / 4 planes][chunk][4], so that eight lanes read 128 bytes in a row.
+  VP_DEVICE float4 load_four(const void* at) { return *static_cast<const float4*>(at); }
+
   template <class Query>
   VP_DEVICE void load_query(void* shared, Query query) {
     auto* q = static_cast<float*>(shared);
-    for (int i = threadIdx.x; i < kRows * D; i += blockDim.x) {
-      const int row = i / D, d = i % D;
-      const int plane = d % kChunk / 4, chunk = d / kChunk;
-      q[((row * (kChunk / 4) + plane) * kChunks + chunk) * 4 + d % 4] =
-          Element<T>::load(query(row, d));
-    }
+    for (int i = threadIdx.x; i < kRows * D; i += blockDim.x) q[i] = query(i / D, i % D);
   }
 
   __device__ __forceinline__ void clear() {
@@ -63,30 +50,26 @@ struct DotTile {
     }
   }
 
-  VP_DEVICE void dot(const void* shared_q, const char* tile, int row_bytes, float (&z)[kZ]) {
+  VP_DEVICE void dot(const void* shared_q, const char* tile, float (&z)[kZ]) {
     const auto* q = static_cast<const float*>(shared_q);
     const int column = lane() % 8;
-    const char* keys = tile + lane() / 8 * kOwnKeys * row_bytes;
+    const char* keys = tile + lane() / 8 * kOwnKeys * kRowBytes;
     float sum[kOwnKeys * kRows];
     VP_UNROLL for (int i = 0; i < kOwnKeys * kRows; ++i) sum[i] = 0.0f;
 #pragma unroll 2  // more would hold more of K in registers at once
     for (int c = 0; c < kChunks; c += 8) {
       const int chunk = c + column;
       if (kChunks % 8 && chunk >= kChunks) break;
-      float k[kOwnKeys][kChunk];
+      float4 k[kOwnKeys];
       VP_UNROLL for (int j = 0; j < kOwnKeys; ++j) {
-        load_chunk<T>(keys + j * row_bytes + chunk * 16, k[j]);
+        k[j] = load_four(keys + j * kRowBytes + chunk * 16);
       }
       VP_UNROLL for (int row = 0; row < kRows; ++row) {
-        VP_UNROLL for (int plane = 0; plane < kChunk / 4; ++plane) {
-          const float4 x = *reinterpret_cast<const float4*>(
-              q + ((row * (kChunk / 4) + plane) * kChunks + chunk) * 4);
-          VP_UNROLL for (int j = 0; j < kOwnKeys; ++j) {
-            const float* y = k[j] + plane * 4;
-            float& s = sum[j * kRows + row];
-            s = fmaf(x.x, y[0], s), s = fmaf(x.y, y[1], s);
-            s = fmaf(x.z, y[2], s), s = fmaf(x.w, y[3], s);
-          }
+        const float4 x = load_four(q + row * D + chunk * kChunk);
+        VP_UNROLL for (int j = 0; j < kOwnKeys; ++j) {
+          float& s = sum[j * kRows + row];
+          s = fmaf(x.x, k[j].x, s), s = fmaf(x.y, k[j].y, s);
+          s = fmaf(x.z, k[j].z, s), s = fmaf(x.w, k[j].w, s);
         }
       }
     }
@@ -117,7 +100,7 @@ struct DotTile {
   }
 
   __device__ __forceinline__ void accumulate(const float (&p)[kZ], void* shared_weights,
-                                             const char* tile, int row_bytes) {
+                                             const char* tile) {
     auto* weights = static_cast<float*>(shared_weights);  // [key][row]
     VP_UNROLL for (int i = 0; i < kZ; ++i) weights[key_of(i) * kRows + head_of(i)] = p[i];
     __syncwarp();
@@ -126,18 +109,17 @@ struct DotTile {
       for (int key = part; key < kKeys; key += kParts) {
         float w[kRows];
         VP_UNROLL for (int row = 0; row < kRows; row += 4) {
-          const float4 four = *reinterpret_cast<const float4*>(weights + key * kRows + row);
+          const float4 four = load_four(weights + key * kRows + row);
           w[row] = four.x, w[row + 1] = four.y, w[row + 2] = four.z, w[row + 3] = four.w;
         }
         VP_UNROLL for (int c = 0; c < kOwnChunks; ++c) {
           const int chunk = column + c * 32;
           if (kChunks % kColumns && chunk >= kChunks) break;
-          float v[kChunk];
-          load_chunk<T>(tile + key * row_bytes + chunk * 16, v);
+          const float4 v = load_four(tile + key * kRowBytes + chunk * 16);
           VP_UNROLL for (int row = 0; row < kRows; ++row) {
-            VP_UNROLL for (int e = 0; e < kChunk; ++e) {
-              out[c][row][e] = fmaf(w[row], v[e], out[c][row][e]);
-            }
+            float (&sum)[kChunk] = out[c][row];
+            sum[0] = fmaf(w[row], v.x, sum[0]), sum[1] = fmaf(w[row], v.y, sum[1]);
+            sum[2] = fmaf(w[row], v.z, sum[2]), sum[3] = fmaf(w[row], v.w, sum[3]);
           }
         }
       }

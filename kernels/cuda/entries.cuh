@@ -8,8 +8,7 @@
 // X(dtype, type, head dim, row tile): the query heads of one KV head that a block may hold. More
 // than one warp's registers can hold are shared out over a team of warps, so 32 serves 5 of them
 // too where there is no 8.
-#define VP_HALF_ROWS(X, dtype, type, d) \
-  X(dtype, type, d, 4) X(dtype, type, d, 8) X(dtype, type, d, 32)
+#define VP_HALF_ROWS(X, dtype, type, d) X(dtype, type, d, 8) X(dtype, type, d, 32)
 #define VP_FLOAT_ROWS(X, d) X(fp32, float, d, 4) X(fp32, float, d, 32)
 #define VP_HEAD_DIM(X, d)            \
   VP_HALF_ROWS(X, bf16, BFloat16, d) \

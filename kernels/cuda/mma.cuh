@@ -18,6 +18,9 @@ struct MmaTile {
   static constexpr int kParts = 1;
   static constexpr int kQueryBytes = kRows * D * 2;
   static constexpr int kWeightBytes = 0;  // they stay in registers
+  // The gap spreads the eight rows that one matrix load reads at a time over all banks.
+  static constexpr int kRowBytes = D * 2 + 16;
+  static constexpr bool kInPlace = false;
 
   float out[D / 16][kTiles][4];
 
@@ -49,7 +52,7 @@ struct MmaTile {
     }
   }
 
-  VP_DEVICE void dot(const void* shared_q, const char* tile, int row_bytes, float (&z)[kZ]) {
+  VP_DEVICE void dot(const void* shared_q, const char* tile, float (&z)[kZ]) {
     const auto* q = static_cast<const uint2*>(shared_q);
     const int row = lane() % 16, half = lane() / 16;
     float sum[kTiles][4];
@@ -58,7 +61,7 @@ struct MmaTile {
     }
     VP_UNROLL for (int step = 0; step < D / 16; ++step) {
       uint32_t a[4];
-      load_matrices(a, tile + row * row_bytes + step * 32 + half * 16);
+      load_matrices(a, tile + row * kRowBytes + step * 32 + half * 16);
       VP_UNROLL for (int n = 0; n < kTiles; ++n) {
         const uint2 b = q[(step * kTiles + n) * 32 + lane()];
         multiply(T{}, sum[n], a, b.x, b.y);
@@ -75,8 +78,7 @@ struct MmaTile {
     }
   }
 
-  __device__ __forceinline__ void accumulate(const float (&p)[kZ], void*, const char* tile,
-                                             int row_bytes) {
+  __device__ __forceinline__ void accumulate(const float (&p)[kZ], void*, const char* tile) {
     uint32_t b[kTiles][2];
     VP_UNROLL for (int n = 0; n < kTiles; ++n) {
       // keys x heads as the first product left them, turned to heads x keys
@@ -86,7 +88,7 @@ struct MmaTile {
     const int key = lane() / 16 * 8 + lane() % 8, half = lane() / 8 % 2;
     VP_UNROLL for (int m = 0; m < D / 16; ++m) {
       uint32_t a[4];
-      load_matrices_transposed(a, tile + key * row_bytes + m * 32 + half * 16);
+      load_matrices_transposed(a, tile + key * kRowBytes + m * 32 + half * 16);
       VP_UNROLL for (int n = 0; n < kTiles; ++n) multiply(T{}, out[m][n], a, b[n][0], b[n][1]);
     }
   }

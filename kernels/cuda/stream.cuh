@@ -10,7 +10,9 @@
 #include <type_traits>
 
 #include "kernels/common/softmax.h"
+#include "kernels/cuda/bulk.cuh"
 #include "kernels/cuda/dots.cuh"
+#include "kernels/cuda/fill.cuh"
 #include "kernels/cuda/merge.cuh"
 #include "kernels/cuda/mma.cuh"
 #include "kernels/cuda/row.cuh"
@@ -23,72 +25,20 @@ constexpr int kWarpRows = kRowTile <= 8              ? kRowTile
                           : Element<T>::kTensorCores ? 16
                                                      : 8;
 
+// The tensor cores also where a tile of eight heads is half empty: their products cost nothing, and
+// without them a tile of 16-bit keys takes as many issue slots as the memory leaves time for.
 template <class T, int D, int kRows>
-using TileOf = std::conditional_t<Element<T>::kTensorCores && (kRows > 4), MmaTile<T, D, kRows>,
-                                  DotTile<T, D, kRows>>;
+using TileOf =
+    std::conditional_t<Element<T>::kTensorCores, MmaTile<T, D, kRows>, DotTile<D, kRows>>;
 
 // Beside a place: the key there is visual. The host keeps places below it.
 constexpr int32_t kVisualBit = 1 << 30;
-
-// Rows of a tile are 16 bytes longer than D, which spreads eight of them over all banks.
-template <class T, int D>
-constexpr int kRowBytes = D * static_cast<int>(sizeof(T)) + 16;
-
-// What a 16-byte chunk of a row takes from memory.
-template <class T>
-struct ChunkSource {
-  const T* from;
-  char* to;
-  int valid;  // elements; the others become 0
-
-  // Rows that do not all start at a multiple of 16 bytes.
-  __device__ __forceinline__ void copy_narrow(int32_t align) const {
-    constexpr int kChunk = Element<T>::kChunk;
-    if (sizeof(T) == 4 || align >= 4) {
-      for (int word = 0; word < 4; ++word) {
-        const bool there = valid * static_cast<int>(sizeof(T)) > word * 4;
-        copy_4(to + word * 4, reinterpret_cast<const char*>(from) + (there ? word * 4 : 0),
-               there ? 4 : 0);
-      }
-    } else {
-      for (int e = 0; e < kChunk; ++e) reinterpret_cast<T*>(to)[e] = e < valid ? from[e] : T{};
-    }
-  }
-};
-
-// Loads one tile's rows; what is not there becomes 0. `offset` and `there` are those of row lane.
-template <class T, int D, int kKeys>
-VP_DEVICE void fill_tile(char* tile, const T* base, int64_t offset, uint32_t there,
-                         int32_t head_dim, int32_t align) {
-  constexpr int kChunk = Element<T>::kChunk, kChunks = D / kChunk;
-  const auto source = [&](int at) {
-    const int row = at / kChunks, chunk = at % kChunks;
-    const int64_t from_row = __shfl_sync(kWarp, offset, row);
-    int valid = (there >> row & 1) ? head_dim - chunk * kChunk : 0;
-    valid = valid < 0 ? 0 : valid > kChunk ? kChunk : valid;
-    const T* from = valid ? base + from_row + chunk * kChunk : base;
-    return ChunkSource<T>{from, tile + row * kRowBytes<T, D> + chunk * 16, valid};
-  };
-  const int lane = threadIdx.x % 32;
-  if (align >= 16) {
-    // unrolled, the places of all chunks stay in registers: of many, or of a row that is no power
-    // of two, they are too many
-    constexpr int kSteps = kKeys * kChunks / 32;
-    [[maybe_unused]] constexpr int kUnroll = kChunks & (kChunks - 1) || kSteps > 8 ? 4 : kSteps;
-#pragma unroll kUnroll
-    for (int i = 0; i < kKeys * kChunks; i += 32) {
-      const ChunkSource<T> chunk = source(i + lane);
-      copy_16(chunk.to, chunk.from, chunk.valid * static_cast<int>(sizeof(T)));
-    }
-  } else {
-    VP_UNROLL_1 for (int i = 0; i < kKeys * kChunks; i += 32) source(i + lane).copy_narrow(align);
-  }
-}
 
 // One warp of a block, with kRows of the query heads.
 template <class T, int D, int kRows, bool kScore>
 struct Stream {
   using Tile = TileOf<T, D, kRows>;
+  static constexpr bool kBulk = kBulkCopies && Tile::kInPlace;
 
   const StreamArgs& args;
   const Share& share;
@@ -98,6 +48,7 @@ struct Stream {
   const void* query;                                  // shared, of this warp's heads
   char* weights;                                      // shared, of this warp
   int32_t* places;                                    // shared, of the team: [stages][keys]
+  Landing* landings;                                  // shared, of the team: [stages]
   char* stages;                                       // shared, of the team
   int32_t heads, first_head;                          // of this warp, and the first of all H
   int32_t team, member;                               // which team of the block, which warp of it
@@ -130,17 +81,47 @@ struct Stream {
       places[stage * Tile::kKeys + lane()] =
           ahead.place < 0 || !ahead.visual ? ahead.place : ahead.place | kVisualBit;
     }
-    if (args.kept) {
-      fill_logits(to, there);
-    } else {
-      const T* k = static_cast<const T*>(args.kv.k) + share.g * args.kv.k_stride.head;
-      fill_tile<T, D, Tile::kKeys>(to, k, ahead.k, there, args.head_dim, args.align);
-    }
-    if (args.v_bytes) {
-      const T* v = static_cast<const T*>(args.kv.v) + share.g * args.kv.v_stride.head;
-      fill_tile<T, D, Tile::kKeys>(to + args.k_bytes, v, ahead.v, there, args.head_dim, args.align);
+    if (args.kept) fill_logits(to, there);
+    if (!load_bulk(to, there, landings + stage)) {
+      if (!args.kept) fill_tile<T, D, Tile>(to, keys(), ahead.k, there, args.head_dim, args.align);
+      if (args.v_bytes) {
+        fill_tile<T, D, Tile>(to + args.k_bytes, values(), ahead.v, there, args.head_dim,
+                              args.align);
+      }
     }
     look_ahead();
+  }
+
+  __device__ __forceinline__ const T* keys() const {
+    return static_cast<const T*>(args.kv.k) + share.g * args.kv.k_stride.head;
+  }
+  __device__ __forceinline__ const T* values() const {
+    return static_cast<const T*>(args.kv.v) + share.g * args.kv.v_stride.head;
+  }
+
+  // Whether the copy engine brings the tile: one run of bytes of K, and one of V. The engine is
+  // slow with the short runs that the rows of a gathered tile would be.
+  __device__ __forceinline__ bool load_bulk(char* to, uint32_t there, Landing* landing) {
+    if (!kBulk || !args.bulk) return false;
+    const int64_t first_k = __shfl_sync(kWarp, ahead.k, 0),
+                  first_v = __shfl_sync(kWarp, ahead.v, 0);
+    const int32_t row = lane() * D;
+    const bool apart = ahead.k != first_k + row || ahead.v != first_v + row;
+    const bool whole =
+        there == (1u << Tile::kKeys) - 1 && !__any_sync(kWarp, apart && lane() < Tile::kKeys);
+    if (whole) {
+      fence_copy_engine();  // behind what each lane did with this stage before
+      __syncwarp();
+    }
+    if (lane() == 0) {
+      const int32_t k_bytes = args.kept ? 0 : args.k_bytes;
+      landing_expect(landing, whole ? k_bytes + args.v_bytes : 0);
+      if (whole && k_bytes) copy_bulk(to, keys() + first_k, k_bytes, landing);
+      if (whole && args.v_bytes) {
+        copy_bulk(to + args.k_bytes, values() + first_v, args.v_bytes, landing);
+      }
+    }
+    return whole;
   }
 
   // The kept logits of a tile, [row of the team][key].
@@ -167,7 +148,9 @@ struct Stream {
     ahead_at = first + member * stride;
     finder.start(args, share, ahead_at);
     look_ahead();
+    start_landings();
     int32_t stage = 0, refill = 0;
+    uint32_t phase = 0;
     VP_UNROLL_1 for (int32_t t = 1 - args.stages; t < tiles; ++t) {
       const int32_t next = t + args.stages - 1;
       if (next < tiles && (next & (args.team - 1)) == member) load(refill);
@@ -175,11 +158,19 @@ struct Stream {
       refill = refill + 1 == args.stages ? 0 : refill + 1;
       if (t < 0) continue;
       copy_wait_for(args.stages - 1);
+      if (kBulk && args.bulk) landing_wait(landings + stage, phase);
       meet();
       take(stage);
       meet();  // everybody is done with the stage that is filled next
-      stage = stage + 1 == args.stages ? 0 : stage + 1;
+      if (++stage == args.stages) stage = 0, phase ^= 1;
     }
+  }
+
+  __device__ __forceinline__ void start_landings() {
+    if (!kBulk || !args.bulk) return;
+    if (member == 0 && lane() < args.stages) landing_start(landings + lane());
+    fence_copy_engine();
+    meet();
   }
 
   // One tile: logits, what the score needs of them, softmax, V.
@@ -196,7 +187,7 @@ struct Stream {
         z[i] = kept[Tile::head_of(i) * Tile::kKeys + Tile::key_of(i)];
       }
     } else {
-      Tile::dot(query, k, kRowBytes<T, D>, z);
+      Tile::dot(query, k, z);
       VP_UNROLL for (int i = 0; i < Tile::kZ; ++i) z[i] *= args.scale;
       if (args.softcap > 0.0f) {
         VP_UNROLL for (int i = 0; i < Tile::kZ; ++i) {
@@ -220,7 +211,7 @@ struct Stream {
       z[i] = fast_exp2(x);
       l[s] += z[i];
     }
-    if (args.v_bytes) tile.accumulate(z, weights, k + args.k_bytes, kRowBytes<T, D>);
+    if (args.v_bytes) tile.accumulate(z, weights, k + args.k_bytes);
   }
 
   // Raises each head's maximum to the tile's, and shrinks what was summed under the old one.
@@ -304,8 +295,8 @@ struct Stream {
   }
 };
 
-// Shared memory: q, then each warp's weights and places, then each team's stages; at the end the
-// stages hold the parts to be joined.
+// Shared memory: q, then each warp's weights, landings and places, then each team's stages; at the
+// end the stages hold the parts to be joined.
 template <class T, int D, int kRowTile, bool kScore>
 VP_DEVICE void stream(const StreamArgs& args) {
   constexpr int kRows = kWarpRows<T, kRowTile>;
@@ -326,7 +317,7 @@ VP_DEVICE void stream(const StreamArgs& args) {
   }
   __syncthreads();
 
-  const int32_t own_bytes = Tile::kWeightBytes + args.stages * Tile::kKeys * 4;
+  const int32_t own_bytes = Tile::kWeightBytes + args.stages * stage_extra_bytes(Tile::kKeys);
   const int32_t stage_bytes = args.stages * (args.k_bytes + args.v_bytes);
   auto* own = reinterpret_cast<char*>(shared) + args.team * Tile::kQueryBytes;
   char* stages = own + warps * own_bytes;
@@ -338,7 +329,8 @@ VP_DEVICE void stream(const StreamArgs& args) {
   part.query = shared + part.member * Tile::kQueryBytes;
   part.weights = own + warp * own_bytes;
   char* leader = own + part.team * args.team * own_bytes;
-  part.places = reinterpret_cast<int32_t*>(leader + Tile::kWeightBytes);
+  part.landings = reinterpret_cast<Landing*>(leader + Tile::kWeightBytes);
+  part.places = reinterpret_cast<int32_t*>(part.landings + args.stages);
   part.stages = stages + part.team * stage_bytes;
   part.run(teams);
 
@@ -365,7 +357,8 @@ constexpr StreamKernel describe(const void* function, const char* name) {
           D,
           Tile::kQueryBytes,
           Tile::kWeightBytes,
-          Tile::kKeys * kRowBytes<T, D>,
+          Tile::kKeys * Tile::kRowBytes,
+          Tile::kInPlace,
           kRows * (kPartStats + Tile::kParts * D) * 4};
 }
 

@@ -1,12 +1,15 @@
 """Compile the CUDA engine for the host: the same sources under `cusim.h`, kept by content."""
 
 import hashlib
+import importlib.util
 import os
 import subprocess
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = ROOT / "tests" / "cusim"
@@ -48,7 +51,7 @@ def _digest(paths: list[Path], *words: str) -> str:
 def _sources() -> list[Path]:
     folders = ("kernels/common", "kernels/cuda", "csrc", "csrc/cuda", "tests/cusim")
     found = [p for folder in folders for p in (ROOT / folder).iterdir() if p.is_file()]
-    found += (HERE / "include").iterdir()
+    found += (HERE / "include").rglob("*.h")
     return [p for p in found if p.suffix in (".h", ".cuh", ".cu", ".cpp")]
 
 
@@ -123,3 +126,13 @@ def build(
     subprocess.run([*link, *map(str, objects), "-o", str(partial)], check=True)
     partial.rename(module)
     return module
+
+
+@cache
+def load(module: Path | None = None) -> Any:
+    """The module, for its host functions."""
+    spec = importlib.util.spec_from_file_location("_cusim", module or build())
+    assert spec is not None and spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded

@@ -11,11 +11,13 @@
 #include <cstdio>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <random>
 #include <stdexcept>
 #include <string>
 
+#include "copies.h"
 #include "fiber.h"
 
 struct uint3 {
@@ -69,12 +71,6 @@ struct Meeting {
   alignas(16) char slot[2][32][kPayload];
 };
 
-struct Copy {
-  void* to;
-  const void* from;
-  size_t bytes;
-};
-
 struct Block;
 
 struct Thread {
@@ -87,6 +83,7 @@ struct Thread {
   Place place{};
   std::vector<Copy> open;
   std::vector<std::vector<Copy>> groups;
+  bool fenced = false;  // for the copy engine
 };
 
 // A barrier of some threads of a block, by its number.
@@ -106,6 +103,7 @@ struct Block {
   size_t at_barrier = 0, live = 0;
   Place barrier{};
   NamedBarrier named[16];
+  std::map<void*, LandingState> landings;
 };
 
 struct Settings {
@@ -152,6 +150,14 @@ inline void sleep(const char* what, Place place) {
   if (!machine.error.empty()) throw Error(machine.error);
 }
 
+// What is wrong with a block that ends now.
+inline std::string left_under_way(const Block& block) {
+  for (const auto& [at, landing] : block.landings) {
+    if (!landing.late.empty()) return "the block left while bulk copies were under way";
+  }
+  return "";
+}
+
 inline void run_thread() {
   arrived(machine.scheduler);
   try {
@@ -161,7 +167,7 @@ inline void run_thread() {
   }
   Thread* me = machine.current;
   me->done = true;
-  --me->block->live;
+  if (--me->block->live == 0 && machine.error.empty()) machine.error = left_under_way(*me->block);
   --machine.live;
   switch_to(me->context, machine.scheduler, true);
   abort();

@@ -20,6 +20,7 @@ Pointer remote(Pointer local, unsigned rank, Place place) {
 
 // Bytes that asynchronous copies have read from global memory.
 inline uint64_t bytes_read = 0;
+inline uint64_t bulk_bytes = 0;  // of them, by bulk copies
 
 inline void async_copy(void* to, const void* from, size_t bytes, size_t valid, Place place) {
   if (reinterpret_cast<uintptr_t>(to) % bytes) fail("cp.async: misaligned shared address", place);
@@ -49,10 +50,76 @@ inline void async_commit() {
 
 inline void async_wait(size_t keep) {
   auto& groups = machine.current->groups;
+  if (groups.size() > keep) machine.current->fenced = false;  // ordinary writes of this thread
   while (groups.size() > keep) {
     for (const Copy& copy : groups.front()) memcpy(copy.to, copy.from, copy.bytes);
     groups.erase(groups.begin());
   }
+}
+
+// Bulk copies write as a device of their own: behind ordinary writes only where a fence says so.
+inline void fence_copy_engine() { machine.current->fenced = true; }
+
+inline void landing_start(void* at) {
+  machine.current->block->landings[at] = {};
+  machine.current->fenced = false;
+}
+
+inline LandingState& landing_at(void* at, Place place) {
+  auto& landings = machine.current->block->landings;
+  const auto found = landings.find(at);
+  if (found == landings.end()) fail("a landing that was never started", place);
+  return found->second;
+}
+
+// Ends the phase once all has come; when somebody waits, it comes now at the latest.
+inline void settle(LandingState& landing, bool needed) {
+  if (!landing.arrived) return;
+  if (needed) {
+    for (const Copy& copy : landing.late) {
+      memcpy(copy.to, copy.from, copy.bytes);
+      landing.due -= static_cast<int64_t>(copy.bytes);
+    }
+    landing.late.clear();
+  }
+  if (landing.due != 0) return;
+  landing.arrived = false;
+  landing.phase ^= 1;
+  for (Thread* thread : landing.waiting) wake(thread);
+  landing.waiting.clear();
+}
+
+inline void landing_expect(void* at, uint32_t bytes, Place place) {
+  LandingState& landing = landing_at(at, place);
+  if (landing.arrived) fail("two arrivals in one phase of a landing", place);
+  landing.arrived = true;
+  landing.due += bytes;
+  settle(landing, !landing.waiting.empty());
+}
+
+inline void landing_wait(void* at, uint32_t phase, Place place) {
+  LandingState& landing = landing_at(at, place);
+  if (landing.phase != phase) return;
+  settle(landing, true);
+  if (landing.phase != phase) return;
+  landing.waiting.push_back(machine.current);
+  sleep("bulk copies", place);
+}
+
+inline void bulk_copy(void* to, const void* from, uint32_t bytes, void* at, Place place) {
+  const auto all = reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | bytes;
+  if (bytes == 0 || all % 16) fail("a bulk copy that is no multiple of 16 bytes", place);
+  if (!machine.current->fenced) fail("a bulk copy without a fence before it", place);
+  LandingState& landing = landing_at(at, place);
+  bytes_read += bytes;
+  bulk_bytes += bytes;
+  if (settings.early) {
+    memcpy(to, from, bytes);
+    landing.due -= bytes;
+  } else {
+    landing.late.push_back({to, from, bytes});
+  }
+  settle(landing, !landing.waiting.empty());
 }
 
 }  // namespace cusim

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "csrc/cuda/bind.h"
+#include "nvtx3/nvToolsExt.h"
 
 namespace py = pybind11;
 
@@ -18,8 +19,11 @@ PYBIND11_MODULE(_cusim, m) {
   });
   // Bytes of K, V and kept logits read since the last call.
   m.def("bytes_read", [] { return std::exchange(cusim::bytes_read, 0); });
+  m.def("bulk_bytes", [] { return std::exchange(cusim::bulk_bytes, 0); });
   // Kernels launched since the last call.
   m.def("launches", [] { return std::exchange(cusim::launches, 0); });
+  // Names of the ranges since the last call.
+  m.def("ranges", [] { return std::exchange(cusim::ranges, {}); });
   // The plan of a stage on a chip, for tests of the host functions.
   m.def("plan", [](bool score, const std::array<int, 3>& chip, const std::array<int, 6>& shape,
                    bool keys, bool values) {
@@ -55,6 +59,10 @@ PYBIND11_MODULE(_cusim, m) {
     of["shared_bytes"] = plan.shared_bytes;
     of["handed_over"] = plan.keys_row + plan.bins;
     return of;
+  });
+  m.def("bulk_copies", [](const std::array<int, 3>& chip, int wish) {
+    using namespace visionpulse::cuda;
+    return bulk_copies({chip[0], chip[1], chip[2]}, static_cast<Copies>(wish));
   });
   m.def("plug_in", [](int capability, int multiprocessors, int shared_bytes) {
     cusim::gpu = {capability, multiprocessors, shared_bytes};

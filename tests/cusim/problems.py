@@ -4,7 +4,7 @@ A process of its own: `python tests/cusim/problems.py cases bfloat16`. Fails wit
 that the simulator refuses or whose result is wrong. What is run: `cases` (the shared test cases),
 `kernels` (each compiled kernel once), `probe` (few problems that every planted bug disturbs),
 `choices` (selections among thousands of given scores), `garbage` (values that nobody can check on a
-device), `traffic` (bytes that are read, and launches).
+device), `traffic` (bytes that are read, and launches), `bulk` (how they are copied).
 """
 
 import sys
@@ -14,7 +14,7 @@ import torch
 
 import visionpulse as vp
 from visionpulse import ops
-from visionpulse.backends import get
+from visionpulse.backends import cuda, get
 from visionpulse.testing.cases import CASES, Case, Problem
 from visionpulse.testing.compare import (
     Exact,
@@ -82,17 +82,17 @@ def cases(dtype: torch.dtype) -> None:
 def kernels(dtype: torch.dtype) -> None:
     """Every kernel of a dtype: all head dims, and a group for each row tile and team of warps."""
     for i, head_dim in enumerate(HEAD_DIMS):
-        for group in (4, 7, 12, 24):
+        for group in (4, 12, 24):
             case = Case("", (SPANS,), heads=group, kv_heads=1, head_dim=head_dim)
             check(case, dtype, ("pruned", "dense")[i % 2])
 
 
 def probe(dtype: torch.dtype) -> None:
-    """Long enough for splits and refilled stages; and a head dim that no kernel has."""
+    """Long enough for splits and refilled stages; head dims that a kernel has, and has not."""
     spans = (((9, 700), (731, 880)), ((0, 300),))
     config = vp.PulseConfig(tau=0.3, ratio=(0.1, 0.1))
-    for group in (4, 8, 24):
-        case = Case("", spans, 900, group, 1, 60, lengths=(900, 611), config=config)
+    for group, head_dim in ((4, 64), (7, 60), (24, 64)):
+        case = Case("", spans, 900, group, 1, head_dim, lengths=(900, 611), config=config)
         for anchor_output in ("pruned", "dense"):
             check(case, dtype, anchor_output)
     logit = config.updated(score="logit")
@@ -204,6 +204,10 @@ def traffic(dtype: torch.dtype) -> None:
                   backend="cuda")  # fmt: skip
         return int(simulated.launches())
 
+    simulated.ranges()
+    launches("prob", "pruned")
+    stages = ["score", "score", "select", "attend"]
+    assert simulated.ranges() == [f"visionpulse::{stage}" for stage in stages]
     assert launches("prob", "pruned") == 4 and launches("prob", "dense") == 3
     assert launches("logit", "pruned") == 3 and launches("logit", "dense") == 2
     vp.attend(q, kv, visual, chosen, backend="cuda")
@@ -211,9 +215,48 @@ def traffic(dtype: torch.dtype) -> None:
     assert simulated.launches() == 2
 
 
+def bulk(dtype: torch.dtype) -> None:
+    """Whole tiles of float32 come by the copy engine, and change neither what is read nor given."""
+    config = vp.PulseConfig(tau=0.3, ratio=(0.1, 0.1))
+    token = 64 * torch.empty((), dtype=dtype).element_size()
+
+    def run(case: Case, copies: str) -> tuple[tuple[torch.Tensor, ...], list[int], list[int]]:
+        """What comes out; bytes read by dense, anchor and follower; those by the copy engine."""
+        q, kv, visual = (problem := case.build(dtype)).q, problem.kv, problem.visual
+        cuda.use_copies(copies)
+        read, engine = [], []
+
+        def count() -> None:
+            read.append(int(simulated.bytes_read()))
+            engine.append(int(simulated.bulk_bytes()))
+
+        count()
+        dense = vp.attend(q, kv, backend="cuda")
+        count()
+        pruned, chosen = vp.decode(q, kv, visual, config, backend="cuda")
+        count()
+        follower = vp.attend(q, kv, visual, chosen, backend="cuda")
+        count()
+        return (dense, pruned, chosen.indices, follower), read[1:], engine[1:]
+
+    # tokens, of K and V of all; of K of all; of K and V of the text behind the visual tokens
+    shares = (2 * 900, 900, 2 * 200)
+    for layout, page in (("plain", 16), ("HND", 64), ("token_major", 16)):
+        case = Case("", (((9, 700),),), 900, 4 * 2, 2, 64, layout=layout, page=page)
+        ours, read, engine = run(case, "bulk")
+        theirs, same, none = run(case, "async")
+        assert read == same and none == [0, 0, 0]
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+        beside = layout != "token_major"
+        least = [beside * 0.7 * 2 * tokens * token for tokens in shares]
+        assert all(a >= b for a, b in zip(engine, least, strict=True)), (engine, least)
+        assert beside or engine == [0, 0, 0]
+        assert run(case, "auto")[2] == engine
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # fresh memory holds NaN
     simulated = stand_in.plug_in()
-    modes = (cases, kernels, probe, choices, garbage, traffic)
+    modes = (cases, kernels, probe, choices, garbage, traffic, bulk)
     {mode.__name__: mode for mode in modes}[sys.argv[1]](DTYPES[sys.argv[2]])

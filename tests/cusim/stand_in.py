@@ -4,20 +4,18 @@ The module comes from CUSIM_MODULE; CUSIM_SEED orders threads and blocks, CUSIM_
 asynchronous copies land, CUSIM_GPU is "capability,multiprocessors,shared bytes".
 """
 
-import importlib.util
 import os
-from types import ModuleType
+from pathlib import Path
+from typing import Any
 
+import build
 from visionpulse import _native
 from visionpulse.backends import cuda
 
 
-def load() -> ModuleType:
+def load() -> Any:
     """The simulated module, set up from the environment."""
-    spec = importlib.util.spec_from_file_location("_cusim", os.environ["CUSIM_MODULE"])
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module: Any = build.load(Path(os.environ["CUSIM_MODULE"]))
     module.configure(
         int(os.environ.get("CUSIM_SEED", "1")), os.environ.get("CUSIM_LANDING") == "early"
     )
@@ -26,7 +24,7 @@ def load() -> ModuleType:
     return module
 
 
-def plug_in() -> ModuleType:
+def plug_in() -> Any:
     """Make `cuda` the simulated GPU for the rest of this process."""
     simulated = load()
     _native._load = lambda: (simulated, None)

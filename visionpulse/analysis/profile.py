@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 PREFIX = "visionpulse::"
 OTHER = "(other)"
 _BY_NAME = re.compile(r"\b_?(?:vp_)?(dense|score|select|attend|merge|anchor|follower)(?:_|\b)")
-_TRITON = {"scan": "score", "rank": "select", "write": "select"}  # kernels of two-kernel stages
-_TRITON_NAME = re.compile(r"^_(scan|rank|write)_kernel")
+# Kernels whose names are not their stage's.
+_OWN_NAMES = {"_scan_kernel": "score", "_rank_kernel": "select", "vp_rank": "score"}
 _SQLITE = b"SQLite format 3\x00"
 _PUSH_POP = 59  # NVTX_EVENTS.eventType of a range that one thread pushed and popped
 
@@ -137,8 +137,9 @@ def _stage_of(kernel: Kernel, by_thread: dict[int, list[Range]]) -> str:
                 best = one
     if best is not None and best.name != "step":
         return best.name
-    if part := _TRITON_NAME.match(kernel.name):
-        return _TRITON[part.group(1)]
+    for begin, stage in _OWN_NAMES.items():
+        if kernel.name.startswith(begin):
+            return stage
     found = _BY_NAME.search(kernel.name)
     return found.group(1) if found else OTHER
 

@@ -22,6 +22,8 @@ _MAX_CAPACITY = 2**29  # the kernels mark positions with the bits above
 _MAX_HEADS = 1024  # head masses that the select kernel holds at once
 _MAX_ROWS = 65535  # of a grid
 _NO_SELECTION = (0, 0, 0, 0)
+_COPIES = ("auto", "async", "bulk")  # numbered as in plan.h
+_copies = 0
 
 
 @cache
@@ -29,17 +31,28 @@ def _entries() -> Any:
     return _native.module().cuda
 
 
+def use_copies(name: str) -> None:
+    """How whole tiles reach shared memory in this process, for tests and benchmarks.
+
+    `bulk`: by the copy engine, from sm_90 on; `async`: by cp.async; `auto`: as suits the GPU.
+    """
+    global _copies
+    if name not in _COPIES:
+        raise ValueError(f"copies: expected one of {', '.join(_COPIES)}, got {name!r}")
+    _copies = _COPIES.index(name)
+
+
 @cache
 def _unavailable(device: int) -> str | None:
     return _entries().unavailable(device) or None
 
 
-def _place(device: torch.device, visual: VisualTokens | None = None) -> tuple[int, int, int]:
+def _place(device: torch.device, visual: VisualTokens | None = None) -> tuple[int, int, int, int]:
     candidates = 0 if visual is None else visual.max_count
     if device.type != "cuda":  # the simulated GPU of the tests
-        return 0, 0, candidates
+        return 0, 0, candidates, _copies
     stream = torch.cuda.current_stream(device)
-    return stream.device_index, stream.cuda_stream, candidates
+    return stream.device_index, stream.cuda_stream, candidates, _copies
 
 
 def _run(

@@ -1,0 +1,137 @@
+"""What plans, registers and the sizes of a step imply for the CUDA kernels.
+
+`python tests/cusim/bounds.py` prints the tables of docs/cuda-bounds.md, which a test compares with
+the page. Plans come from the engine's own host functions, registers from cuda_registers.json.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from build import load
+from visionpulse.analysis import cost
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from gpu_facts import (
+    CHIPS,
+    HEAD_DIM,
+    HEADS,
+    IN_FLIGHT,
+    ITEMSIZE,
+    KV_HEADS,
+    SMS,
+    TEXT,
+    kept_of,
+    microseconds,
+    step,
+)  # fmt: skip
+
+TABLE = Path(__file__).resolve().parents[1] / "cuda_registers.json"
+REGISTERS = json.loads(TABLE.read_text())
+BFLOAT16 = 1
+SHAPES = {
+    "B1 16k": (1, 16384), "B1 128k": (1, 131072), "B8 16k": (8, 16384), "B8 32k": (8, 32768),
+}  # fmt: skip
+# (compute capability, multiprocessors, shared memory that a block may ask for)
+PARTS = {
+    "sm_80": (80, 108, 166912), "sm_86": (86, 82, 101376), "sm_89": (89, 58, 101376),
+    "sm_90": (90, SMS, 232448), "sm_100": (100, 148, 232448), "sm_120": (120, 170, 101376),
+}  # fmt: skip
+
+
+class Use(NamedTuple):
+    """A stream kernel in a step: whether it scores, and what it streams."""
+
+    scores: bool
+    keys: bool
+    values: bool
+    listed: bool = False  # text and the kept alone
+
+
+KERNELS = {
+    "dense decode": Use(False, True, True),
+    "anchor, dense output": Use(True, True, True),
+    "anchor, pruned: scan": Use(True, True, False),
+    "anchor, pruned: attend": Use(False, False, True, listed=True),
+    "follower": Use(False, True, True, listed=True),
+}
+
+
+def plan_of(use: Use, target: str = "sm_90", capacity: int = 1 << 17) -> dict[str, Any]:
+    shape = (BFLOAT16, 1, HEADS, KV_HEADS, HEAD_DIM, capacity)
+    return load().plan(use.scores, PARTS[target], shape, use.keys, use.values)
+
+
+def resident(use: Use, target: str) -> int:
+    """Blocks of a multiprocessor."""
+    plan = plan_of(use, target)
+    kernel = plan["kernel"]
+    return CHIPS[target].blocks_of(plan["warps"] * 32, REGISTERS[kernel], plan["shared_bytes"])
+
+
+def keys_of(use: Use, visual: int) -> int:
+    return TEXT + (kept_of(visual) if use.listed else visual)
+
+
+def occupancy() -> Iterator[str]:
+    """On sm_90: what a block holds, how many fit, and the bytes in flight that follow."""
+    yield (
+        "| kernel | entry | registers | warps x stages | shared KiB | blocks per multiprocessor "
+        "| KB in flight: " + ", ".join(SHAPES) + " | bound by |"
+    )
+    yield "|---|---|---|---|---|---|---|---|"
+    for name, use in KERNELS.items():
+        plan, blocks = plan_of(use), resident(use, "sm_90")
+        flying = []
+        for rows, visual in SHAPES.values():
+            splits = load().splits(plan["rule"], keys_of(use, visual), KV_HEADS)
+            there = min(blocks, rows * KV_HEADS * splits / SMS)
+            tiles = plan["warps"] // plan["team"] * (plan["stages"] - 1)
+            flying.append(there * tiles * plan["stage_bytes"])
+        bound = ["memory" if bytes_ >= IN_FLIGHT else "latency" for bytes_ in flying]
+        yield (
+            f"| {name} | `{plan['kernel']}` | {REGISTERS[plan['kernel']]} "
+            f"| {plan['warps']} x {plan['stages']} | {plan['shared_bytes'] / 1024:.0f} | {blocks} "
+            f"| {', '.join(f'{bytes_ / 1000:.0f}' for bytes_ in flying)} | {', '.join(bound)} |"
+        )
+
+
+def everywhere() -> Iterator[str]:
+    """Blocks per multiprocessor on every architecture."""
+    yield "| blocks of bfloat16 | " + " | ".join(PARTS) + " |"
+    yield "|---|" + "---|" * len(PARTS)
+    for name, use in KERNELS.items():
+        yield f"| {name} | " + " | ".join(str(resident(use, target)) for target in PARTS) + " |"
+
+
+def moved(name: str, rows: int, visual: int) -> int:
+    """Bytes that a kernel must move, and the logits that it leaves or takes."""
+    shape, kept = step(rows, visual), kept_of(visual)
+    one = rows * KV_HEADS * HEAD_DIM * ITEMSIZE  # the keys of one position
+    dense = cost.dense(shape).bytes
+    return {
+        "dense decode": dense,
+        "anchor, dense output": dense + 4 * rows * HEADS * visual,
+        "anchor, pruned: scan": shape.keys * (one + 4 * rows * HEADS),
+        "anchor, pruned: attend": (TEXT + kept) * (one + 4 * rows * HEADS),
+        "follower": cost.attend(shape, kept).bytes,
+    }[name]
+
+
+def traffic() -> Iterator[str]:
+    """Bytes of each kernel, and the time of a copy of as many; no measured time yet."""
+    yield "| kernel: MB, us at the rate of a copy | " + " | ".join(SHAPES) + " | measured |"
+    yield "|---|" + "---|" * (len(SHAPES) + 1)
+    for name in KERNELS:
+        cells = (moved(name, *shape) for shape in SHAPES.values())
+        shown = (f"{bytes_ / 1e6:.1f}, {microseconds(bytes_):.1f}" for bytes_ in cells)
+        yield f"| {name} | {' | '.join(shown)} | |"
+
+
+TABLES = {"traffic": traffic, "occupancy": occupancy, "everywhere": everywhere}
+
+if __name__ == "__main__":
+    for make in TABLES.values():
+        print("\n".join(make()), end="\n\n")

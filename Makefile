@@ -25,8 +25,7 @@ $(NEWEST)/.ready: $(READY)
 test-newest: $(NEWEST)/.ready
 	PYTHONPATH=$(NEWEST) $(BIN)/pytest tests/models --require-backends $(REQUIRED) $(PYTEST_ARGS)
 
-# The Triton kernels, interpreted and compiled, with the newest Triton (1 GB). Not held up yet: 3.9.0's
-# interpreter refuses the mask of a load in `select`, and `rank` spills 10 bytes on sm_80.
+# The Triton kernels, interpreted and compiled, with the newest Triton that is held up (1 GB).
 NEWEST_TRITON := build/triton-newest
 $(NEWEST_TRITON)/.ready: $(READY)
 	$(BIN)/python -m pip install --quiet --no-deps --target $(NEWEST_TRITON) triton==3.9.0

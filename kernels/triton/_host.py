@@ -69,6 +69,11 @@ def splits_of(plan: tuning.Plan, capacity: int) -> int:
     return min(plan.max_splits, triton.cdiv(capacity, plan.min_split))
 
 
+def register_cap(registers: int) -> dict[str, int]:
+    """The compiler's option for at most so many registers a thread; 0 for its own choice."""
+    return {"maxnreg": registers} if registers else {}
+
+
 def scratch(
     workspace: Any, kind: str, plan: tuning.Plan, rows: int, splits: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:

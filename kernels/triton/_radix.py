@@ -39,19 +39,17 @@ def _digit(counts, want, BINS: tl.constexpr):
 
 
 @triton.jit
-def _place(below_ptr, place_ptr, first, last, bucket, CHUNKS: tl.constexpr):
+def _place(from_ptr, place_ptr, first, last, bucket, CHUNKS: tl.constexpr):
     """Give each chunk its place in the list of keys whose bin is at least `bucket`; its length.
 
-    `below` [chunks, BUCKETS] has the keys of a chunk up to and with a bin.
+    `from` [chunks, BUCKETS] has the keys of a chunk from a bin up.
     """
     listed = first * 0
     offs = tl.arange(0, CHUNKS)
     for at in range(first, last, CHUNKS):
         chunk = at + offs
         inside = chunk < last
-        row = below_ptr + chunk * BUCKETS
-        total = tl.load(row + BUCKETS - 1, mask=inside, other=0)
-        here = total - tl.load(row + bucket - 1, mask=inside & (bucket > 0), other=0)
+        here = tl.load(from_ptr + chunk * BUCKETS + bucket, mask=inside, other=0)
         tl.store(place_ptr + chunk, listed + tl.cumsum(here, 0) - here, mask=inside)
         listed += tl.sum(here)
     return listed
@@ -195,7 +193,7 @@ def _write(
 
 @triton.jit
 def keep_largest(
-    keys_ptr, list_ptr, candidates_ptr, below_ptr, place_ptr, indices_ptr,
+    keys_ptr, list_ptr, candidates_ptr, from_ptr, place_ptr, indices_ptr,
     first, last, k, counts, k_max,
     CHUNK: tl.constexpr, LINES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -203,7 +201,7 @@ def keep_largest(
     bucket, want = _digit(counts, k, BUCKETS)
     # a row that keeps nothing has nothing to look at
     last = tl.where(k > 0, last, first)
-    listed = _place(below_ptr, place_ptr, first, last, bucket, LINES * 4)
+    listed = _place(from_ptr, place_ptr, first, last, bucket, LINES * 4)
     bucket -= BUCKETS // 2  # keys are signed
     # other threads read what is written here, and below
     tl.debug_barrier()

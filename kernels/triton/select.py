@@ -1,9 +1,10 @@
 """Scores, budget and exact top-K: ranked by many programs of a row, chosen by its last one.
 
 Grid (chunk, row). Every program turns its chunk of logits into ordered int32 keys, adds them to the
-row's histogram of the top 11 bits, and notes that histogram of its own chunk, summed up. The last
-program of a row to arrive then has the mass, N_v and K, knows the bucket that holds the K-th key,
-lists the keys in it and above, finds the other 21 bits, and writes the kept positions, ascending.
+row's histogram of the top 11 bits, and notes that histogram of its own chunk, summed from the top
+down. The last program of a row to arrive then has the mass, N_v and K, knows the bucket that holds
+the K-th key, lists the keys in it and above, finds the other 21 bits, and writes the kept
+positions, ascending.
 
 All sums are of integers, so the order of arrival changes nothing.
 """
@@ -82,7 +83,7 @@ def _chunks_of(begin, end, CHUNK: tl.constexpr):
 @triton.jit(do_not_specialize=_host.PLAIN)
 def _rank_kernel(
     z_ptr, final_ptr, scores_ptr, mass_ptr, mean_ptr, keys_ptr, list_ptr, candidates_ptr,
-    below_ptr, place_ptr, histogram_ptr, arrived_ptr, indices_ptr, counts_ptr, ratio_ptr,
+    from_ptr, place_ptr, histogram_ptr, arrived_ptr, indices_ptr, counts_ptr, ratio_ptr,
     wanted_ptr, table_ptr, starts_ptr, lengths_ptr, spans_ptr,
     z_scale, r_min, r_max, n_slots, n_tiles, window, n_pages, n_spans, rows, heads, k_max,
     stride_tb,
@@ -125,8 +126,8 @@ def _rank_kernel(
             counts = tl.histogram((key >> LOW_BITS) + BUCKETS // 2, BUCKETS, mask=candidate)
             tl.atomic_add(histogram_ptr + bins, counts, mask=counts > 0, sem="relaxed")
             n_chunks = tl.num_programs(0)
-            below_ptr += b * n_chunks * BUCKETS
-            tl.store(below_ptr + chunk * BUCKETS + bins, tl.cumsum(counts, 0))
+            from_ptr += b * n_chunks * BUCKETS
+            tl.store(from_ptr + chunk * BUCKETS + bins, tl.cumsum(counts, 0, reverse=True))
             if is_last(arrived_ptr + b, last - first):
                 counts = tl.load(histogram_ptr + bins)
                 tl.store(histogram_ptr + bins, tl.zeros_like(counts))
@@ -140,7 +141,7 @@ def _rank_kernel(
                 k = _count(b, tl.sum(counts), ratio, r_min, r_max, wanted_ptr, k_max)
                 tl.store(counts_ptr + b, k)
                 keep_largest(
-                    keys_ptr, list_ptr + b * n_keys, candidates_ptr + b * n_keys, below_ptr,
+                    keys_ptr, list_ptr + b * n_keys, candidates_ptr + b * n_keys, from_ptr,
                     place_ptr + b * n_chunks, indices_ptr + b * k_max,
                     first, last, k, counts, k_max, CHUNK, LINES, TILE,
                 )  # fmt: skip
@@ -178,23 +179,23 @@ def _launch(
     n_chunks = triton.cdiv(n_slots, chunk)
     take = workspace.take
     starts, lengths = cut
-    indices = counts = keys = listed = candidates = below = place = histogram = arrived = None
+    indices = counts = keys = listed = candidates = from_bin = place = histogram = arrived = None
     if select:
         indices = torch.empty((rows, params.k_max), dtype=torch.int32, device=device)
         counts = torch.empty(rows, dtype=torch.int32, device=device)
-        keys, listed, candidates, below, place = (
+        keys, listed, candidates, from_bin, place = (
             take(f"triton.rank.{name}", rows * numel, dtype, device)
             for name, numel, dtype in (
                 ("keys", n_tiles * tile, torch.int32), ("list", n_tiles * tile, torch.int64),
                 ("candidates", n_tiles * tile, torch.int32),
-                ("below", n_chunks * 2048, torch.int32), ("place", n_chunks, torch.int32),
+                ("from_bin", n_chunks * 2048, torch.int32), ("place", n_chunks, torch.int32),
             )
         )  # fmt: skip
         histogram = workspace.zeroed("triton.rank.histogram", rows * 2048, torch.int32, device)
         arrived = workspace.zeroed("triton.rank.arrived", rows, torch.int32, device)
     n_spans = visual.spans.shape[1]
     _rank_kernel[(n_chunks, rows)](
-        z, final, scores, *masses, keys, listed, candidates, below, place, histogram,
+        z, final, scores, *masses, keys, listed, candidates, from_bin, place, histogram,
         arrived, indices, counts, params.ratio, params.counts,
         starts_ptr=starts, lengths_ptr=lengths, spans_ptr=visual.spans,
         z_scale=1.0 / params.tau if params.score == "prob_tau" else 1.0,
@@ -203,7 +204,8 @@ def _launch(
         rows=kept_rows, heads=heads, k_max=params.k_max, **page,
         SOURCE=source, SELECT=select, MEAN=params.mass == "mean",
         STEPS=_host.span_steps(n_spans), HEADS=triton.next_power_of_2(heads),
-        CHUNK=chunk, LINES=row.rank_lines, TILE=tile, num_warps=row.rank_warps,
+        CHUNK=chunk, LINES=row.rank_lines, TILE=tile,
+        num_warps=row.rank_warps, **_host.register_cap(row.rank_registers),
     )  # fmt: skip
     return indices, counts
 

@@ -47,6 +47,10 @@ class Target(NamedTuple):
     rank_tile: int  # keys that the last program looks at in one step
     rank_warps: int
     rank_lines: int  # chunks that it passes side by side, one for every 32 threads
+    # Registers that a thread may have; 0 leaves it to the compiler, which may rather spill a few to
+    # fit more blocks. In `rank`, and in a scan with more than WIDE output values:
+    rank_registers: int = 0
+    wide_registers: int = 0
 
 
 # 227 KiB of shared memory: three blocks of three stages a multiprocessor
@@ -60,6 +64,7 @@ _LARGE = Target(
     rank_tile=4096,
     rank_warps=16,
     rank_lines=16,
+    rank_registers=128,
 )
 # 99 KiB: two stages, so that two blocks still fit
 _SMALL = _LARGE._replace(
@@ -75,6 +80,7 @@ _CDNA3 = _SMALL._replace(
     gather=Tiles(half=Tile(16384, 4, 2), full=Tile(8192, 8, 2)),
     wide_warps=4,
     rank_lines=16,
+    rank_registers=0,
 )
 _INTERPRETED = Tiles(half=Tile(16384, 4, 1), full=Tile(16384, 4, 1))
 TABLE = {
@@ -90,7 +96,7 @@ TABLE = {
     # eight warps spill in the output of a wide pruned anchor
     "sm_90": _LARGE._replace(wide_warps=4),
     "sm_100": _LARGE,
-    "sm_120": _SMALL,
+    "sm_120": _SMALL._replace(wide_registers=168),
     "gfx942": _CDNA3,
     # splits and chunks so short that a small case passes through every loop and merge
     "interpreter": Target(
@@ -115,6 +121,7 @@ class Plan(NamedTuple):
     block_n: int  # keys per step
     warps: int
     stages: int
+    registers: int  # at most, of a thread; 0 leaves it to the compiler
     min_split: int
     max_splits: int
 
@@ -148,14 +155,16 @@ def plan(
     rows = max(MIN_ROWS, _pow2(group))
     block_d = max(16, _pow2(head_dim))
     block_n = max(16, min(128, tile.tile_bytes // (block_d * itemsize)))
+    wide = rows * block_d > WIDE
     # a row alone should fill the chip, but every split is merged: between 8 and the most
     wanted = -(-PER_SM * sms // kv_heads)
     return Plan(
         rows=rows,
         block_d=block_d,
         block_n=block_n,
-        warps=max(tile.warps, row.wide_warps) if rows * block_d > WIDE else tile.warps,
+        warps=max(tile.warps, row.wide_warps) if wide else tile.warps,
         stages=tile.stages,
+        registers=row.wide_registers if wide and not gather else 0,
         min_split=max(row.min_split, block_n),
         max_splits=max(8, min(row.max_splits, wanted)),
     )

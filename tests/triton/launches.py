@@ -37,7 +37,8 @@ class _Recorder:
 
     def __getitem__(self, grid):
         def launch(*args, **named):
-            options = {k: named.pop(k) for k in ("num_warps", "num_stages") if k in named}
+            asked = ("num_warps", "num_stages", "maxnreg")
+            options = {k: named.pop(k) for k in asked if k in named}
             arguments = dict(zip(self.kernel.arg_names, args, strict=False)) | named
             assert set(arguments) == set(self.kernel.arg_names)
             self.found.append(Launch(self.kernel, arguments, options))

@@ -2,9 +2,10 @@
 
 One program looks for it. The top 11 bits come from a histogram that many programs filled. They
 have also counted the bins of each chunk, so that every chunk has its place in a list of the keys
-in that bucket and above it, and the row is passed once, a chunk a warp, without a scan across
-warps. The other 3 x 7 bits are found, and the positions written, from that list: about K long.
-No sort, no atomics.
+in that bucket and above it, and listed its largest keys. These short lists are passed once, a chunk
+a warp, without a scan across warps; a chunk that has more in the bucket and above is passed whole.
+The other 11 and 10 bits are found, and the positions written, from that list, about K long: no
+sort.
 """
 
 import triton
@@ -13,7 +14,9 @@ import triton.language as tl
 # int32 keys in the order of the scores; below every number stand NaN, and slots without candidate
 ABSENT: tl.constexpr = tl.constexpr(-(2**31))
 _NAN: tl.constexpr = tl.constexpr(-(2**31) + 1)
-# the first digit has 11 bits, the other three 7 each
+# a key without candidate, and its position
+_NOTHING: tl.constexpr = tl.constexpr(-(2**63))
+# the first digit has 11 bits; the others, of 11 and 10, take the same histogram
 BUCKETS: tl.constexpr = tl.constexpr(2048)
 LOW_BITS: tl.constexpr = tl.constexpr(21)
 LOW_SPAN: tl.constexpr = tl.constexpr(1 << 21)
@@ -30,6 +33,19 @@ def ordered_key(score):
 
 
 @triton.jit
+def take_counts(histogram_ptr, BINS: tl.constexpr):
+    """Counts of a histogram, which is left at zero."""
+    # all that this program adds is added before, and what it adds next after
+    tl.debug_barrier()
+    zeros = tl.zeros([BINS], dtype=tl.int32)
+    # taken where the additions are, since a cache may hold an older count; an exchange would do,
+    # but has no form in AMD's buffers
+    counts = tl.atomic_and(histogram_ptr + tl.arange(0, BINS), zeros, sem="relaxed")
+    tl.debug_barrier()
+    return counts
+
+
+@triton.jit
 def _digit(counts, want, BINS: tl.constexpr):
     """Bin that holds the want-th largest, and how many of it are wanted."""
     bins = tl.arange(0, BINS)
@@ -39,99 +55,158 @@ def _digit(counts, want, BINS: tl.constexpr):
 
 
 @triton.jit
-def _place(from_ptr, place_ptr, first, last, bucket, CHUNKS: tl.constexpr):
+def _entry(key, n):
+    """A key and its position in one integer that orders as the key does."""
+    return (key.to(tl.int64) << 32) | n.to(tl.uint32).to(tl.int64)
+
+
+@triton.jit
+def shorten(
+    keys_ptr, from_ptr, short_ptr, cut_ptr, start, CHUNK: tl.constexpr, SHORT: tl.constexpr
+):  # fmt: skip
+    """List the largest keys of a chunk, in order: of whole bins, at most SHORT; note the last bin.
+
+    `from` [BUCKETS] has the keys of the chunk from a bin up. It and the keys are read back: held
+    from before, they would spill.
+    """
+    cut = tl.sum((tl.load(from_ptr + tl.arange(0, BUCKETS)) > SHORT).to(tl.int32))
+    n = start + tl.arange(0, CHUNK)
+    key = tl.load(keys_ptr + n)
+    chosen = (key > ABSENT) & ((key >> LOW_BITS) + BUCKETS // 2 >= cut)
+    flags = chosen.to(tl.int32)
+    tl.store(short_ptr + tl.cumsum(flags, 0) - flags, _entry(key, n), mask=chosen)
+    rest = tl.arange(0, SHORT)
+    tl.store(short_ptr + rest, _NOTHING, mask=rest >= tl.sum(flags))
+    tl.store(cut_ptr, cut)
+
+
+@triton.jit
+def _place(
+    from_ptr, cut_ptr, place_ptr, short_ids_ptr, long_ids_ptr, first, last, bucket,
+    CHUNKS: tl.constexpr,
+):  # fmt: skip
     """Give each chunk its place in the list of keys whose bin is at least `bucket`; its length.
 
-    `from` [chunks, BUCKETS] has the keys of a chunk from a bin up.
+    `from` [chunks, BUCKETS] has the keys of a chunk from a bin up. The chunks whose short list
+    has all that is wanted are numbered from one side, the others from the other.
     """
     listed = first * 0
+    n_short = first * 0
+    n_long = first * 0
     offs = tl.arange(0, CHUNKS)
     for at in range(first, last, CHUNKS):
         chunk = at + offs
         inside = chunk < last
         here = tl.load(from_ptr + chunk * BUCKETS + bucket, mask=inside, other=0)
+        cut = tl.load(cut_ptr + chunk, mask=inside, other=0)
+        is_short = (inside & (cut <= bucket)).to(tl.int32)
+        is_long = (inside & (cut > bucket)).to(tl.int32)
+        # counts of at most CHUNKS travel in one sum
+        both = is_short + (is_long << 16)
+        before = tl.cumsum(both, 0) - both
+        total = tl.sum(both)
         tl.store(place_ptr + chunk, listed + tl.cumsum(here, 0) - here, mask=inside)
+        tl.store(short_ids_ptr + n_short + (before & 0xFFFF), chunk, mask=is_short > 0)
+        tl.store(long_ids_ptr + n_long + (before >> 16), chunk, mask=is_long > 0)
         listed += tl.sum(here)
-    return listed
+        n_short += total & 0xFFFF
+        n_long += total >> 16
+    return listed, n_short, n_long
 
 
 @triton.jit
-def _load_four(keys_ptr, at, inside, LINE: tl.constexpr):
+def _load_four(keys_ptr, at, inside, LINE: tl.constexpr, PACKED: tl.constexpr):
     """Four lines of keys from `at` [LINES], each [LINES, LINE]: a thread has one key of each."""
     keys_ptr += at[:, None] + tl.arange(0, LINE)[None, :]
     inside = inside[:, None]
-    one = tl.load(keys_ptr, mask=inside, other=ABSENT)
-    two = tl.load(keys_ptr + LINE, mask=inside, other=ABSENT)
-    three = tl.load(keys_ptr + 2 * LINE, mask=inside, other=ABSENT)
-    four = tl.load(keys_ptr + 3 * LINE, mask=inside, other=ABSENT)
+    NONE: tl.constexpr = _NOTHING if PACKED else ABSENT
+    one = tl.load(keys_ptr, mask=inside, other=NONE)
+    two = tl.load(keys_ptr + LINE, mask=inside, other=NONE)
+    three = tl.load(keys_ptr + 2 * LINE, mask=inside, other=NONE)
+    four = tl.load(keys_ptr + 3 * LINE, mask=inside, other=NONE)
     return one, two, three, four
 
 
 @triton.jit
-def _list_line(list_ptr, place, before, key, n, least):
+def _flags(key, least, PACKED: tl.constexpr):
+    """1 where a key, with its position if PACKED, is at least `least`."""
+    if PACKED:
+        key = (key >> 32).to(tl.int32)
+    return (key >= least).to(tl.int32)
+
+
+@triton.jit
+def _list_line(list_ptr, place, before, key, n, least, PACKED: tl.constexpr):
     """Put what a line has of at least `least` at its place in the list, with its position."""
     # flat: of scattered addresses the compiler would lay the second axis across warps
     to = tl.ravel(place[:, None] + (before & 0xFF))
     key, n = tl.ravel(key), tl.ravel(n)
-    entry = (key.to(tl.int64) << 32) | n.to(tl.uint32).to(tl.int64)
-    tl.store(list_ptr + to, entry, mask=key >= least)
+    entry = key if PACKED else _entry(key, n)
+    tl.store(list_ptr + to, entry, mask=_flags(key, least, PACKED) > 0)
 
 
 @triton.jit
-def _list_four(list_ptr, place, one, two, three, four, n, least, LINE: tl.constexpr):
+def _list_four(
+    list_ptr, place, one, two, three, four, n, least, LINE: tl.constexpr, PACKED: tl.constexpr
+):  # fmt: skip
     """List four lines of at most 32 keys, by one scan; give the place after them."""
     # a byte for each line: together they count at most 128
-    flags = (one >= least).to(tl.int32) + ((two >= least).to(tl.int32) << 8)
-    flags += ((three >= least).to(tl.int32) << 16) + ((four >= least).to(tl.int32) << 24)
+    flags = _flags(one, least, PACKED) + (_flags(two, least, PACKED) << 8)
+    flags += (_flags(three, least, PACKED) << 16) + (_flags(four, least, PACKED) << 24)
     here = tl.sum(flags, axis=1)
     # before a key in its line, and in the lines before
     before = tl.cumsum(flags, 1) - flags + (here * 0x01010100)[:, None]
-    _list_line(list_ptr, place, before, one, n, least)
-    _list_line(list_ptr, place, before >> 8, two, n + LINE, least)
-    _list_line(list_ptr, place, before >> 16, three, n + 2 * LINE, least)
-    _list_line(list_ptr, place, before >> 24, four, n + 3 * LINE, least)
+    _list_line(list_ptr, place, before, one, n, least, PACKED)
+    _list_line(list_ptr, place, before >> 8, two, n + LINE, least, PACKED)
+    _list_line(list_ptr, place, before >> 16, three, n + 2 * LINE, least, PACKED)
+    _list_line(list_ptr, place, before >> 24, four, n + 3 * LINE, least, PACKED)
     return place + (((here * 0x01010101) >> 24) & 0xFF)
 
 
 @triton.jit
 def _gather(
-    keys_ptr, list_ptr, place_ptr, first, last, least, CHUNK: tl.constexpr, LINES: tl.constexpr
+    keys_ptr, ids_ptr, n_ids, place_ptr, list_ptr, least,
+    WIDTH: tl.constexpr, LINE: tl.constexpr, LINES: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """List the keys of at least `least` in chunks [first, last), and their positions, in order.
+    """List what is at least `least` of the chunks in `ids`, WIDTH keys each, in order.
 
     A warp has a chunk of its own and scans lines of 32 keys, so no warp waits for another.
     """
-    LINE: tl.constexpr = 32 if CHUNK >= 256 else CHUNK // 8
-    STEPS: tl.constexpr = CHUNK // (8 * LINE)
+    STEPS: tl.constexpr = WIDTH // (8 * LINE)
     lines = tl.arange(0, LINES)
     offs = tl.arange(0, LINE)[None, :]
     place = tl.zeros([LINES], dtype=tl.int32)
-    # keys are loaded a step ahead
-    chunk = first + lines
-    at = chunk * CHUNK
-    start = tl.load(place_ptr + chunk, mask=chunk < last, other=0)
-    a, b, c, d = _load_four(keys_ptr, at, chunk < last, LINE)
-    e, f, g, h = _load_four(keys_ptr + 4 * LINE, at, chunk < last, LINE)
-    for step in range(0, (last - first + LINES - 1) // LINES * STEPS):
+    # keys are loaded a step ahead, and the chunk that they are of two
+    chunk = tl.load(ids_ptr + lines, mask=lines < n_ids, other=-1)
+    at = chunk * WIDTH
+    start = tl.load(place_ptr + chunk, mask=chunk >= 0, other=0)
+    a, b, c, d = _load_four(keys_ptr, at, chunk >= 0, LINE, PACKED)
+    e, f, g, h = _load_four(keys_ptr + 4 * LINE, at, chunk >= 0, LINE, PACKED)
+    i = 1 // STEPS * LINES + lines
+    chunk = tl.load(ids_ptr + i, mask=i < n_ids, other=-1)
+    for step in range(0, (n_ids + LINES - 1) // LINES * STEPS):
         place = tl.where(step % STEPS == 0, start, place)
         n = at[:, None] + offs
         ahead = step + 1
-        chunk = first + ahead // STEPS * LINES + lines
-        at = chunk * CHUNK + ahead % STEPS * (8 * LINE)
-        start = tl.load(place_ptr + chunk, mask=chunk < last, other=0)
-        next_a, next_b, next_c, next_d = _load_four(keys_ptr, at, chunk < last, LINE)
-        next_e, next_f, next_g, next_h = _load_four(keys_ptr + 4 * LINE, at, chunk < last, LINE)
-        place = _list_four(list_ptr, place, a, b, c, d, n, least, LINE)
-        place = _list_four(list_ptr, place, e, f, g, h, n + 4 * LINE, least, LINE)
+        at = chunk * WIDTH + ahead % STEPS * (8 * LINE)
+        start = tl.load(place_ptr + chunk, mask=chunk >= 0, other=0)
+        next_a, next_b, next_c, next_d = _load_four(keys_ptr, at, chunk >= 0, LINE, PACKED)
+        next_e, next_f, next_g, next_h = _load_four(
+            keys_ptr + 4 * LINE, at, chunk >= 0, LINE, PACKED
+        )
+        i = (ahead + 1) // STEPS * LINES + lines
+        chunk = tl.load(ids_ptr + i, mask=i < n_ids, other=-1)
+        place = _list_four(list_ptr, place, a, b, c, d, n, least, LINE, PACKED)
+        place = _list_four(list_ptr, place, e, f, g, h, n + 4 * LINE, least, LINE, PACKED)
         a, b, c, d = next_a, next_b, next_c, next_d
         e, f, g, h = next_e, next_f, next_g, next_h
 
 
 @triton.jit
-def _slots(at, TILE: tl.constexpr):
-    """Slots of a tile [TILE / 16, 16]: a line is scanned by few threads, then the lines' sums."""
-    lines = tl.arange(0, TILE // 16)
-    return at + (lines[:, None] * 16 + tl.arange(0, 16)[None, :])
+def _slots(at, LINE: tl.constexpr, TILE: tl.constexpr):
+    """Slots of a tile, in lines: each is scanned by one thread or two, then the lines' sums."""
+    lines = tl.arange(0, TILE // LINE)
+    return at + (lines[:, None] * LINE + tl.arange(0, LINE)[None, :])
 
 
 @triton.jit
@@ -147,7 +222,7 @@ def _filter(list_ptr, candidates_ptr, listed, bucket, TILE: tl.constexpr):
     """Copy the low bits of the bucket's keys out; give their number."""
     n_in = listed * 0
     for at in tl.range(0, listed, TILE, num_stages=2):
-        n = _slots(at, TILE)
+        n = _slots(at, 8, TILE)
         key = (tl.load(list_ptr + n) >> 32).to(tl.int32)
         chosen = ((key >> LOW_BITS) == bucket) & (n < listed)
         before, here = _before(chosen.to(tl.int32))
@@ -157,19 +232,22 @@ def _filter(list_ptr, candidates_ptr, listed, bucket, TILE: tl.constexpr):
 
 
 @triton.jit
-def _refine(candidates_ptr, n_in, want, TILE: tl.constexpr):
-    """Low bits of the want-th largest candidate, and how many of its equals are wanted."""
-    low = want * 0
+def _refine(
+    candidates_ptr, histogram_ptr, n_in, low, want,
+    SHIFT: tl.constexpr, BITS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Extend `low`, the first bits of the want-th largest candidate, by BITS; what is wanted there.
+
+    The row's histogram is at zero, and is left so.
+    """
     offs = tl.arange(0, TILE)
-    for i in tl.static_range(3):
-        counts = tl.zeros([128], dtype=tl.int32)
-        for at in tl.range(0, n_in, TILE, num_stages=3):
-            inside = at + offs < n_in
-            bits = tl.load(candidates_ptr + at + offs, mask=inside, other=0) >> (14 - 7 * i)
-            counts += tl.histogram(bits & 127, 128, mask=inside & ((bits >> 7) == low))
-        digit, want = _digit(counts, want, 128)
-        low = low * 128 + digit
-    return low, want
+    for at in tl.range(0, n_in, TILE):
+        inside = at + offs < n_in
+        bits = tl.load(candidates_ptr + at + offs, mask=inside, other=0) >> SHIFT
+        chosen = inside & ((bits >> BITS) == low)
+        tl.atomic_add(histogram_ptr + (bits & ((1 << BITS) - 1)), 1, mask=chosen, sem="relaxed")
+    digit, want = _digit(take_counts(histogram_ptr, 1 << BITS), want, 1 << BITS)
+    return (low << BITS) + digit, want
 
 
 @triton.jit
@@ -177,7 +255,7 @@ def _write(
     list_ptr, indices_ptr, at, listed, pivot, ties, n_above, n_equal, k_max, TILE: tl.constexpr
 ):  # fmt: skip
     """Write the kept positions of a tile of the list; `n_above`, `n_equal` lie before it."""
-    i = _slots(at, TILE)
+    i = _slots(at, 16, TILE)
     entry = tl.load(list_ptr + i)
     key, n = (entry >> 32).to(tl.int32), entry.to(tl.int32)
     above = ((key > pivot) & (i < listed)).to(tl.int32)
@@ -193,24 +271,29 @@ def _write(
 
 @triton.jit
 def keep_largest(
-    keys_ptr, list_ptr, candidates_ptr, from_ptr, place_ptr, indices_ptr,
-    first, last, k, counts, k_max,
-    CHUNK: tl.constexpr, LINES: tl.constexpr, TILE: tl.constexpr,
+    keys_ptr, short_ptr, cut_ptr, from_ptr, place_ptr, short_ids_ptr, long_ids_ptr,
+    list_ptr, candidates_ptr, histogram_ptr, indices_ptr, first, last, k, counts, k_max,
+    CHUNK: tl.constexpr, SHORT: tl.constexpr, LINES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Find the K-th key of one row among chunks [first, last), and write what is kept."""
     bucket, want = _digit(counts, k, BUCKETS)
     # a row that keeps nothing has nothing to look at
     last = tl.where(k > 0, last, first)
-    listed = _place(from_ptr, place_ptr, first, last, bucket, LINES * 4)
+    listed, n_short, n_long = _place(
+        from_ptr, cut_ptr, place_ptr, short_ids_ptr, long_ids_ptr, first, last, bucket, LINES * 4
+    )
     bucket -= BUCKETS // 2  # keys are signed
     # other threads read what is written here, and below
     tl.debug_barrier()
     least = tl.maximum(bucket * LOW_SPAN, ABSENT + 1)
-    _gather(keys_ptr, list_ptr, place_ptr, first, last, least, CHUNK, LINES)
+    LINE: tl.constexpr = SHORT // 8
+    _gather(short_ptr, short_ids_ptr, n_short, place_ptr, list_ptr, least, SHORT, LINE, LINES, True)
+    _gather(keys_ptr, long_ids_ptr, n_long, place_ptr, list_ptr, least, CHUNK, LINE, LINES, False)
     tl.debug_barrier()
     n_in = _filter(list_ptr, candidates_ptr, listed, bucket, TILE)
     tl.debug_barrier()
-    low, ties = _refine(candidates_ptr, n_in, want, TILE // 4)
+    low, ties = _refine(candidates_ptr, histogram_ptr, n_in, first * 0, want, 10, 11, TILE)
+    low, ties = _refine(candidates_ptr, histogram_ptr, n_in, low, ties, 0, 10, TILE)
     pivot = bucket * LOW_SPAN + low
     n_above = first * 0
     n_equal = first * 0

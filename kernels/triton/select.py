@@ -2,9 +2,9 @@
 
 Grid (chunk, row). Every program turns its chunk of logits into ordered int32 keys, adds them to the
 row's histogram of the top 11 bits, and notes that histogram of its own chunk, summed from the top
-down. The last program of a row to arrive then has the mass, N_v and K, knows the bucket that holds
-the K-th key, lists the keys in it and above, finds the other 21 bits, and writes the kept
-positions, ascending.
+down, and a short list of the chunk's largest keys. The last program of a row to arrive then has the
+mass, N_v and K, knows the bucket that holds the K-th key, lists the keys in it and above, most of
+them from the short lists, finds the other 21 bits, and writes the kept positions, ascending.
 
 All sums are of integers, so the order of arrival changes nothing.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import _host, tuning
 from ._math import is_last, is_visual, locate, visible_range
-from ._radix import ABSENT, BUCKETS, LOW_BITS, keep_largest, ordered_key
+from ._radix import ABSENT, BUCKETS, LOW_BITS, keep_largest, ordered_key, shorten, take_counts
 
 # What the keys are made of, for `SOURCE`.
 PROB, LOGIT, SUMS, SCORES = 0, 1, 2, 3
@@ -82,14 +82,14 @@ def _chunks_of(begin, end, CHUNK: tl.constexpr):
 
 @triton.jit(do_not_specialize=_host.PLAIN)
 def _rank_kernel(
-    z_ptr, final_ptr, scores_ptr, mass_ptr, mean_ptr, keys_ptr, list_ptr, candidates_ptr,
-    from_ptr, place_ptr, histogram_ptr, arrived_ptr, indices_ptr, counts_ptr, ratio_ptr,
-    wanted_ptr, table_ptr, starts_ptr, lengths_ptr, spans_ptr,
+    z_ptr, final_ptr, scores_ptr, mass_ptr, mean_ptr, keys_ptr, short_ptr, cut_ptr,
+    from_ptr, place_ptr, ids_ptr, list_ptr, candidates_ptr, histogram_ptr, arrived_ptr,
+    indices_ptr, counts_ptr, ratio_ptr, wanted_ptr, table_ptr, starts_ptr, lengths_ptr, spans_ptr,
     z_scale, r_min, r_max, n_slots, n_tiles, window, n_pages, n_spans, rows, heads, k_max,
     stride_tb,
     SOURCE: tl.constexpr, SELECT: tl.constexpr, MEAN: tl.constexpr,
     PAGE: tl.constexpr, STEPS: tl.constexpr, HEADS: tl.constexpr, CHUNK: tl.constexpr,
-    LINES: tl.constexpr, TILE: tl.constexpr,
+    SHORT: tl.constexpr, LINES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     chunk, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     n_keys = n_tiles * TILE
@@ -128,9 +128,15 @@ def _rank_kernel(
             n_chunks = tl.num_programs(0)
             from_ptr += b * n_chunks * BUCKETS
             tl.store(from_ptr + chunk * BUCKETS + bins, tl.cumsum(counts, 0, reverse=True))
+            short_ptr += b * n_chunks * SHORT
+            cut_ptr += b * n_chunks
+            tl.debug_barrier()
+            shorten(
+                keys_ptr, from_ptr + chunk * BUCKETS, short_ptr + chunk * SHORT, cut_ptr + chunk,
+                chunk * CHUNK, CHUNK, SHORT,
+            )  # fmt: skip
             if is_last(arrived_ptr + b, last - first):
-                counts = tl.load(histogram_ptr + bins)
-                tl.store(histogram_ptr + bins, tl.zeros_like(counts))
+                counts = take_counts(histogram_ptr, BUCKETS)
                 if ratio_ptr is not None:
                     ratio = tl.load(ratio_ptr + b)
                 elif SOURCE == 3:
@@ -140,10 +146,12 @@ def _rank_kernel(
                     ratio = mean if MEAN else largest
                 k = _count(b, tl.sum(counts), ratio, r_min, r_max, wanted_ptr, k_max)
                 tl.store(counts_ptr + b, k)
+                ids_ptr += b * 2 * n_chunks
                 keep_largest(
-                    keys_ptr, list_ptr + b * n_keys, candidates_ptr + b * n_keys, from_ptr,
-                    place_ptr + b * n_chunks, indices_ptr + b * k_max,
-                    first, last, k, counts, k_max, CHUNK, LINES, TILE,
+                    keys_ptr, short_ptr, cut_ptr, from_ptr, place_ptr + b * n_chunks,
+                    ids_ptr, ids_ptr + n_chunks, list_ptr + b * n_keys,
+                    candidates_ptr + b * n_keys, histogram_ptr, indices_ptr + b * k_max,
+                    first, last, k, counts, k_max, CHUNK, SHORT, LINES, TILE,
                 )  # fmt: skip
 
 
@@ -179,24 +187,27 @@ def _launch(
     n_chunks = triton.cdiv(n_slots, chunk)
     take = workspace.take
     starts, lengths = cut
-    indices = counts = keys = listed = candidates = from_bin = place = histogram = arrived = None
+    indices = counts = histogram = arrived = None
+    scratch: tuple[Tensor | None, ...] = (None,) * 8
     if select:
         indices = torch.empty((rows, params.k_max), dtype=torch.int32, device=device)
         counts = torch.empty(rows, dtype=torch.int32, device=device)
-        keys, listed, candidates, from_bin, place = (
+        scratch = tuple(
             take(f"triton.rank.{name}", rows * numel, dtype, device)
             for name, numel, dtype in (
-                ("keys", n_tiles * tile, torch.int32), ("list", n_tiles * tile, torch.int64),
-                ("candidates", n_tiles * tile, torch.int32),
+                ("keys", n_tiles * tile, torch.int32),
+                ("short", n_chunks * row.rank_short, torch.int64), ("cut", n_chunks, torch.int32),
                 ("from_bin", n_chunks * 2048, torch.int32), ("place", n_chunks, torch.int32),
+                ("ids", 2 * n_chunks, torch.int32), ("list", n_tiles * tile, torch.int64),
+                ("candidates", n_tiles * tile, torch.int32),
             )
         )  # fmt: skip
         histogram = workspace.zeroed("triton.rank.histogram", rows * 2048, torch.int32, device)
         arrived = workspace.zeroed("triton.rank.arrived", rows, torch.int32, device)
     n_spans = visual.spans.shape[1]
     _rank_kernel[(n_chunks, rows)](
-        z, final, scores, *masses, keys, listed, candidates, from_bin, place, histogram,
-        arrived, indices, counts, params.ratio, params.counts,
+        z, final, scores, *masses, *scratch, histogram, arrived, indices, counts,
+        params.ratio, params.counts,
         starts_ptr=starts, lengths_ptr=lengths, spans_ptr=visual.spans,
         z_scale=1.0 / params.tau if params.score == "prob_tau" else 1.0,
         r_min=float(params.r_min), r_max=float(params.r_max),
@@ -204,8 +215,8 @@ def _launch(
         rows=kept_rows, heads=heads, k_max=params.k_max, **page,
         SOURCE=source, SELECT=select, MEAN=params.mass == "mean",
         STEPS=_host.span_steps(n_spans), HEADS=triton.next_power_of_2(heads),
-        CHUNK=chunk, LINES=row.rank_lines, TILE=tile,
-        num_warps=row.rank_warps, **_host.register_cap(row.rank_registers),
+        CHUNK=chunk, SHORT=row.rank_short, LINES=row.rank_lines, TILE=tile,
+        num_warps=row.rank_warps, **_host.register_cap(row.rank_registers if select else 0),
     )  # fmt: skip
     return indices, counts
 

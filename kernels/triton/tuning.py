@@ -44,6 +44,7 @@ class Target(NamedTuple):
     min_split: int  # keys a program gets at least
     max_splits: int  # programs a row gets at most, per KV head
     rank_chunk: int  # slots that one program ranks
+    rank_short: int  # of these, the largest that it lists: 32 a line, 8 lines a step
     rank_tile: int  # keys that the last program looks at in one step
     rank_warps: int
     rank_lines: int  # chunks that it passes side by side, one for every 32 threads
@@ -61,6 +62,7 @@ _LARGE = Target(
     min_split=128,
     max_splits=64,
     rank_chunk=1024,
+    rank_short=256,
     rank_tile=4096,
     rank_warps=16,
     rank_lines=16,
@@ -106,6 +108,7 @@ TABLE = {
         min_split=64,
         max_splits=8,
         rank_chunk=64,
+        rank_short=16,
         rank_tile=256,
         rank_warps=4,
         rank_lines=2,

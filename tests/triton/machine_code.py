@@ -19,7 +19,8 @@ import triton
 # per launch, kernel and target, with the pinned Triton. `compile.py --write` makes it.
 LIMITS = json.loads(Path(__file__).with_name("limits.json").read_text())
 PINNED = triton.__version__.startswith("3.6.")
-ANY = 512, 1 << 20, 1  # of another Triton only what the chip itself asks
+# Another Triton loads as wide; registers and shared memory are its own, within what the chip has.
+ANY = 512, 1 << 20
 # What a block may have on the chip: registers a thread, bytes of shared memory.
 CHIP = {
     "sm_80": (255, 163 << 10),
@@ -89,7 +90,9 @@ def test_machine_code(name, target):
     for kernel, found in kernels_of(name, target).items():
         where = f"{kernel} of {name} on {target}"
         assert not found.tf32, f"{where}: TF32 in the machine code"
-        registers, shared, wide_loads = LIMITS[name][kernel][target] if PINNED else ANY
+        registers, shared, wide_loads = LIMITS[name][kernel][target]
+        if not PINNED:
+            registers, shared = ANY
         few = f"{where}: {found.wide_loads} of {wide_loads} 128-bit loads"
         assert found.wide_loads >= wide_loads, few
         assert found.fenced, f"{where}: the arrival count is not fenced on both sides"

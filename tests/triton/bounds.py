@@ -6,6 +6,7 @@ Occupancy follows from limits.json and the launch tables, bytes from the cost mo
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,35 +14,24 @@ from visionpulse._triton import tuning
 
 from visionpulse.analysis import cost
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from gpu_facts import (
+    BANDWIDTH,
+    CHIPS,
+    HEAD_DIM,
+    HEADS,
+    IN_FLIGHT,
+    ITEMSIZE,
+    KV_HEADS,
+    SMS,
+    TEXT,
+    kept_of,
+    microseconds,
+    step,
+)  # fmt: skip
+
 LIMITS = json.loads(Path(__file__).with_name("limits.json").read_text())
-HEADS, KV_HEADS, HEAD_DIM, ITEMSIZE = 32, 8, 128, 2
-TEXT, KEPT = 256, 0.05
 SHAPES = {"B1 16k": (1, 16384), "B8 32k": (8, 32768)}  # rows, visual tokens
-BANDWIDTH = 4.3e12  # bytes/s that a copy reaches on an H200
-SMS, LATENCY = 132, 1e-6  # its multiprocessors, seconds until a byte asked for arrives
-
-
-class Chip(NamedTuple):
-    """What the blocks of one multiprocessor share."""
-
-    registers: int  # of 32 bits
-    shared: int  # bytes
-    threads: int
-    blocks: int
-    warp: int = 32
-    reserved: int = 1024  # bytes of shared memory that each block costs beside its own
-
-
-# The CUDA programming guide's compute capabilities; CDNA3: 4 SIMDs of 512 x 64 registers, 8 waves
-CHIPS = {
-    "sm_80": Chip(65536, 164 << 10, 2048, 32),
-    "sm_86": Chip(65536, 100 << 10, 1536, 16),
-    "sm_89": Chip(65536, 100 << 10, 1536, 24),
-    "sm_90": Chip(65536, 228 << 10, 2048, 32),
-    "sm_100": Chip(65536, 228 << 10, 2048, 32),
-    "sm_120": Chip(65536, 100 << 10, 1536, 24),
-    "gfx942": Chip(131072, 64 << 10, 2048, 32, warp=64, reserved=0),
-}
 
 
 class Use(NamedTuple):
@@ -70,11 +60,7 @@ def blocks_of(name, target):
     table, chip = tuning.TABLE[target], CHIPS[target]
     warps = getattr(table, loop).half.warps if loop else table.rank_warps
     threads = warps * chip.warp
-    fits = (
-        chip.registers // (registers * threads), chip.shared // (shared + chip.reserved),
-        chip.threads // threads, chip.blocks,
-    )  # fmt: skip
-    return min(fits), threads, registers, shared
+    return chip.blocks_of(threads, registers, shared), threads, registers, shared
 
 
 def plan_of(name):
@@ -88,7 +74,7 @@ def programs(name, shape):
     """Programs of a launch, all rows: splits of a row's keys times KV heads."""
     rows, visual = SHAPES[shape]
     gathered = KERNELS[name].loop == "gather"
-    n = TEXT + (math.floor(KEPT * visual) if gathered else visual)
+    n = TEXT + (kept_of(visual) if gathered else visual)
     plan = plan_of(name)
     per_split = max(
         plan.min_split, math.ceil(math.ceil(n / plan.max_splits) / plan.block_n) * plan.block_n
@@ -98,7 +84,6 @@ def programs(name, shape):
 
 def occupancy():
     """On sm_90: what a block holds, how many fit, and the bytes in flight that follow."""
-    needed = BANDWIDTH / SMS * LATENCY
     yield (
         "| kernel | threads | registers | shared KiB | blocks per multiprocessor | KB in flight: "
         + ", ".join(SHAPES) + " | bound by: " + ", ".join(SHAPES) + " |"
@@ -113,7 +98,7 @@ def occupancy():
         plan = plan_of(name)
         staged = (plan.stages - 1) * use.tensors * plan.block_n * HEAD_DIM * ITEMSIZE
         flying = [min(blocks, programs(name, shape) / SMS) * staged for shape in SHAPES]
-        bound = ["memory" if bytes_ >= needed else "latency" for bytes_ in flying]
+        bound = ["memory" if bytes_ >= IN_FLIGHT else "latency" for bytes_ in flying]
         numbers = ", ".join(f"{bytes_ / 1000:.0f}" for bytes_ in flying)
         yield held + f"| {numbers} | {', '.join(bound)} |"
 
@@ -129,8 +114,7 @@ def everywhere():
 
 def moved(name, rows, visual):
     """Bytes that a kernel moves from and to memory: what it must, and the logits it spills."""
-    shape = cost.Shape(rows, HEADS, KV_HEADS, HEAD_DIM, TEXT, visual, ITEMSIZE)
-    kept = math.floor(KEPT * visual)
+    shape, kept = step(rows, visual), kept_of(visual)
     one = rows * KV_HEADS * HEAD_DIM * ITEMSIZE  # the keys of one position
     logits = 4 * rows * HEADS * shape.keys
     return {
@@ -149,7 +133,7 @@ def traffic():
     yield "|---|" + "---|" * (len(SHAPES) + 1)
     for name in list(KERNELS)[:-1]:
         cells = (moved(name, *shape) for shape in SHAPES.values())
-        shown = (f"{bytes_ / 1e6:.1f}, {bytes_ / BANDWIDTH * 1e6:.1f}" for bytes_ in cells)
+        shown = (f"{bytes_ / 1e6:.1f}, {microseconds(bytes_):.1f}" for bytes_ in cells)
         yield f"| {name} | {' | '.join(shown)} | |"
     rows, visual = SHAPES["B8 32k"]
     parts = ("scan, pruned", "attend, anchor")

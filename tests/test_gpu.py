@@ -15,6 +15,7 @@ pytestmark = [
 SPANS = (((20, 700), (730, 1400)), ((5, 300),))
 LONG = Case("", SPANS, size=1500, heads=32, kv_heads=8, head_dim=128, lengths=(1500, 611))
 GPU_BACKENDS = ("cuda", "triton")
+COUNTERS = ("counters", "arrived", "histogram")  # kept at zero by their kernels
 
 
 @pytest.fixture(params=GPU_BACKENDS)
@@ -65,16 +66,78 @@ def test_a_step_reads_nothing_back(on):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_a_replayed_graph_follows_lengths_that_changed(on):
-    problem = LONG.build(torch.bfloat16, "cuda")
-    step = Step(problem, on)
+def captured(problem, backend, workspace=None):
+    step = Step(problem, backend, workspace)
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())  # the problem may still be on its way
     with torch.cuda.stream(side):
-        step()
+        Step(problem, backend, workspace)()  # kernels load; only a given workspace has memory then
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
+    return step, graph
+
+
+def test_a_graph_outlives_the_growth_of_its_workspace(on):
+    """A longer problem makes the buffers anew; those of the graph stay, and its counters at 0."""
+    small = CASES["grouped"].build(torch.bfloat16, "cuda")
+    workspace = vp.Workspace()
+    step, graph = captured(small, on, workspace)
+    wanted = Step(small, on)().results()
+    for seed in range(3):
+        Step(LONG.build(torch.bfloat16, "cuda", seed=seed), on, workspace)()
+        # what the allocator gives next must not be a buffer that the graph writes
+        poison = [torch.full((1 << 14,), -1, dtype=torch.int32, device="cuda") for _ in range(64)]
+        graph.replay()
+        assert_same(step.results(), wanted)
+        assert all(bool((one == -1).all()) for one in poison)
+
+
+@pytest.mark.parametrize("order", ((0, 1), (1, 0)))
+def test_two_graphs_replay_in_any_order(on, order):
+    """Captured with no memory made before: neither may count on the other's zeros."""
+    problems = [CASES[name].build(torch.bfloat16, "cuda") for name in ("grouped", "long")]
+    wanted = [Step(problem, on)().results() for problem in problems]
+    shared = vp.Workspace()
+    made = []
+    for problem in problems:
+        step, graph = Step(problem, on, shared), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        made.append((step, graph))
+    for place in (*order, *order):
+        step, graph = made[place]
+        graph.replay()
+        assert_same(step.results(), wanted[place])
+    assert_same(Step(problems[0], on, shared)().results(), wanted[0])
+
+
+def compiled(problem, backend):
+    q, kv, visual, config = problem[1:]
+
+    def step():
+        out, kept = vp.decode(q, kv, visual, config, backend=backend)
+        followed = vp.attend(q, kv, visual, kept, backend=backend)
+        return out, followed, kept.indices, kept.counts, kept.mass
+
+    return step, torch.compile(step, mode="reduce-overhead", fullgraph=True)
+
+
+def test_a_compiled_step_keeps_nothing_in_the_memory_of_its_graph(on):
+    """What transformers compiles with a static cache: warm-up, capture and replay in one pool."""
+    step, fast = compiled(LONG.build(torch.bfloat16, "cuda"), on)
+    wanted = [t.clone() for t in step()]
+    skipped = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
+    for _ in range(4):
+        torch.compiler.cudagraph_mark_step_begin()
+        assert_same([t.clone() for t in fast()], wanted)
+    assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == skipped
+
+
+def test_a_replayed_graph_follows_lengths_that_changed(on):
+    problem = LONG.build(torch.bfloat16, "cuda")
+    step, graph = captured(problem, on)
     for lengths in ((1500, 611), (900, 20), (64, 300), (1500, 1)):
         problem.kv.lengths.copy_(torch.tensor(lengths, dtype=torch.int32))
         graph.replay()
@@ -88,6 +151,7 @@ def test_streams_do_not_disturb_each_other(on):
     torch.cuda.synchronize()
     streams = [torch.cuda.Stream() for _ in problems]
     steps = [Step(problem, on) for problem in problems]
+    torch.cuda.synchronize()  # under these tests new memory is filled, on another stream
     for _ in range(50):
         for stream, step in zip(streams, steps, strict=True):
             with torch.cuda.stream(stream):
@@ -112,9 +176,9 @@ def test_a_dirty_workspace_changes_nothing(on):
     problem = LONG.build(torch.bfloat16, "cuda")
     workspace = vp.Workspace()
     wanted = Step(problem, on, workspace)().results()
-    for buffer in workspace._buffers.values():
-        if buffer.dtype == torch.uint8:  # scratch; counters are kept by their kernels
-            buffer.fill_(0xFF)
+    for (name, *_), buffer in workspace._buffers.items():
+        if not name.endswith(COUNTERS):
+            buffer.view(torch.uint8).fill_(0xFF)
     assert_same(Step(problem, on, workspace)().results(), wanted)
 
 

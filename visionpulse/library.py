@@ -67,6 +67,15 @@ def _visual(fields: Sequence[Any]) -> VisualTokens:
     return VisualTokens(spans, offsets, counts, max_count, size=0)
 
 
+def _work(device: torch.device) -> workspace.Workspace:
+    """Scratch memory of one call on a GPU, of this thread elsewhere.
+
+    A compiled step may run inside the memory pool of a CUDA graph, where torch refuses a tensor
+    that outlives it. The price is a launch per op, which zeroes the counters.
+    """
+    return workspace.Workspace() if device.type == "cuda" else workspace.default(device)
+
+
 def _new_out(q: Tensor) -> Tensor:
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
@@ -92,7 +101,7 @@ def _decode(q: Tensor, *fields: Any) -> tuple[Tensor, ...]:
     out = _new_out(q)
     backend = _resolve(fields[22], q, kv, visual, params)
     selection = backend.decode(
-        q, kv, visual, params, scores=None, out=out, workspace=workspace.default(q.device)
+        q, kv, visual, params, scores=None, out=out, workspace=_work(q.device)
     )
     return out, selection.indices, selection.counts, selection.mass, selection.mass_mean
 
@@ -110,7 +119,7 @@ def _score(q: Tensor, *fields: Any) -> tuple[Tensor, ...]:
         params,
         scores=scores,
         out=out if anchor_output == "dense" else None,
-        workspace=workspace.default(q.device),
+        workspace=_work(q.device),
     )
     return scores, mass, mass_mean, out
 
@@ -131,7 +140,7 @@ def _select(scores: Tensor, mass: Tensor, mass_mean: Tensor, *fields: Any) -> tu
         params,
         starts=starts,
         lengths=lengths,
-        workspace=workspace.default(scores.device),
+        workspace=_work(scores.device),
     )
     return selection.indices, selection.counts
 
@@ -144,7 +153,7 @@ def _attend(q: Tensor, *fields: Any) -> Tensor:
     params = Params(scale, softcap, window)
     backend = _resolve(name, q, kv, visual, params)
     return backend.attend(
-        q, kv, visual, selection, params, out=_new_out(q), workspace=workspace.default(q.device)
+        q, kv, visual, selection, params, out=_new_out(q), workspace=_work(q.device)
     )
 
 
@@ -153,9 +162,7 @@ def _attend_dense(q: Tensor, *fields: Any) -> Tensor:
     *numbers, name = fields[6:]
     params = Params(*numbers)
     backend = _resolve(name, q, kv, None, params)
-    return backend.attend(
-        q, kv, None, None, params, out=_new_out(q), workspace=workspace.default(q.device)
-    )
+    return backend.attend(q, kv, None, None, params, out=_new_out(q), workspace=_work(q.device))
 
 
 def _decode_like(q: Tensor, *fields: Any) -> tuple[Tensor, ...]:

@@ -58,7 +58,7 @@ CudaError::CudaError(const std::string& entry, cudaError_t error)
     : std::runtime_error(entry + ": " + cudaGetErrorName(error) + ": " +
                          cudaGetErrorString(error)) {}
 
-std::string unavailable(int32_t device) {
+std::string unavailable(int32_t device) try {
   int count = 0;
   cudaError_t error = cudaGetDeviceCount(&count);
   if (error == cudaSuccess && count <= device) error = cudaErrorNoDevice;
@@ -76,6 +76,8 @@ std::string unavailable(int32_t device) {
          std::to_string(capability / 10) + "." + std::to_string(capability % 10) + " (" +
          cudaGetErrorString(error) +
          "); build with VISIONPULSE_CUDA_ARCHS=" + std::to_string(capability);
+} catch (const CudaError& error) {  // the device refuses us: it is full, or another's alone
+  return std::string("the GPU cannot be used: ") + error.what();
 }
 
 const Chip& chip_of(int32_t device) {

@@ -80,7 +80,9 @@ class CudaBackend(Backend):
             return reason
         if not _native.module().has_cuda:
             return "built without CUDA: no nvcc was found; put it on PATH and run: pip install -e ."
-        return _unavailable(0)
+        # asking opens a context: on the device in use, not on the first one from every process
+        is_up = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        return _unavailable(torch.cuda.current_device() if is_up else 0)
 
     def refuses(
         self, q: Tensor, kv: Cache, visual: VisualTokens | None, params: Params

@@ -207,10 +207,13 @@ def usable(
 
 
 @cache
-def check(name: str, device: str) -> None:
-    """Hold a form against float64 on a small problem of its widest dtype; once per process."""
+def check(name: str, device: str, dtype: torch.dtype | None = None) -> None:
+    """Hold a form against float64 on a small problem, in its widest dtype where none is given.
+
+    Once per process: what is timed in a dtype is checked in it.
+    """
     form = FORMS[name]
-    dtype = form.dtypes[0]
+    dtype = dtype or form.dtypes[0]
     visual = ((16, 80), (112, 240))
     problem = Case("baseline", (visual, visual), size=256).build(dtype, device)
     q, kv = problem.q, problem.kv
@@ -218,7 +221,9 @@ def check(name: str, device: str) -> None:
     if form.dense is not None:
         assert_output(form.dense(q, kv), exact, None)
     if form.sparse is not None:
-        _, selection = vp.decode(q, kv, problem.visual, vp.PulseConfig(ratio=(0.2, 0.2)))
+        _, selection = vp.decode(
+            q, kv, problem.visual, vp.PulseConfig(ratio=(0.2, 0.2)), backend="reference"
+        )
         kept = attended_positions(kv, problem.visual, selection)
         assert_output(form.sparse(q, kv, kept), exact, selection)
 

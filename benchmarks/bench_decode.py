@@ -10,6 +10,7 @@ whole steps would show that neighbour. `--whole` times the steps as well and put
 import argparse
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import cache
 from types import ModuleType
 
 import baselines
@@ -154,38 +155,42 @@ def published(device: torch.device) -> ModuleType:
     return block64_triton
 
 
+def published_layers(bench: Bench, layers: Layers) -> dict[str, Callable[[int], object]]:
+    """A layer of each role of the published scheme."""
+    config, scheme = layers.shape.config(), published(bench.device)
+    _, blocks = scheme.anchor(*layers.at(0), layers.visual, config)
+    return {
+        "dense": lambda turn: scheme.dense(*layers.at(turn)),
+        "anchor": lambda turn: scheme.anchor(*layers.at(turn), layers.visual, config),
+        "follower": lambda turn: scheme.follower(*layers.at(turn), blocks),
+    }
+
+
 def single_layers(
     bench: Bench, layers: Layers, forms: list[Form], selection: vp.Selection
-) -> dict[str, Callable[[int], object]]:
-    """One layer of each baseline, of each kind, to be multiplied."""
-    variants: dict[str, Callable[[int], object]] = {}
-    kept = attended_positions(layers.kv[0], layers.visual, selection)
+) -> tuple[dict[str, Callable[[int], object]], set[str]]:
+    """One layer of each baseline, of each kind, to be multiplied; and those that cannot run."""
+    kept, many = attended_positions(layers.kv[0], layers.visual, selection), len(layers)
+    wanted: dict[str, Callable[[], Callable[[int], object]]] = {}
 
     def dense(form: Form) -> Callable[[int], object]:
-        return bench.captured_layers(
-            lambda turn: form.dense(*layers.at(turn)), len(layers), form.name
-        )
+        return bench.captured_layers(lambda turn: form.dense(*layers.at(turn)), many, form.name)
 
     def sparse(form: Form) -> Callable[[int], object]:
         layer = lambda turn: form.sparse(*layers.at(turn), kept)  # noqa: E731
-        return bench.captured_layers(layer, len(layers), form.name)
+        return bench.captured_layers(layer, many, form.name)
 
     for form in forms:
-        baselines.check(form.name, layers.q[0].device.type)
         if form.dense is not None:
-            variants[f"{form.name}:dense"] = dense(form)
+            wanted[f"{form.name}:dense"] = lambda form=form: dense(form)
         if form.sparse is not None:
-            variants[f"{form.name}:follower"] = sparse(form)
-    variants[f"{IN_TORCH}:anchor"] = torch_anchor(layers)
-    config, scheme = layers.shape.config(), published(bench.device)
-    _, blocks = scheme.anchor(*layers.at(0), layers.visual, config)
+            wanted[f"{form.name}:follower"] = lambda form=form: sparse(form)
+    wanted[f"{IN_TORCH}:anchor"] = lambda: torch_anchor(layers)
     # never a graph: the published scheme reads the device, and that is part of its cost
-    variants[f"{PUBLISHED}:dense"] = lambda turn: scheme.dense(*layers.at(turn))
-    variants[f"{PUBLISHED}:anchor"] = lambda turn: scheme.anchor(
-        *layers.at(turn), layers.visual, config
-    )
-    variants[f"{PUBLISHED}:follower"] = lambda turn: scheme.follower(*layers.at(turn), blocks)
-    return variants
+    scheme = cache(lambda: published_layers(bench, layers))
+    for role in ("dense", "anchor", "follower"):
+        wanted[f"{PUBLISHED}:{role}"] = lambda role=role: scheme()[role]
+    return bench.baselines(wanted)
 
 
 def composed(times: Mapping[str, Times], parts: Mapping[str, int]) -> Times:
@@ -226,26 +231,45 @@ def run(bench: Bench, shape: Shape, dtype: torch.dtype, options: argparse.Namesp
     device, count = bench.device, options.layers
     layers = Layers.make(shape, dtype, device, count, options.budget << 20)
     forms = baselines.usable(options.baselines, device, dtype, bench.say)
-    ours = {}
-    for backend in bench.backends(*layers.at(0), layers.visual):
-        for name in options.schedules.split(","):
-            ours[f"{backend}:{name}"] = Step(layers, count, SCHEDULES[name], backend)
-    for step in ours.values():
-        step.check()
+    forms = bench.usable(forms, dtype)
     chosen = layers.shape.config()
-    _, selection = vp.decode(*layers.at(0), layers.visual, chosen)
-    singles = our_layers(bench, ours)
+    ours: dict[str, Step] = {}
+    singles: dict[str, Callable[[int], object]] = {}
+    steps: dict[str, Callable[[int], object]] = {}
+    selection: vp.Selection | None = None
+    for backend in bench.backends(*layers.at(0), layers.visual):
+        with bench.part(f"{backend} at {shape.name}"):
+            mine = {
+                f"{backend}:{name}": Step(layers, count, SCHEDULES[name], backend)
+                for name in options.schedules.split(",")
+            }
+            for step in mine.values():
+                step.check()
+            _, kept = vp.decode(*layers.at(0), layers.visual, chosen, backend=backend)
+            alone = our_layers(bench, mine)
+            is_whole = options.whole or device.type == "cuda"
+            whole_steps = {
+                f"whole:{name}": bench.captured(step) for name, step in mine.items() if is_whole
+            }
+            ours, singles, steps = ours | mine, singles | alone, steps | whole_steps
+            selection = kept
+    if selection is None:
+        return
+    missing: set[str] = set()
     if forms:
-        singles |= single_layers(bench, layers, forms, selection)
-    is_whole = options.whole or device.type == "cuda"
-    steps = {f"whole:{name}": bench.captured(step) for name, step in ours.items() if is_whole}
+        theirs, missing = single_layers(bench, layers, forms, selection)
+        singles |= theirs
     times, ceilings = bench.time({**steps, **singles}, dtype, shape.head_dim * dtype.itemsize)
-    made = recipes(ours, forms, count)
+    made = {
+        name: parts
+        for name, parts in recipes(ours, forms, count).items()
+        if not missing.intersection(parts)
+    }
     whole = {name: composed(times, parts) for name, parts in made.items()}
     problem = shape.cost(dtype)
     work = {name: cost.dense(problem).times(count) for name in made}
     paper = work_of(roles(chosen, (True,) * count, 1), problem, shape.kept, chosen)
-    work |= {PUBLISHED: paper, IN_TORCH: paper}
+    work |= {name: paper for name in (PUBLISHED, IN_TORCH) if name in made}
     facts = {}
     for name in whole:
         if name in ours:
@@ -299,7 +323,8 @@ def main() -> None:
         raise SystemExit(f"no schedule {', '.join(unknown)}; known: {', '.join(SCHEDULES)}")
     for shape in options.shapes.split(","):
         for dtype in bench.dtypes:
-            run(bench, SHAPES[shape], dtype, options)
+            with bench.part(shape):
+                run(bench, SHAPES[shape], dtype, options)
     bench.finish()
 
 

@@ -9,11 +9,18 @@ stages of a shape are one interleaved run.
 
 import argparse
 from collections.abc import Callable
+from functools import cache
 
 import baselines
 import torch
 from baselines import PLAIN, Form, attended_positions
-from bench_decode import assert_heads, assert_selection, published, torch_anchor
+from bench_decode import (
+    PUBLISHED,
+    assert_heads,
+    assert_selection,
+    published_layers,
+    torch_anchor,
+)
 from harness import Bench, launches_of
 from shapes import SHAPES, Layers, Shape
 from torch import Tensor
@@ -69,7 +76,7 @@ class Ours:
         return vp.attend(*self.layers.at(turn), self.layers.visual, self.selection, **self.common)
 
 
-def torch_score(layers: Layers) -> Callable[[int], object]:
+def torch_score(layers: Layers, ours: Ours) -> Callable[[int], object]:
     """Scores and mass as one writes them in torch, the visual tokens being one run."""
     shape, tau = layers.shape, layers.shape.config().tau
     begin = shape.text // 4
@@ -83,9 +90,9 @@ def torch_score(layers: Layers) -> Callable[[int], object]:
         return z.softmax(-1).mean(1)[:, visual], mass
 
     scores, mass = run(0)
-    ours, our_mass, _ = vp.score(*layers.at(0), layers.visual, layers.shape.config())
+    our_scores, our_mass, _ = ours.scored[0]
     if layers.q[0].dtype == torch.float32:  # else torch rounds the logits, and may differ
-        torch.testing.assert_close(scores, ours[:, visual])
+        torch.testing.assert_close(scores, our_scores[:, visual])
         torch.testing.assert_close(mass, our_mass)
     return run
 
@@ -99,27 +106,31 @@ def torch_topk(layers: Layers, ours: Ours) -> Callable[[int], object]:
 
 
 def theirs(bench: Bench, layers: Layers, forms: list[Form], ours: Ours) -> dict[str, Variants]:
-    """Baselines of every stage."""
-    made: dict[str, Variants] = {stage: {} for stage in BASELINES}
+    """Baselines of every stage; one that cannot run here is left out and said to be missing."""
     kept, many = attended_positions(layers.kv[0], layers.visual, ours.selection), len(layers)
+    wanted: dict[str, Callable[[], Callable[[int], object]]] = {}
+
+    def graphs(stage: str, name: str, make: Callable[[], Callable[[int], object]]) -> None:
+        wanted[f"{stage}/{name}"] = lambda: bench.captured_layers(make(), many, name)
+
     for form in forms:
-        baselines.check(form.name, bench.device.type)
         if form.dense is not None:
-            layer = lambda turn, form=form: form.dense(*layers.at(turn))  # noqa: E731
-            made["dense"][form.name] = bench.captured_layers(layer, many, form.name)
+            dense = lambda turn, form=form: form.dense(*layers.at(turn))  # noqa: E731
+            graphs("dense", form.name, lambda dense=dense: dense)
         if form.sparse is not None:
-            layer = lambda turn, form=form: form.sparse(*layers.at(turn), kept)  # noqa: E731
-            made["follower"][form.name] = bench.captured_layers(layer, many, form.name)
-    made["score"]["torch-score"] = bench.captured_layers(torch_score(layers), many)
-    made["select"]["torch-topk"] = bench.captured_layers(torch_topk(layers, ours), many)
-    made["anchor"]["torch-visionpulse"] = bench.captured_layers(torch_anchor(layers), many)
-    scheme, config = published(bench.device), layers.shape.config()
-    _, blocks = scheme.anchor(*layers.at(0), layers.visual, config)
+            sparse = lambda turn, form=form: form.sparse(*layers.at(turn), kept)  # noqa: E731
+            graphs("follower", form.name, lambda sparse=sparse: sparse)
+    graphs("score", "torch-score", lambda: torch_score(layers, ours))
+    graphs("select", "torch-topk", lambda: torch_topk(layers, ours))
+    graphs("anchor", "torch-visionpulse", lambda: torch_anchor(layers))
     # never a graph: the published scheme reads the device, and that is part of its cost
-    name = "published-block64"
-    made["dense"][name] = lambda turn: scheme.dense(*layers.at(turn))
-    made["anchor"][name] = lambda turn: scheme.anchor(*layers.at(turn), layers.visual, config)
-    made["follower"][name] = lambda turn: scheme.follower(*layers.at(turn), blocks)
+    scheme = cache(lambda: published_layers(bench, layers))
+    for stage in ("dense", "anchor", "follower"):
+        wanted[f"{stage}/{PUBLISHED}"] = lambda stage=stage: scheme()[stage]
+    made: dict[str, Variants] = {stage: {} for stage in BASELINES}
+    for key, variant in bench.baselines(wanted)[0].items():
+        stage, name = key.split("/")
+        made[stage][name] = variant
     return made
 
 
@@ -139,16 +150,22 @@ def works(shape: Shape, dtype: torch.dtype) -> dict[str, cost.Work]:
 def run(bench: Bench, shape: Shape, dtype: torch.dtype) -> None:
     layers = Layers.make(shape, dtype, bench.device, 36, bench.options.budget << 20)
     forms = baselines.usable(bench.options.baselines, bench.device, dtype, bench.say)
+    forms = bench.usable(forms, dtype)
     stages: dict[str, Variants] = {stage: {} for stage in BASELINES}
     eager: dict[str, Callable[[int], object]] = {}
+    ours: Ours | None = None
     for backend in bench.backends(*layers.at(0), layers.visual):
-        ours = Ours(layers, backend)
-        for stage in stages:
-            eager[f"{stage}/{backend}"] = getattr(ours, stage)
-        eager[f"anchor/{backend}:dense-output"] = ours.anchor_dense
-    for key, layer in eager.items():
-        stage, name = key.split("/")
-        stages[stage][name] = bench.captured_layers(layer, len(layers))
+        with bench.part(f"{backend} at {shape.name}"):
+            candidate = Ours(layers, backend)
+            calls = {f"{stage}/{backend}": getattr(candidate, stage) for stage in stages}
+            calls[f"anchor/{backend}:dense-output"] = candidate.anchor_dense
+            made = {key: bench.captured_layers(call, len(layers)) for key, call in calls.items()}
+            ours, eager = candidate, eager | calls
+            for key, layer in made.items():
+                stage, name = key.split("/")
+                stages[stage][name] = layer
+    if ours is None:
+        return
     for stage, variants in theirs(bench, layers, forms, ours).items() if forms else ():
         stages[stage] |= variants
     flat = {f"{stage}/{name}": v for stage, made in stages.items() for name, v in made.items()}
@@ -185,7 +202,8 @@ def main() -> None:
     bench = Bench(parser, shapes="b1-8k", dtypes="bf16")
     for name in bench.options.shapes.split(","):
         for dtype in bench.dtypes:
-            run(bench, SHAPES[name], dtype)
+            with bench.part(name):
+                run(bench, SHAPES[name], dtype)
     bench.finish()
 
 

@@ -97,14 +97,14 @@ class Run:
 
     def __init__(
         self, shape: Shape, dtype: torch.dtype, device: torch.device, layers: int, steps: int,
-        budget: int, model: str,
+        budget: int, model: str, backend: str = "auto",
     ) -> None:  # fmt: skip
         self.shape, self.device = shape, device
         self.ours, self.theirs = (
             model_of(layers, dtype, widths=WIDTHS[model], device=device) for _ in range(2)
         )
         self.theirs.load_state_dict(self.ours.state_dict(), assign=True)  # one copy of the weights
-        self.session = vp.patch(self.ours, shape.config())
+        self.session = vp.patch(self.ours, shape.config(backend=backend))
         self.token = torch.full((shape.rows, 1), 7, device=device)
         slots = shape.keys + steps
         distinct = max(2, min(layers, budget // shape.cache_bytes(dtype)))
@@ -135,7 +135,7 @@ class Run:
         self.plans, self.states = {}, {}
         for name, changes in OURS.items():
             keep_all = changes.get("schedule") == "dense"
-            config = config_of(shape, {} if keep_all else changes)
+            config = config_of(shape, ({} if keep_all else changes) | {"backend": backend})
             self.plans[name] = plan_of(config, self.session.anatomy)
             state = self.session.new_state()
             state.see(None if keep_all else vp.VisualTokens.from_mask(mask))
@@ -236,10 +236,13 @@ def turns(name: str) -> int:
 def run(bench: Bench, shape: Shape, dtype: torch.dtype, options: argparse.Namespace) -> None:
     names = [*OURS, *(() if shape.visual > options.theirs_up_to else THEIRS)]
     row_bytes, steps = shape.head_dim * dtype.itemsize, (options.rounds + 1) * 12 + 8
+    # one that is named is obeyed; of several the model takes what it would by itself
+    backend = "auto" if "," in options.backends else options.backends or "auto"
     with torch.inference_mode():
         made = Run(
-            shape, dtype, bench.device, options.layers, steps, options.budget << 20, options.model
-        )
+            shape, dtype, bench.device, options.layers, steps, options.budget << 20,
+            options.model, backend,
+        )  # fmt: skip
         if len(names) > len(OURS):
             made.check()
         spent: dict[str, list[float]] = {}
@@ -355,9 +358,11 @@ def main() -> None:
     options = bench.options
     for shape in filter(None, options.shapes.split(",")):
         for dtype in bench.dtypes:
-            run(bench, SHAPES[shape], dtype, options)
+            with bench.part(shape):
+                run(bench, SHAPES[shape], dtype, options)
     if not options.no_overhead:
-        overhead(bench, options.layers)
+        with bench.part("overhead"):
+            overhead(bench, options.layers)
     bench.finish()
 
 

@@ -30,7 +30,7 @@ def run(bench: Bench, shape: Shape, dtype: torch.dtype, retentions: tuple[float,
     """One shape: rows of the dense layer, the anchor and a follower at each retention."""
     layers = Layers.make(shape, dtype, bench.device, 36, bench.options.budget << 20)
     visual, problem = layers.visual, shape.cost(dtype)
-    baselines.check(PLAIN, bench.device.type)
+    baselines.check(PLAIN, bench.device.type, dtype)
     variants = {PLAIN: lambda turn: sdpa.grouped(*layers.at(turn))}
     work, shares = {PLAIN: cost.dense(problem)}, {}
     for backend in bench.backends(*layers.at(0), visual):
@@ -163,11 +163,18 @@ def main() -> None:
         for dtype in bench.dtypes:
             given = options.shapes.split(",") if options.shapes else ()
             for name in given or chosen(options.sweep, options.most, dtype):
-                made = run(bench, SHAPES[name], dtype, retentions)
-                for backend, share in crossover(made).items():
-                    upto = "never" if share is None else f"up to {100 * share:g} % kept"
-                    bench.say(f"{name} {backend}: a follower beats our dense layer {upto}\n")
+                with bench.part(name):
+                    made = run(bench, SHAPES[name], dtype, retentions)
+                    for backend, share in crossover(made).items():
+                        upto = "never" if share is None else f"up to {100 * share:g} % kept"
+                        bench.say(f"{name} {backend}: a follower beats our dense layer {upto}\n")
+    draw(bench)
     bench.finish()
+
+
+def draw(bench: Bench) -> None:
+    """The plots, where they were asked for."""
+    options = bench.options
     for dtype in bench.dtypes if options.plots else ():
         rows = [row for row in bench.rows if row.dtype == dtype_name(dtype)]
         for backend in sorted({row.backend.split(":")[0] for row in rows if ":" in row.backend}):

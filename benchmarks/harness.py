@@ -3,11 +3,13 @@
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from baselines import PLAIN
+from baselines import PLAIN, Form, check
 from torch import Tensor
 
 import visionpulse as vp
@@ -19,6 +21,9 @@ from visionpulse.testing.rows import DTYPES, Ceiling, Machine, Row
 from visionpulse.testing.timing import Times, interleaved
 
 Variant = Callable[[int], object]
+# On a GPU the L2 cache is overwritten before each call: two sets of inputs show what many would,
+# and every graph takes time to capture and memory to keep.
+GRAPHS = 2
 
 # Pages of 2 MiB where the system grants them, for all that is compared: rows scattered over pages
 # of 4 KiB wait for the page tables too, by as much as the pages that a run happens to get.
@@ -61,7 +66,9 @@ class Bench:
         self.dtypes = [DTYPES[name] for name in self.options.dtypes.split(",")]
         self.machine = Machine.here(self.device)
         self.rows: list[Row] = []
+        self.failed: list[str] = []
         self._pool: object = None
+        self._in_part = False
 
     def say(self, text: str) -> None:
         if not self.options.quiet:
@@ -79,6 +86,64 @@ class Bench:
                 raise SystemExit(f"backend {name} cannot run here: {reason}")
             if name in wanted or not (away or reason):
                 yield name
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """A part of the run that may fail without the others: what it made is kept, the rest runs.
+
+        The exit code of `finish` counts the failures.
+        """
+        is_whole, self._in_part = not self._in_part, True
+        if is_whole:
+            self._pool = None  # graphs of the last part are gone, and their memory with them
+        try:
+            yield
+        except Exception as error:
+            self.failed.append(name)
+            traceback.print_exc()
+            print(f"FAILED {name}: {_first_line(error)}", file=sys.stderr)
+        finally:
+            self._in_part = not is_whole
+            self._keep()
+
+    def usable(self, forms: list[Form], dtype: torch.dtype) -> list[Form]:
+        """Those baselines that give the right answer in this dtype."""
+        found = []
+        for form in forms:
+            with self._theirs(form.name):
+                check(form.name, self.device.type, dtype)
+                found.append(form)
+        return found
+
+    def baselines(
+        self, variants: Mapping[str, Callable[[], Variant]]
+    ) -> tuple[dict[str, Variant], set[str]]:
+        """Make variants of somebody else and call each once: those that run, the others' names."""
+        made = {}
+        for name, make in variants.items():
+            with self._theirs(name):
+                variant = make()
+                if self.device.type == "cuda":
+                    variant(0)
+                    torch.cuda.synchronize()
+                made[name] = variant
+        return made, set(variants) - set(made)
+
+    @contextmanager
+    def _theirs(self, name: str) -> Iterator[None]:
+        """On a GPU somebody else's code that lacks a kernel or memory is left out, and said to be.
+
+        A wrong answer is a failure, but one that leaves the rest of the run.
+        """
+        try:
+            yield
+        except Exception as error:
+            if self.device.type != "cuda":
+                raise
+            print(f"without {name}: not available, {_first_line(error)}", file=sys.stderr)
+            if isinstance(error, AssertionError):
+                self.failed.append(name)
+            torch.cuda.empty_cache()
 
     def captured(self, step: Callable[[], object]) -> Variant:
         """On a GPU the step as one CUDA graph, so that the host's pace is not what is timed."""
@@ -99,14 +164,18 @@ class Bench:
         return lambda turn: graph.replay()
 
     def captured_layers(self, layer: Variant, count: int, name: str = "") -> Variant:
-        """The same for one layer: a graph per set of inputs, so that they still rotate."""
+        """The same for one layer: a graph for each of a few sets of inputs, so that they rotate."""
         if self.device.type != "cuda":
             return layer
+        count, stream = min(count, GRAPHS), torch.cuda.current_stream()
         try:
             replays = [self.captured(lambda turn=turn: layer(turn)) for turn in range(count)]
+        except torch.OutOfMemoryError:  # a graph is not to blame
+            raise
         except RuntimeError as error:  # somebody else's form that reads the device
+            torch.cuda.set_stream(stream)  # a capture that fails leaves its own behind
             torch.cuda.synchronize()
-            self.say(f"{name} is timed without a graph: {str(error).splitlines()[0]}")
+            self.say(f"{name} is timed without a graph: {_first_line(error)}")
             return layer
         return lambda turn: replays[turn % count](turn)
 
@@ -153,18 +222,31 @@ class Bench:
         return made
 
     def finish(self) -> None:
-        """Write the rows where asked."""
+        """Say what was made; leave with an error where a part failed."""
+        self._keep()
         if self.options.out:
-            rows_.write(self.options.out, self.rows)
             self.say(f"{len(self.rows)} rows in {self.options.out}")
+        if self.failed:
+            raise SystemExit(f"failed: {', '.join(self.failed)}")
+
+    def _keep(self) -> None:
+        if self.options.out and self.rows:
+            rows_.write(self.options.out, self.rows)
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def launches_of(step: Callable[[], object], device: torch.device) -> int | None:
     """Kernels that a step launches; None where nothing is launched."""
     if device.type != "cuda":
         return None
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
-        step()
-        torch.cuda.synchronize()
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+            step()
+            torch.cuda.synchronize()
+    except RuntimeError:  # no profiler on this machine: a row without the number
+        return None
     on_device = torch.autograd.DeviceType.CUDA
     return sum(event.count for event in seen.key_averages() if event.device_type == on_device)

@@ -272,7 +272,10 @@ def _commit() -> str:
     if not (root / ".git").exists():
         return ""
     asked = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=10"]
-    found = subprocess.run(asked, capture_output=True, text=True, check=False)
+    try:
+        found = subprocess.run(asked, capture_output=True, text=True, check=False)
+    except OSError:  # no git on this machine
+        return ""
     return found.stdout.strip()
 
 

@@ -1,0 +1,142 @@
+"""Benchmarks and patched models on the GPU that is none: run by tests/test_fake_gpu.py."""
+
+import runpy
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import visionpulse as vp
+from visionpulse import library, workspace
+from visionpulse.baselines import block64
+from visionpulse.testing import CASES, ceilings, layers, rows, timing
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+SCRIPTS = {
+    "bench_layers.py": ("--budget", "1"),
+    "bench_decode.py": ("--budget", "1", "--layers", "3", "--schedules", "dense,paper,lookback"),
+    "bench_sweep.py": ("--budget", "1", "--sweep", "batch"),
+    "bench_model.py": ("--budget", "4", "--layers", "2", "--prefill", "32", "--no-overhead"),
+}
+# the CPU that computes here has no kernel for it
+ABSENT = "without torch-sdpa-cudnn: not available"
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+    """The scripts importable, on sizes that a CPU moves in a moment."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import harness
+    import shapes
+
+    monkeypatch.setattr(timing, "FLUSH_BYTES", 1 << 16)
+    for sizes, size in ((ceilings._READ_BYTES, 1 << 16), (layers.LAST_CACHE, 1 << 16)):
+        monkeypatch.setitem(sizes, "cuda", size)
+    monkeypatch.setitem(ceilings._SIDE, "cuda", 16)
+    monkeypatch.setattr(harness, "launches_of", lambda step, where: None)  # no profiler sees it
+    monkeypatch.setitem(shapes.SHAPES, "b2-tiny", shapes.Shape("b2-tiny", 2, 200, 40))
+    scheme = {name: getattr(block64, name) for name in ("dense", "anchor", "follower")}
+    absent = SimpleNamespace(check=lambda: None, **scheme)  # its kernels are Triton's
+    monkeypatch.setitem(sys.modules, "block64_triton", absent)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_makes_its_rows(benchmarks, monkeypatch, tmp_path, capfd, script):
+    out = tmp_path / "rows.jsonl"
+    given = ("--device", "cuda", "--shapes", "b2-tiny", "--backends", "reference", "--rounds", "1")
+    monkeypatch.setattr(sys, "argv", [script, *given, *SCRIPTS[script], "--out", str(out)])
+    runpy.run_path(str(BENCHMARKS / script), run_name="__main__")
+    said = capfd.readouterr().err
+    without = [line for line in said.splitlines() if "not available" in line]
+    assert all(line.startswith(ABSENT) for line in without), said
+    assert "without a graph" not in said, said
+    names = {row.backend.split(":")[0] for row in rows.read(out)}
+    assert names & {"reference", "ours"} and len(names) > 1
+
+
+def test_the_device_refuses_what_a_gpu_refuses():
+    """Else the checks beside this one could not fail."""
+    there, here = torch.ones(3, device="cuda"), torch.ones(3)
+    with pytest.raises(RuntimeError, match="same device"):
+        there + here
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for read in (there.sum().item, there.nonzero, lambda: here.to("cuda"), there.cpu):
+            with pytest.raises(RuntimeError, match="synchronizing"):
+                read()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        twice = there * 2
+        with pytest.raises(RuntimeError, match="capturing"):
+            there.tolist()
+    assert twice.isnan().all()
+    there.fill_(3)
+    graph.replay()
+    assert (twice == 6).all()
+
+
+SETTINGS = {
+    "paper": {},
+    "dense-anchor": {"anchor_output": "dense"},
+    "lookback": {"schedule": "lookback", "refresh": 3},
+    "per-layer": {"schedule": "per_layer"},
+}
+
+
+@pytest.mark.parametrize("static", (True, False), ids=("static", "growing"))
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_step_of_a_patched_model_reads_nothing_back(benchmarks, setting, static):
+    """With a static cache it can be captured as well, padding on the left and all.
+
+    With a growing one a mask would be read by transformers itself.
+    """
+    import bench_model
+    from transformers import DynamicCache, StaticCache
+
+    model = bench_model.model_of(3, torch.bfloat16, heads=4, dim=64, device="cuda")
+    text = model.config.get_text_config()
+    cache = StaticCache(config=text, max_cache_len=64) if static else DynamicCache(config=text)
+    ids = torch.full((2, 40), 5, device="cuda")
+    ids[:, 4:36] = bench_model.IMAGE
+    mask = torch.ones(2, 64, dtype=torch.long, device="cuda")
+    mask[0, :3] = 0
+    token = torch.full((2, 1), 7, device="cuda")
+
+    def seen(length):
+        return {"attention_mask": mask[:, :length] if static else None, "past_key_values": cache}
+
+    def step(length):
+        model(input_ids=token, **seen(length))
+
+    with torch.no_grad(), vp.patch(model, **SETTINGS[setting]) as session:
+        session.set_visual_mask(ids == bench_model.IMAGE)
+        embeds = model.get_input_embeddings()(ids)
+        model.get_decoder()(inputs_embeds=embeds, **seen(40))
+        step(41)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step(42)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        if static:
+            with torch.cuda.graph(torch.cuda.CUDAGraph()):
+                step(43)
+        assert session.stats.steps == 2 + static
+
+
+def test_a_compiled_op_holds_no_memory_after_it(monkeypatch):
+    """It may have run in the pool of a graph, where torch refuses what outlives it."""
+    q, kv, visual = CASES["grouped"].build(torch.bfloat16, "cuda")[1:4]
+    monkeypatch.setattr(workspace, "default", None)
+    cache, seen = library.cache_fields(kv), library.visual_fields(visual)
+    math, budget = (0.125, 0.0, 0), (0.05, 0.5, "max", 43, None, None)
+    dense = library._attend_dense(q, *cache, *math, "reference")
+    out, indices, counts, *_ = library._decode(
+        q, *cache, *seen, *math, 0.4, "prob", "pruned", *budget, "reference"
+    )
+    followed = library._attend(q, *cache, *seen, indices, counts, *math, "reference")
+    assert torch.equal(out.cpu(), followed.cpu()) and not torch.equal(out.cpu(), dense.cpu())

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import visionpulse as vp
-from visionpulse.backends import get
+from visionpulse.backends import cuda, get
 from visionpulse.testing.cases import CASES, Case
 
 pytestmark = [
@@ -136,13 +136,18 @@ def test_a_compiled_step_keeps_nothing_in_the_memory_of_its_graph(on):
 
 
 def test_a_replayed_graph_follows_lengths_that_changed(on):
+    """And queries, hence masses."""
     problem = LONG.build(torch.bfloat16, "cuda")
     step, graph = captured(problem, on)
-    for lengths in ((1500, 611), (900, 20), (64, 300), (1500, 1)):
+    q, masses = problem.q.clone(), set()
+    for lengths, sharp in (((1500, 611), 1), ((900, 20), 0.1), ((64, 300), 3), ((1500, 1), 0.5)):
         problem.kv.lengths.copy_(torch.tensor(lengths, dtype=torch.int32))
+        problem.q.copy_(q * sharp)
         graph.replay()
         replayed = step.results()
         assert_same(replayed, Step(problem, on)().results())
+        masses.add(float(step.selection.mass_mean[0]))
+    assert len(masses) == 4
 
 
 def test_streams_do_not_disturb_each_other(on):
@@ -166,7 +171,7 @@ def test_back_to_back_steps_give_the_same_bits(on):
     step = Step(LONG.build(torch.bfloat16, "cuda"), on)
     wanted = step().results()
     different = torch.zeros((), dtype=torch.int64, device="cuda")
-    for _ in range(2000):
+    for _ in range(20_000):
         for now, then in zip(step().results(), wanted, strict=True):
             different += (now.nan_to_num(9) != then.nan_to_num(9)).sum()
     assert int(different) == 0
@@ -202,3 +207,20 @@ def test_offsets_beyond_32_bits(on):
     last = vp.KVCache(k[-1:, :, :300].contiguous(), k[-1:, :, :300].contiguous())
     alone = vp.attend(q[-1:], last, backend=on)
     assert torch.equal(out[-1:], alone)
+
+
+@pytest.mark.parametrize("name", ("grouped", "paged-hnd", "long"))
+def test_both_ways_to_copy_a_tile_give_the_same_bits(monkeypatch, name):
+    """Whole float32 tiles come by the copy engine or by threads; the engine's waits are its own."""
+    if reason := cuda.CudaBackend().unavailable():
+        pytest.skip(f"backend cuda: {reason}")
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("this GPU has no bulk copies")
+    monkeypatch.setattr(cuda, "_copies", 0)
+    problem, results = CASES[name].build(torch.float32, "cuda"), []
+    for copies in ("async", "bulk"):
+        cuda.use_copies(copies)
+        step = Step(problem, "cuda")
+        results.append([step().results() for _ in range(100)])
+    for once in results[1]:
+        assert_same(once, results[0][0])

@@ -7,6 +7,7 @@ machine code is read back, and the linker for AMD, whose compiler reports regist
 
 import functools
 import json
+import math
 from pathlib import Path
 
 import aot
@@ -19,8 +20,10 @@ import triton
 # per launch, kernel and target, with the pinned Triton. `compile.py --write` makes it.
 LIMITS = json.loads(Path(__file__).with_name("limits.json").read_text())
 PINNED = triton.__version__.startswith("3.6.")
-# Another Triton loads as wide; registers and shared memory are its own, within what the chip has.
+# Another Triton schedules otherwise: registers and shared memory are its own, within what the chip
+# has, and of the loads it may peel or merge a few; were they narrow, hardly one would be left.
 ANY = 512, 1 << 20
+NEARLY_ALL = 3 / 4
 # What a block may have on the chip: registers a thread, bytes of shared memory.
 CHIP = {
     "sm_80": (255, 163 << 10),
@@ -92,7 +95,7 @@ def test_machine_code(name, target):
         assert not found.tf32, f"{where}: TF32 in the machine code"
         registers, shared, wide_loads = LIMITS[name][kernel][target]
         if not PINNED:
-            registers, shared = ANY
+            (registers, shared), wide_loads = ANY, math.ceil(wide_loads * NEARLY_ALL)
         few = f"{where}: {found.wide_loads} of {wide_loads} 128-bit loads"
         assert found.wide_loads >= wide_loads, few
         assert found.fenced, f"{where}: the arrival count is not fenced on both sides"

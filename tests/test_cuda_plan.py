@@ -120,9 +120,12 @@ def test_select_keeps_its_keys_where_they_fit(engine, chip):
         assert plan["cluster"] == (chip[0] >= 90)
         assert plan["blocks"] == (8 if plan["cluster"] or candidates > 2048 else 1)
         assert plan["shared_bytes"] <= chip[2]
+        hands_over = not plan["cluster"] and plan["blocks"] > 1
+        assert bool(plan["bins"]) == hands_over
         # by one block of a cluster, or by the last of a row
-        assert plan["cached"] == 0 or plan["cached"] * (8 if plan["cluster"] else 1) >= candidates
-        assert bool(plan["handed_over"]) == (not plan["cluster"] and plan["blocks"] > 1)
+        fits = plan["cached"] * (8 if plan["cluster"] else 1) >= candidates
+        assert plan["keys_row"] >= candidates * (hands_over or not fits)
+        assert fits or chip[2] - plan["shared_bytes"] < 64
 
 
 def test_a_head_dim_without_kernel_is_refused_by_name(engine):

@@ -31,6 +31,7 @@ SMALL = (
 )
 HALF_GPU = "80,5,101376"  # no clusters, and less shared memory
 SCARCE = "80,1,30000"  # neither, and no room for the keys of a long row
+CRAMPED = "90,1,20000"  # clusters, and no room for a block's part of it
 ONE_SM = "90,1,232448"  # few splits: every warp meets more tiles than it has stages
 GPUS = ({"gpu": None}, {"gpu": HALF_GPU})
 
@@ -103,7 +104,14 @@ def test_every_kernel_is_the_contract_on_any_gpu(plain, dtype):
 
 @pytest.mark.parametrize("seed", RUNS)
 def test_a_choice_among_thousands_is_exact(watched, seed):
-    hold(watched, "choices", "float32", (*GPUS, {"gpu": SCARCE}), seed=seed, asan=True)
+    hold(
+        watched,
+        "choices",
+        "float32",
+        (*GPUS, {"gpu": SCARCE}, {"gpu": CRAMPED}),
+        seed=seed,
+        asan=True,
+    )
 
 
 @pytest.mark.parametrize("dtype", ("bfloat16", "float32"))
@@ -124,6 +132,7 @@ STREAM, MERGE = "kernels/cuda/stream.cuh", "kernels/cuda/merge.cuh"
 PLAN, LAST, ROW = "csrc/cuda/plan.cpp", "kernels/cuda/last.cuh", "kernels/cuda/row.cuh"
 DOTS, MMA = "kernels/cuda/dots.cuh", "kernels/cuda/mma.cuh"
 SELECT, RADIX = "kernels/cuda/select.cu", "kernels/cuda/radix.cuh"
+CANDIDATES = "kernels/cuda/candidates.cuh"
 
 
 @dataclass(frozen=True)
@@ -254,13 +263,13 @@ BUGS = {
         gpu=HALF_GPU,
     ),
     "keys-of-another-row": Bug(
-        (Edit(SELECT, "args.keys[b * args.keys_row + i] = key;", "args.keys[i] = key;"),),
+        (Edit(SELECT, "return args.keys + b * args.keys_row + i;", "return args.keys + i;"),),
         "",
         what="choices",
         gpu=HALF_GPU,
     ),
     "page-that-is-not-there": Bug(
-        (Edit(SELECT, "position[u] >= 0 && has_key(args.kv, b, position[u])", "position[u] >= 0"),),
+        (Edit(CANDIDATES, "&& !has_key(args.kv, b, position[u])", "&& false"),),
         "",
         what="garbage",
     ),
@@ -271,7 +280,7 @@ BUGS = {
         what="garbage",
     ),
     "histogram-race-clear": Bug(
-        (Edit(SELECT, "scratch.bins[i] = 0;\n    __syncthreads();", "scratch.bins[i] = 0;"),), ""
+        (Edit(RADIX, "scratch.bins[i] = 0;\n  __syncthreads();", "scratch.bins[i] = 0;"),), ""
     ),
     "histogram-race-read": Bug(
         (Edit(RADIX, "  cluster_sync();\n  constexpr int kOwn", "  constexpr int kOwn"),),
@@ -279,6 +288,22 @@ BUGS = {
     ),
     "histogram-race-total": Bug(
         (Edit(RADIX, "  cluster_sync();\n  return scratch.total;", "  return scratch.total;"),), ""
+    ),
+    "candidates-past-their-run": Bug(
+        (Edit(CANDIDATES, "(reach < end ? reach : end - 1)", "(reach < end ? index : index)"),),
+        "",
+        what="choices",
+    ),
+    "list-of-the-bin-alone": Bug(
+        (Edit(SELECT, ">> pivot.shift >= pivot.prefix", ">> pivot.shift == pivot.prefix"),),
+        "",
+        what="choices",
+    ),
+    "list-read-before-it-is-written": Bug(
+        (Edit(SELECT, "__syncwarp();  // the other", "// the other"),),
+        "",
+        what="choices",
+        gpu=SCARCE,
     ),
     "ties-not-counted": Bug(
         (Edit(SELECT, "is_equal(key) && ties < pivot", "is_equal(key) && ties <= pivot"),), ""
@@ -295,6 +320,8 @@ PROBES = (
     ("probe", "bfloat16", ONE_SM),
     ("probe", "float32", ONE_SM),
     ("choices", "float32", HALF_GPU),
+    ("choices", "float32", SCARCE),
+    ("choices", "float32", CRAMPED),
     ("garbage", "bfloat16", ONE_SM),
 )
 

@@ -196,9 +196,10 @@ SelectArgs select_args(const Call& call, const SelectPlan& plan, const Ranked& r
   args.indices = call.indices;
   args.counts = call.counts;
   args.keys = arena.take<uint32_t>(call.B * plan.keys_row);
+  args.positions = arena.take<uint32_t>(call.B * plan.keys_row);
+  args.keys_row = plan.keys_row;
   args.bins = arena.take<uint32_t>(call.B * plan.bins);
   args.counters = scratch.counters;
-  args.keys_row = plan.keys_row;
   return args;
 }
 

@@ -137,17 +137,14 @@ SelectPlan plan_select(const Chip& chip, int32_t candidates) {
   SelectPlan plan = {};
   plan.cluster = chip.clusters();
   plan.blocks = plan.cluster || candidates > kOneBlock ? kSelectBlocks : 1;
-  if (!plan.cluster && plan.blocks > 1) {
-    plan.keys_row = round_up(candidates, 8);
-    plan.bins = plan.blocks * kSelectBins;
-  }
+  const bool hands_over = !plan.cluster && plan.blocks > 1;
+  if (hands_over) plan.bins = plan.blocks * kSelectBins;
   // Without a cluster the last block ends up with the keys of all.
   const int32_t per_block = ceil_div(std::max(candidates, 1), plan.cluster ? plan.blocks : 1);
-  const int32_t room = (chip.shared_bytes - select_fixed_bytes()) / 4;
-  // Keys that do not all fit are read again in every pass.
-  plan.cached = per_block <= room ? round_up(per_block, 4) : 0;
-  plan.cached = std::min(plan.cached, room);
-  plan.shared_bytes = select_fixed_bytes() + plan.cached * 4;
+  const int32_t room = (chip.shared_bytes - select_fixed_bytes()) / 8 / 4 * 4;
+  plan.cached = std::min(round_up(per_block, 4), room);
+  plan.shared_bytes = select_fixed_bytes() + plan.cached * 8;
+  if (hands_over || per_block > room) plan.keys_row = round_up(candidates, 8);
   return plan;
 }
 

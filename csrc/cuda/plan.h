@@ -50,9 +50,10 @@ StreamPlan plan_stream(Stage stage, const Chip& chip, const Shape& shape, Stream
 struct SelectPlan {
   bool cluster;
   int32_t blocks;  // of a row
-  int32_t cached;  // keys that a block keeps in shared memory
+  int32_t cached;  // keys, and positions, that a block has shared memory for
   int32_t shared_bytes;
-  int64_t keys_row, bins;  // words of scratch memory of a row; 0: the blocks hand nothing over
+  int64_t keys_row;  // words of scratch memory of a row, twice; 0: all fit into shared memory
+  int64_t bins;      // words of scratch memory of a row; 0: the blocks hand nothing over
 };
 
 // `candidates`: the most visual tokens that a row can have.

@@ -94,14 +94,16 @@ struct SelectArgs {
   int32_t mean_mass;
   int32_t k_max;
   int32_t blocks;    // of a row
-  int32_t cached;    // keys a block keeps in shared memory
+  int32_t cached;    // keys, and positions, that a block has shared memory for
   int32_t* indices;  // [B, K_max]
   int32_t* counts;   // [B]
+  // Of the candidates that do not fit there, or are handed over:
+  uint32_t* keys;       // [B, keys_row]
+  uint32_t* positions;  // [B, keys_row] of those that are listed
+  int64_t keys_row;
   // Where several blocks serve a row without a cluster, what the last one takes over:
-  uint32_t* keys;      // [B, keys_row] of the candidates
   uint32_t* bins;      // [B, blocks, kSelectBins] histograms of the leading bits
   uint32_t* counters;  // [B], zero between launches
-  int64_t keys_row;
 };
 
 // What the host must know of a stream kernel to launch it.

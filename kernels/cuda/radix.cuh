@@ -32,13 +32,14 @@ struct BinScan {
   uint32_t total;        // in all bins
 };
 
-// Adds the lanes that name one bin at once: scores crowd into few bins.
-VP_DEVICE void count_bin(uint32_t* bins, bool active, uint32_t bin) {
-  const uint32_t same = __match_any_sync(kWarp, active ? bin : 0xffffffffu);
-  const int lane = threadIdx.x % kThreadsPerWarp;
-  if (active && __ffs(same) - 1 == lane) {
-    atomicAdd(bins + bin, static_cast<uint32_t>(__popc(same)));
-  }
+VP_DEVICE void clear_bins(SelectScratch& scratch) {
+  for (int i = threadIdx.x; i < kSelectBins; i += blockDim.x) scratch.bins[i] = 0;
+  __syncthreads();
+}
+
+// By one, which the hardware does at once for all lanes that name a bin: scores crowd into few.
+VP_DEVICE void count_bin(SelectScratch& scratch, bool active, uint32_t bin) {
+  if (active) atomicAdd(scratch.bins + bin, 1u);
 }
 
 // The bins of all blocks of a cluster, added up.
@@ -96,6 +97,18 @@ VP_DEVICE void find_bin(const uint32_t* bins, const BinScan& scan, uint32_t need
     }
   }
   __syncthreads();
+}
+
+// Takes the bin of the needed key into the prefix; true when all keys with this prefix are kept.
+VP_DEVICE bool narrow(Pivot& pivot, int32_t bits, const uint32_t* bins, const BinScan& scan,
+                      SelectScratch& scratch) {
+  find_bin(bins, scan, pivot.need, scratch);
+  pivot.shift -= bits;
+  pivot.prefix = pivot.prefix << bits | scratch.found_bin;
+  pivot.need -= scratch.found_before;
+  const bool whole = pivot.need == scratch.found_count;
+  __syncthreads();  // everybody has read what was found
+  return whole;
 }
 
 }  // namespace visionpulse::cuda

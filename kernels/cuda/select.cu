@@ -4,37 +4,23 @@
 // go to the lowest position: what lies before a candidate is counted in index order, never raced
 // for.
 //
+// All candidates are passed twice: for the histogram of the leading bits, then to list those in the
+// bin of the K-th key and above, a few per cent. What follows looks at the lists alone.
+//
 // Several blocks serve a row. In a cluster they add up their histograms in distributed shared
 // memory. Where the chip has no clusters, each leaves its keys and the histogram of their leading
 // bits in global memory, and the one that comes last goes on alone: the wide read of the scores is
 // shared out, and no block ever waits for another.
 #include "kernels/common/budget.h"
-#include "kernels/common/keys.h"
+#include "kernels/cuda/candidates.cuh"
 #include "kernels/cuda/last.cuh"
 #include "kernels/cuda/radix.cuh"
-#include "kernels/cuda/row.cuh"
 
 namespace visionpulse::cuda {
 
 namespace {
 
-constexpr int kAhead = 4;  // candidates of a lane that are on their way from memory at once
-
-// What stands for a visual position without a key; no score has it, NaN has 0 and -inf 0x7fffff.
-constexpr uint32_t kNoKey = 1;
-
-VP_DEVICE void read_scores(const SelectArgs& args, int32_t b, const int32_t (&place)[kAhead],
-                           float (&score)[kAhead]) {
-  const float* row = args.scores + b * args.scores_row;
-  VP_UNROLL for (int u = 0; u < kAhead; ++u) score[u] = row[place[u]];
-  if (args.parts == 1 && args.weight == 1.0f) return;
-#pragma unroll 2
-  for (int32_t part = 1; part < args.parts; ++part) {
-    row += args.scores_part;
-    VP_UNROLL for (int u = 0; u < kAhead; ++u) score[u] += row[place[u]];
-  }
-  VP_UNROLL for (int u = 0; u < kAhead; ++u) score[u] *= args.weight;
-}
+constexpr int32_t kLeadingBits = 11;
 
 VP_DEVICE void read_masses(const SelectArgs& args, int32_t b, bool write, SelectScratch& scratch) {
   if (args.stats) {
@@ -74,97 +60,68 @@ VP_DEVICE int32_t count_of(const SelectArgs& args, int32_t b, int32_t n_visual,
   return count < args.k_max ? count : args.k_max;
 }
 
-// The candidates of one block, and where it finds their keys: in the scores, then in what it or the
-// blocks before it kept of them. Candidates are counted from the first visible one of the row.
+// The candidates of one block: their keys, and of each warp the list of those that matter, which
+// takes the place of its keys. Both lie in shared memory where there is room, else in global.
 template <bool kCluster>
 struct Row {
-  enum class From { kScores, kGlobal, kShared };
-
   const SelectArgs& args;
   SelectScratch& scratch;
-  uint32_t* cache;  // shared memory for args.cached keys
+  uint32_t* room;   // shared memory: args.cached keys, then as many positions
   int32_t b, rank;  // row, block of the row
   Spans spans;
-  int32_t first, n;      // visual index of candidate 0, candidates
-  int32_t slice, end;    // candidates of this block
-  int32_t begin, limit;  // candidates of this warp
-  From from;
+  int32_t n;           // candidates of the row
+  Candidates own;      // of this warp
+  int32_t slice, end;  // candidates of this block
+  int32_t listed;      // where this warp's list ends, as it begins where its candidates do
+  bool fits;           // into shared memory
 
   __device__ __forceinline__ void take(int32_t slice_begin, int32_t slice_end) {
     slice = slice_begin, end = slice_end;
+    fits = end - slice <= args.cached;
     constexpr int32_t kStep = kSelectWarps * kThreadsPerWarp;
     const int32_t per_warp = (end - slice + kStep - 1) / kStep * kThreadsPerWarp;
     const int32_t at = slice + per_warp * static_cast<int32_t>(threadIdx.x / kThreadsPerWarp);
-    begin = at < end ? at : end;
-    limit = end - begin < per_warp ? end : begin + per_warp;
+    const int32_t begin = at < end ? at : end;
+    own.take(spans, begin, end - begin < per_warp ? end : begin + per_warp);
   }
 
-  // The keys of a lane's candidates i, i + 32 and so on; kNoKey where the position is -1.
-  __device__ __forceinline__ void read_keys(int32_t i, const int32_t (&position)[kAhead],
-                                            uint32_t (&key)[kAhead]) const {
-    if (from == From::kScores) {
-      int32_t place[kAhead];
-      float score[kAhead];
-      VP_UNROLL for (int u = 0; u < kAhead; ++u) {
-        const int32_t index = first + i + u * kThreadsPerWarp;
-        place[u] = position[u] < 0 ? 0 : args.by_position ? position[u] : index;
-      }
-      read_scores(args, b, place, score);
-      VP_UNROLL for (int u = 0; u < kAhead; ++u) {
-        const bool there = position[u] >= 0 && has_key(args.kv, b, position[u]);
-        key[u] = there ? ordered_key(score[u]) : kNoKey;
-      }
-      return;
-    }
-    const uint32_t* global = args.keys + b * args.keys_row + i;
-    VP_UNROLL for (int u = 0; u < kAhead; ++u) {
-      const int32_t at = u * kThreadsPerWarp;
-      key[u] = position[u] < 0         ? kNoKey
-               : from == From::kShared ? cache[i - slice + at]
-                                       : load_fresh(global + at);
-    }
+  // Places of a candidate's key, and of a position in a list. Never mixed into one pointer, of
+  // which the compiler would not know the memory.
+  __device__ __forceinline__ uint32_t* key_here(int32_t i) const { return room + (i - slice); }
+  __device__ __forceinline__ uint32_t* key_there(int32_t i) const {
+    return args.keys + b * args.keys_row + i;
+  }
+  __device__ __forceinline__ uint32_t* position_here(int32_t i) const {
+    return room + args.cached + (i - slice);
+  }
+  __device__ __forceinline__ uint32_t* position_there(int32_t i) const {
+    return args.positions + b * args.keys_row + i;
   }
 
-  // Visits the warp's candidates in order: `visit(candidate, key, position)` by all lanes, with
-  // kNoKey where there is none, and position -1 past the end.
-  template <class Visit>
-  __device__ __forceinline__ void each(Visit visit) const {
-    SpanCursor<Order::kVisual> cursor{spans, 0, 0, 0};
-    if (begin < limit) cursor.seek(first + begin);
-    VP_UNROLL_1 for (int32_t at = begin; at < limit; at += kAhead * kThreadsPerWarp) {
-      const int32_t i = at + threadIdx.x % kThreadsPerWarp;
-      int32_t position[kAhead];
+  __device__ __forceinline__ void keep_key(bool here, int32_t i, uint32_t key) const {
+    if (here) {
+      *key_here(i) = key;
+    } else {
+      *key_there(i) = key;
+    }
+  }
+  __device__ __forceinline__ uint32_t kept_key(bool here, int32_t i) const {
+    return here ? *key_here(i) : load_fresh(key_there(i));
+  }
+
+  // Counts the leading bits of all keys, and keeps these: for whom they are handed to, or to list.
+  __device__ __forceinline__ void fill_bins_of_scores(bool hand_over) {
+    clear_bins(scratch);
+    const bool here = fits && !hand_over;
+    own.each([&](int32_t step, const int32_t (&position)[kAhead]) {
       uint32_t key[kAhead];
+      own.read_scores(step, position, key);
       VP_UNROLL for (int u = 0; u < kAhead; ++u) {
-        const int32_t index = first + i + u * kThreadsPerWarp;
-        position[u] = -1;
-        if (index < first + limit) {
-          cursor.advance(index);
-          position[u] = index + cursor.held;
-        }
+        const int32_t i = step + u * kThreadsPerWarp;
+        if (position[u] >= 0) keep_key(here, i, key[u]);
+        count_bin(scratch, key[u] != kNoKey, key[u] >> (32 - kLeadingBits));
       }
-      read_keys(i, position, key);
-      VP_UNROLL for (int u = 0; u < kAhead; ++u) {
-        visit(i + u * kThreadsPerWarp, key[u], position[u]);
-      }
-    }
-  }
-
-  // Counts the keys with the pivot's prefix by their next bits, and keeps them for the next pass.
-  __device__ __forceinline__ void fill_bins(const Pivot& pivot, int32_t bits, bool hand_over) {
-    for (int i = threadIdx.x; i < kSelectBins; i += blockDim.x) scratch.bins[i] = 0;
-    __syncthreads();
-    const bool caching = from != From::kShared && !hand_over && end - slice <= args.cached;
-    const int32_t above = pivot.shift, shift = above - bits;
-    each([&](int32_t i, uint32_t key, int32_t position) {
-      if (position >= 0) {
-        if (caching) cache[i - slice] = key;
-        if (hand_over) args.keys[b * args.keys_row + i] = key;
-      }
-      const bool inside = key != kNoKey && (above == 32 || key >> above == pivot.prefix);
-      count_bin(scratch.bins, inside, key >> shift & ((1u << bits) - 1));
     });
-    if (caching) from = From::kShared;
     __syncthreads();
   }
 
@@ -183,9 +140,61 @@ struct Row {
       scratch.total[i] = sum;
     }
     __syncthreads();
-    from = From::kGlobal;
     take(0, n);
     return true;
+  }
+
+  // Lists the warp's keys in the pivot's bin and above, in order, in the place of the keys: no
+  // entry lies behind the candidate it comes from.
+  template <bool kFits>
+  __device__ __forceinline__ void list(const Pivot& pivot, bool handed_over) {
+    const bool here = kFits && (kCluster || !handed_over);
+    const uint32_t lower = (1u << threadIdx.x % kThreadsPerWarp) - 1;
+    listed = own.begin;
+    own.each([&](int32_t step, const int32_t (&position)[kAhead]) {
+      uint32_t key[kAhead];
+      VP_UNROLL for (int u = 0; u < kAhead; ++u) {
+        const int32_t i = step + u * kThreadsPerWarp;
+        key[u] = position[u] < 0 ? kNoKey : kept_key(here, i);
+      }
+      VP_UNROLL for (int u = 0; u < kAhead; ++u) {
+        const bool chosen = key[u] != kNoKey && key[u] >> pivot.shift >= pivot.prefix;
+        const uint32_t among = __ballot_sync(kWarp, chosen);
+        if (chosen) {
+          const int32_t to = listed + __popc(among & lower);
+          keep_key(kFits, to, key[u]);
+          if (kFits) {
+            *position_here(to) = position[u];
+          } else {
+            *position_there(to) = position[u];
+          }
+        }
+        listed += __popc(among);
+      }
+    });
+    __syncwarp();  // the other lanes read it
+  }
+
+  // Visits the warp's list in order: `visit(key, i)` by all lanes, with kNoKey past its end.
+  template <bool kFits, class Visit>
+  __device__ __forceinline__ void each_listed(Visit visit) const {
+    VP_UNROLL_1 for (int32_t step = own.begin; step < listed; step += kThreadsPerWarp) {
+      const int32_t i = step + threadIdx.x % kThreadsPerWarp;
+      const uint32_t key = i >= listed ? kNoKey : kept_key(kFits, i);
+      visit(key, i);
+    }
+  }
+
+  // Counts the listed keys with the pivot's prefix by their next bits.
+  template <bool kFits>
+  __device__ __forceinline__ void fill_bins_of_list(const Pivot& pivot, int32_t bits) {
+    clear_bins(scratch);
+    const int32_t above = pivot.shift, shift = above - bits;
+    each_listed<kFits>([&](uint32_t key, int32_t) {
+      const bool inside = key != kNoKey && key >> above == pivot.prefix;
+      count_bin(scratch, inside, key >> shift & ((1u << bits) - 1));
+    });
+    __syncthreads();
   }
 
   // -1 past the count, by all blocks or by the last.
@@ -203,13 +212,11 @@ struct Row {
     pad(count, rank, args.blocks);
     if (count == 0) return;
     int32_t* indices = args.indices + static_cast<int64_t>(b) * args.k_max;
-    SpanCursor<Order::kVisual> cursor{spans, 0, 0, 0};
-    if (begin < limit) cursor.seek(first + begin);
-    VP_UNROLL_1 for (int32_t i = begin + threadIdx.x % kThreadsPerWarp; i < limit;
-                     i += kThreadsPerWarp) {
-      cursor.advance(first + i);
-      indices[i] = first + i + cursor.held;
-    }
+    own.each([&](int32_t step, const int32_t (&position)[kAhead]) {
+      VP_UNROLL for (int u = 0; u < kAhead; ++u) {
+        if (position[u] >= 0) indices[step + u * kThreadsPerWarp] = position[u];
+      }
+    });
   }
 
   // Where the warp's kept candidates go: how many greater and equal ones lie before it.
@@ -246,6 +253,7 @@ struct Row {
   }
 
   // The positions whose keys are above the pivot, and the first of those at it, in order.
+  template <bool kFits>
   __device__ __forceinline__ void write_kept(const Pivot& pivot) {
     int32_t* indices = args.indices + static_cast<int64_t>(b) * args.k_max;
     const auto is_above = [&](uint32_t key) {
@@ -255,23 +263,37 @@ struct Row {
       return key != kNoKey && key >> pivot.shift == pivot.prefix;
     };
     uint32_t greater = 0, equal = 0;
-    each([&](int32_t, uint32_t key, int32_t) {
+    each_listed<kFits>([&](uint32_t key, int32_t) {
       greater += __popc(__ballot_sync(kWarp, is_above(key)));
       equal += __popc(__ballot_sync(kWarp, is_equal(key)));
     });
     count_before(greater, equal);
     const uint32_t lower = (1u << threadIdx.x % kThreadsPerWarp) - 1;
-    each([&](int32_t, uint32_t key, int32_t position) {
+    each_listed<kFits>([&](uint32_t key, int32_t i) {
       const uint32_t more = __ballot_sync(kWarp, is_above(key));
       const uint32_t same = __ballot_sync(kWarp, is_equal(key));
       const uint32_t ties = equal + __popc(same & lower);
       if (is_above(key) || (is_equal(key) && ties < pivot.need)) {
         const uint32_t kept_ties = ties < pivot.need ? ties : pivot.need;
-        indices[greater + __popc(more & lower) + kept_ties] = position;
+        indices[greater + __popc(more & lower) + kept_ties] =
+            kFits ? *position_here(i) : load_fresh(position_there(i));
       }
       greater += __popc(more);
       equal += __popc(same);
     });
+  }
+
+  // What follows the leading bits, of which the pivot has those of the K-th key.
+  template <bool kFits>
+  __device__ __forceinline__ void choose(Pivot pivot, bool whole, bool handed_over) {
+    list<kFits>(pivot, handed_over);
+    VP_UNROLL_1 while (!whole && pivot.shift > 0) {
+      const int32_t bits = pivot.shift < kLeadingBits ? pivot.shift : kLeadingBits;
+      fill_bins_of_list<kFits>(pivot, bits);
+      const uint32_t* bins = kCluster ? cluster_bins(scratch, rank) : scratch.bins;
+      whole = narrow(pivot, bits, bins, scan_bins(bins, scratch), scratch);
+    }
+    write_kept<kFits>(pivot);
   }
 };
 
@@ -280,7 +302,7 @@ VP_DEVICE void select_row(const SelectArgs& args) {
   VP_SHARED(shared);
   wait_for_previous();
   auto& scratch = *reinterpret_cast<SelectScratch*>(shared);
-  auto* cache = reinterpret_cast<uint32_t*>(shared + sizeof(SelectScratch));
+  auto* room = reinterpret_cast<uint32_t*>(shared + sizeof(SelectScratch));
   const int32_t blocks = args.blocks, b = blockIdx.x / blocks, rank = blockIdx.x % blocks;
   const bool shares = !kCluster && blocks > 1;  // the last block takes over
 
@@ -288,8 +310,8 @@ VP_DEVICE void select_row(const SelectArgs& args) {
   const Range range = row_range(args.kv, args.window, b);
   const int32_t first = visual_before(spans, range.begin);
   const int32_t n = visual_before(spans, range.end) - first;
-  Row<kCluster> row = {
-      args, scratch, cache, b, rank, spans, first, n, 0, 0, 0, 0, Row<kCluster>::From::kScores};
+  const Candidates own = {args, args.scores + b * args.scores_row, b, first, 0, 0, {}};
+  Row<kCluster> row = {args, scratch, room, b, rank, spans, n, own, 0, 0, 0, false};
   const int32_t per_block = (n + blocks - 1) / blocks;
   const int32_t slice = per_block * rank < n ? per_block * rank : n;
   row.take(slice, n - slice < per_block ? n : slice + per_block);
@@ -301,35 +323,24 @@ VP_DEVICE void select_row(const SelectArgs& args) {
     count = count_of(args, b, n, scratch);
     if (count == 0 || count == n) return row.write_all(count);
   }
-  Pivot pivot = {0, 32, 0};
-  row.fill_bins(pivot, 11, shares);
+  row.fill_bins_of_scores(shares);
   const uint32_t* bins = scratch.bins;
   if (kCluster) bins = cluster_bins(scratch, rank);
   if (shares) {
     if (!row.hand_over_bins()) return;
     bins = scratch.total;
   }
-  BinScan scan = scan_bins(bins, scratch);
+  const BinScan scan = scan_bins(bins, scratch);
   if (count < 0) count = count_of(args, b, scan.total, scratch);
   row.pad(count, shares ? 0 : rank, shares ? 1 : blocks);
   if (count == 0) return;
-  pivot.need = count;
-  VP_UNROLL_1 for (int pass = 0; pass < 3; ++pass) {
-    const int32_t bits = pass == 2 ? 10 : 11;
-    if (pass > 0) {
-      row.fill_bins(pivot, bits, false);
-      bins = kCluster ? cluster_bins(scratch, rank) : scratch.bins;
-      scan = scan_bins(bins, scratch);
-    }
-    find_bin(bins, scan, pivot.need, scratch);
-    pivot.shift -= bits;
-    pivot.prefix = pivot.prefix << bits | scratch.found_bin;
-    pivot.need -= scratch.found_before;
-    const bool whole = pivot.need == scratch.found_count;
-    __syncthreads();   // everybody has read what was found
-    if (whole) break;  // all keys with this prefix are kept
+  Pivot pivot = {0, 32, static_cast<uint32_t>(count)};
+  const bool whole = narrow(pivot, kLeadingBits, bins, scan, scratch);
+  if (row.fits) {
+    row.template choose<true>(pivot, whole, shares);
+  } else {
+    row.template choose<false>(pivot, whole, shares);
   }
-  row.write_kept(pivot);
   let_next_start();
 }
 

@@ -84,7 +84,8 @@ def _overlay(folder: Path, edits: tuple[Edit, ...]) -> Path | None:
 
 def _touched(source: str, edits: tuple[Edit, ...]) -> bool:
     """Whether an edit reaches a source, itself or in a header."""
-    headers = ("row.cuh", "last.cuh", "radix.cuh") if source.endswith("select.cu") else (".cuh",)
+    of_select = ("row.cuh", "last.cuh", "radix.cuh", "candidates.cuh")
+    headers = of_select if source.endswith("select.cu") else (".cuh",)
     kernel = source in KERNELS
     return any(edit.path == source or (kernel and edit.path.endswith(headers)) for edit in edits)
 

@@ -56,16 +56,6 @@ inline int __any_sync(uint32_t mask, int predicate, cusim::Place place = CUSIM_H
   return __ballot_sync(mask, predicate, place) != 0;
 }
 
-inline uint32_t __match_any_sync(uint32_t mask, uint32_t value, cusim::Place place = CUSIM_HERE) {
-  const auto* slots = cusim::exchange(mask, value, "__match_any_sync", place);
-  mask &= cusim::lanes_that_exist(*cusim::machine.current);
-  uint32_t same = 0;
-  for (unsigned lane = 0; lane < 32; ++lane) {
-    if ((mask >> lane & 1) && cusim::slot_value<uint32_t>(slots, lane) == value) same |= 1u << lane;
-  }
-  return same;
-}
-
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __clz(int x) { return x ? __builtin_clz(static_cast<unsigned>(x)) : 32; }

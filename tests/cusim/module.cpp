@@ -57,7 +57,8 @@ PYBIND11_MODULE(_cusim, m) {
     of["blocks"] = plan.blocks;
     of["cached"] = plan.cached;
     of["shared_bytes"] = plan.shared_bytes;
-    of["handed_over"] = plan.keys_row + plan.bins;
+    of["keys_row"] = plan.keys_row;
+    of["bins"] = plan.bins;
     return of;
   });
   m.def("bulk_copies", [](const std::array<int, 3>& chip, int wish) {

@@ -1,5 +1,6 @@
 """The CUDA kernels on a simulated GPU: the contract, and planted bugs that must not pass."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from queue import Empty, LifoQueue
 from threading import Lock
 
 import pytest
@@ -23,12 +25,10 @@ pytestmark = [
 LANDINGS = ({"landing": "late"}, {"landing": "early"})
 # Threads and blocks in an order of their own, and a dtype, per seed.
 RUNS = {1: "bfloat16", 2: "float16", 3: "float32"}
-SMALL = (
-    "bf16, BFloat16, 64, 8",
-    "bf16, BFloat16, 64, 32",
-    "fp32, float, 64, 4",
-    "fp32, float, 64, 32",
-)
+SMALL = {
+    "bfloat16": ("bf16, BFloat16, 64, 8", "bf16, BFloat16, 64, 32"),
+    "float32": ("fp32, float, 64, 4", "fp32, float, 64, 32"),
+}
 HALF_GPU = "80,5,101376"  # no clusters, and less shared memory
 SCARCE = "80,1,30000"  # neither, and no room for the keys of a long row
 CRAMPED = "90,1,20000"  # clusters, and no room for a block's part of it
@@ -36,29 +36,66 @@ ONE_SM = "90,1,232448"  # few splits: every warp meets more tiles than it has st
 GPUS = ({"gpu": None}, {"gpu": HALF_GPU})
 
 
-def start(module, command, *, seed=1, landing="late", asan=False, gpu=None):
-    """Run Python in a process of its own; its exit code and what it said last."""
-    environment = os.environ | {
+def environment(module, seed, landing, gpu):
+    """What stand_in.py reads."""
+    return {
         "CUSIM_MODULE": str(module),
         "CUSIM_SEED": str(seed),
         "CUSIM_LANDING": landing,
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{HERE}",
-        "OMP_NUM_THREADS": "1",
+        "CUSIM_GPU": gpu or "",
     }
-    if gpu:
-        environment["CUSIM_GPU"] = gpu
+
+
+def surroundings(asan=False):
+    """The environment of a process, with ASan below Python."""
+    found = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{HERE}", "OMP_NUM_THREADS": "1"}
     if asan:
         library = subprocess.check_output([COMPILER, "-print-file-name=libasan.so"], text=True)
-        environment["LD_PRELOAD"] = library.strip()
-        environment["ASAN_OPTIONS"] = "detect_leaks=0:detect_stack_use_after_return=0"
-    options = {"env": environment, "capture_output": True, "text": True, "timeout": 600}
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, **options)
-    return done.returncode, (done.stdout + done.stderr)[-3000:]
+        found["LD_PRELOAD"] = library.strip()
+        found["ASAN_OPTIONS"] = "detect_leaks=0:detect_stack_use_after_return=0"
+    return found
 
 
-def run(module, what, dtype, **options):
-    """Problems of one kind, see problems.py."""
-    return start(module, (str(HERE / "problems.py"), what, dtype), **options)
+IDLE = {False: LifoQueue(), True: LifoQueue()}  # servers without a job, without and with ASan
+
+
+class Server:
+    """A process that runs problems, see problems.py."""
+
+    def __init__(self, asan):
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        command = [sys.executable, HERE / "problems.py", "--serve"]
+        self.process = subprocess.Popen(command, cwd=ROOT, env=surroundings(asan), **pipes)
+
+    def answer(self, *job):
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+        return tuple(json.loads(self.process.stdout.readline()))
+
+    def close(self):
+        self.process.communicate()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def servers():
+    """End the servers with the last test here."""
+    yield
+    for idle in IDLE.values():
+        while not idle.empty():
+            idle.get().close()
+
+
+def run(module, what, dtype, *, seed=1, landing="late", asan=False, gpu=None):
+    """Problems of one kind; their exit code and what they said last."""
+    idle = IDLE[asan]
+    try:
+        server = idle.get_nowait()
+    except Empty:
+        server = Server(asan)
+    try:
+        return server.answer(environment(module, seed, landing, gpu), what, dtype)
+    finally:
+        idle.put(server)
 
 
 @pytest.fixture(scope="module")
@@ -92,9 +129,17 @@ def test_shared_cases_touch_no_memory_but_theirs(watched, seed, dtype):
 def test_the_suite_of_all_backends_passes(plain):
     """What it holds beside the cases: bits that depend on no neighbour, page size or capacity."""
     suite = ("tests/test_backends.py", "--backends", "cuda", "--require-backends", "cuda")
-    quiet = ("-q", "-x", "--no-header", "-p", "no:cacheprovider")
-    code, text = start(plain, ("-m", "pytest", *quiet, "-p", "stand_in", *suite), seed=4)
-    assert code == 0, text
+    quiet = ("-q", "-x", "--no-header", "-p", "no:cacheprovider", "-p", "stand_in")
+    options = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 600}
+    options["env"] = surroundings() | environment(plain, 4, "late", None)
+
+    def half(of):
+        command = [sys.executable, "-m", "pytest", *quiet, *suite, "-k", of]
+        done = subprocess.run(command, **options)
+        assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(half, ("float32", "not float32")))
 
 
 @pytest.mark.parametrize("dtype", RUNS.values())
@@ -316,21 +361,15 @@ BUGS = {
 }  # fmt: skip
 
 
-PROBES = (
-    ("probe", "bfloat16", ONE_SM),
-    ("probe", "float32", ONE_SM),
-    ("choices", "float32", HALF_GPU),
-    ("choices", "float32", SCARCE),
-    ("choices", "float32", CRAMPED),
-    ("garbage", "bfloat16", ONE_SM),
-)
-
-
-@pytest.mark.parametrize("asan", (False, True))
-def test_the_probes_pass_without_a_bug(asan):
-    module = build(asan, kernels=SMALL)
-    for what, dtype, gpu in PROBES:
-        hold(module, what, dtype, LANDINGS, asan=asan, gpu=gpu)
+@pytest.mark.parametrize("asan, dtype", sorted({(bug.asan, bug.dtype) for bug in BUGS.values()}))
+def test_the_probes_pass_without_a_bug(asan, dtype):
+    """All that is run with one."""
+    module = build(asan, kernels=SMALL[dtype])
+    used = {(bug.what, bug.gpu, bug.landing) for bug in BUGS.values()
+            if (bug.asan, bug.dtype) == (asan, dtype)}  # fmt: skip
+    for what in {what for what, *_ in used}:
+        ways = [{"gpu": gpu, "landing": landing} for of, gpu, landing in used if of == what]
+        hold(module, what, dtype, ways, asan=asan)
 
 
 @pytest.fixture(scope="module")
@@ -340,7 +379,7 @@ def planted(request):
 
     def plant(bug):
         with building:
-            module = build(bug.asan, bug.edits, SMALL)
+            module = build(bug.asan, bug.edits, SMALL[bug.dtype])
         options = {"landing": bug.landing, "asan": bug.asan, "gpu": bug.gpu}
         return run(module, bug.what, bug.dtype, **options)
 

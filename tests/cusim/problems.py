@@ -1,13 +1,20 @@
 """Run problems on the simulated GPU and hold the results against the contract.
 
 A process of its own: `python tests/cusim/problems.py cases bfloat16`. Fails with the first problem
-that the simulator refuses or whose result is wrong. What is run: `cases` (the shared test cases),
-`kernels` (each compiled kernel once), `probe` (few problems that every planted bug disturbs),
-`choices` (selections among thousands of given scores), `garbage` (values that nobody can check on a
-device), `traffic` (bytes that are read, and launches), `bulk` (how they are copied).
+that the simulator refuses or whose result is wrong. With `--serve` it takes jobs, a line of JSON
+each, and runs them in forks of itself: torch is loaded once. What is run: `cases` (the shared test
+cases), `kernels` (each compiled kernel once), `probe` (few problems that every planted bug
+disturbs), `choices` (selections among thousands of given scores), `garbage` (values that nobody can
+check on a device), `traffic` (bytes that are read, and launches), `bulk` (how they are copied).
 """
 
+import json
+import os
+import signal
 import sys
+import tempfile
+import traceback
+from typing import Any
 
 import stand_in
 import torch
@@ -27,6 +34,7 @@ from visionpulse.testing.compare import (
 
 SPANS = ((4, 30), (37, 80))
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
+simulated: Any  # the module that a job runs on
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 
 
@@ -262,9 +270,41 @@ def bulk(dtype: torch.dtype) -> None:
         assert run(case, "auto")[2] == engine
 
 
+def solve(what: str, dtype: str) -> None:
+    """All problems of one kind."""
+    global simulated
+    simulated = stand_in.plug_in()
+    modes = (cases, kernels, probe, choices, garbage, traffic, bulk)
+    {mode.__name__: mode for mode in modes}[what](DTYPES[dtype])
+
+
+def serve() -> None:
+    """Answer each job, [environment, what, dtype], with its exit code and what it said."""
+    for line in sys.stdin:
+        environment, what, dtype = json.loads(line)
+        with tempfile.TemporaryFile() as said:
+            child = os.fork()
+            if child == 0:
+                os.environ.update(environment)
+                for stream in (sys.stdout, sys.stderr):
+                    os.dup2(said.fileno(), stream.fileno())
+                signal.alarm(600)  # one that hangs is killed
+                try:
+                    solve(what, dtype)
+                except BaseException:
+                    traceback.print_exc()
+                    sys.stderr.flush()
+                    os._exit(1)
+                os._exit(0)
+            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            said.seek(0)
+            print(json.dumps([code, said.read().decode(errors="replace")[-3000:]]), flush=True)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # fresh memory holds NaN
-    simulated = stand_in.plug_in()
-    modes = (cases, kernels, probe, choices, garbage, traffic, bulk)
-    {mode.__name__: mode for mode in modes}[sys.argv[1]](DTYPES[sys.argv[2]])
+    if sys.argv[1:] == ["--serve"]:
+        serve()
+    else:
+        solve(*sys.argv[1:])

@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, LifoQueue
-from threading import Lock
 
 import pytest
 
@@ -34,6 +33,7 @@ SCARCE = "80,1,30000"  # neither, and no room for the keys of a long row
 CRAMPED = "90,1,20000"  # clusters, and no room for a block's part of it
 ONE_SM = "90,1,232448"  # few splits: every warp meets more tiles than it has stages
 GPUS = ({"gpu": None}, {"gpu": HALF_GPU})
+SELECTS = (*GPUS, {"gpu": SCARCE}, {"gpu": CRAMPED})  # each selects in a way of its own
 
 
 def environment(module, seed, landing, gpu):
@@ -73,7 +73,8 @@ class Server:
         return tuple(json.loads(self.process.stdout.readline()))
 
     def close(self):
-        self.process.communicate()
+        self.process.kill()
+        self.process.wait()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -128,13 +129,14 @@ def test_shared_cases_touch_no_memory_but_theirs(watched, seed, dtype):
 
 def test_the_suite_of_all_backends_passes(plain):
     """What it holds beside the cases: bits that depend on no neighbour, page size or capacity."""
+    beside = "not decode_is_the_contract"
     suite = ("tests/test_backends.py", "--backends", "cuda", "--require-backends", "cuda")
     quiet = ("-q", "-x", "--no-header", "-p", "no:cacheprovider", "-p", "stand_in")
     options = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 600}
     options["env"] = surroundings() | environment(plain, 4, "late", None)
 
     def half(of):
-        command = [sys.executable, "-m", "pytest", *quiet, *suite, "-k", of]
+        command = [sys.executable, "-m", "pytest", *quiet, *suite, "-k", f"{beside} and {of}"]
         done = subprocess.run(command, **options)
         assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
 
@@ -148,15 +150,13 @@ def test_every_kernel_is_the_contract_on_any_gpu(plain, dtype):
 
 
 @pytest.mark.parametrize("seed", RUNS)
-def test_a_choice_among_thousands_is_exact(watched, seed):
-    hold(
-        watched,
-        "choices",
-        "float32",
-        (*GPUS, {"gpu": SCARCE}, {"gpu": CRAMPED}),
-        seed=seed,
-        asan=True,
-    )
+def test_a_choice_among_thousands_is_exact(plain, seed):
+    hold(plain, "choices", "float32", SELECTS, seed=seed)
+
+
+def test_a_choice_among_thousands_touches_no_memory_but_its_own(watched):
+    ways = [{"seed": seed} | gpu for seed, gpu in enumerate(SELECTS, start=1)]
+    hold(watched, "choices", "float32", ways, asan=True)
 
 
 @pytest.mark.parametrize("dtype", ("bfloat16", "float32"))
@@ -362,27 +362,23 @@ BUGS = {
 
 
 @pytest.mark.parametrize("asan, dtype", sorted({(bug.asan, bug.dtype) for bug in BUGS.values()}))
-def test_the_probes_pass_without_a_bug(asan, dtype):
+def test_the_probes_pass_without_a_bug(plain, watched, asan, dtype):
     """All that is run with one."""
-    module = build(asan, kernels=SMALL[dtype])
     used = {(bug.what, bug.gpu, bug.landing) for bug in BUGS.values()
             if (bug.asan, bug.dtype) == (asan, dtype)}  # fmt: skip
     for what in {what for what, *_ in used}:
         ways = [{"gpu": gpu, "landing": landing} for of, gpu, landing in used if of == what]
-        hold(module, what, dtype, ways, asan=asan)
+        hold(watched if asan else plain, what, dtype, ways, asan=asan)
+
+
+def plant(bug):
+    module = build(bug.asan, bug.edits, SMALL[bug.dtype])
+    return run(module, bug.what, bug.dtype, landing=bug.landing, asan=bug.asan, gpu=bug.gpu)
 
 
 @pytest.fixture(scope="module")
-def planted(request):
+def planted(plain, watched, request):
     """{bug: what becomes of it} of the bugs that are tested now, two at a time."""
-    building = Lock()  # each build takes two cores itself
-
-    def plant(bug):
-        with building:
-            module = build(bug.asan, bug.edits, SMALL[bug.dtype])
-        options = {"landing": bug.landing, "asan": bug.asan, "gpu": bug.gpu}
-        return run(module, bug.what, bug.dtype, **options)
-
     name = test_a_planted_bug_is_caught.__name__
     items = [item for item in request.session.items if getattr(item, "originalname", "") == name]
     with ThreadPoolExecutor(2) as pool:

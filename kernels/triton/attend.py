@@ -199,6 +199,6 @@ def attend(
         BLOCK_N=plan.block_n, STAGES=plan.stages,
         MIN_SPLIT=plan.min_split, MAX_SPLITS=plan.max_splits,
         SPLITS=triton.next_power_of_2(plan.max_splits), TILE=tile,
-        num_warps=plan.warps, num_stages=plan.stages,
+        num_warps=plan.warps, num_stages=plan.stages, **_host.register_cap(plan.registers),
     )  # fmt: skip
     return out

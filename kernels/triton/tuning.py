@@ -49,9 +49,11 @@ class Target(NamedTuple):
     rank_warps: int
     rank_lines: int  # chunks that it passes side by side, one for every 32 threads
     # Registers that a thread may have; 0 leaves it to the compiler, which may rather spill a few to
-    # fit more blocks. In `rank`, and in a scan with more than WIDE output values:
+    # fit more blocks. In `rank`; with more than WIDE output values, in a scan, and in a gather of
+    # 16 bits:
     rank_registers: int = 0
-    wide_registers: int = 0
+    wide_stream_registers: int = 0
+    wide_gather_registers: int = 0
 
 
 # 227 KiB of shared memory: three blocks of three stages a multiprocessor
@@ -95,10 +97,10 @@ TABLE = {
     ),
     "sm_86": _SMALL,
     "sm_89": _SMALL,
-    # eight warps spill in the output of a wide pruned anchor
-    "sm_90": _LARGE._replace(wide_warps=4),
+    # eight warps spill in the output of a wide pruned anchor, and so do four with many images
+    "sm_90": _LARGE._replace(wide_warps=4, wide_gather_registers=208),
     "sm_100": _LARGE,
-    "sm_120": _SMALL._replace(wide_registers=168),
+    "sm_120": _SMALL._replace(wide_stream_registers=168),
     "gfx942": _CDNA3,
     # splits and chunks so short that a small case passes through every loop and merge
     "interpreter": Target(
@@ -159,6 +161,9 @@ def plan(
     block_d = max(16, _pow2(head_dim))
     block_n = max(16, min(128, tile.tile_bytes // (block_d * itemsize)))
     wide = rows * block_d > WIDE
+    registers = row.wide_stream_registers
+    if gather:
+        registers = row.wide_gather_registers if itemsize == 2 else 0
     # a row alone should fill the chip, but every split is merged: between 8 and the most
     wanted = -(-PER_SM * sms // kv_heads)
     return Plan(
@@ -167,7 +172,7 @@ def plan(
         block_n=block_n,
         warps=max(tile.warps, row.wide_warps) if wide else tile.warps,
         stages=tile.stages,
-        registers=row.wide_registers if wide and not gather else 0,
+        registers=registers if wide else 0,
         min_split=max(row.min_split, block_n),
         max_splits=max(8, min(row.max_splits, wanted)),
     )

@@ -9,15 +9,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from threading import Lock, get_ident
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = ROOT / "tests" / "cusim"
 KERNELS = ("kernels/cuda/attend.cu", "kernels/cuda/score.cu", "kernels/cuda/select.cu")
-HOST = (
-    *("csrc/cuda/plan.cpp", "csrc/cuda/launch.cpp", "csrc/cuda/engine.cpp"),
-    "tests/cusim/module.cpp",
-)
+HOST = ("csrc/cuda/plan.cpp", "csrc/cuda/launch.cpp", "csrc/cuda/engine.cpp")
+BINDINGS = "tests/cusim/module.cpp"  # the longest to compile, and nothing there is watched
+PRELUDE = ("builtins.h", "warp_matrix.h")  # what every kernel includes, and no bug changes
 ASAN = ("-fsanitize=address", "-fno-omit-frame-pointer", "-g1")
 
 
@@ -55,13 +55,13 @@ def _sources() -> list[Path]:
     return [p for p in found if p.suffix in (".h", ".cuh", ".cu", ".cpp")]
 
 
-def _compile(source: str, target: Path, extra: tuple[str, ...], overlay: Path | None) -> None:
-    roots = ([overlay] if overlay else []) + [ROOT]
+def _compile(source: str, target: Path, extra: tuple[str, ...], roots: tuple[Path, ...]) -> None:
     path = next(root / source for root in roots if (root / source).exists())
     include = [f"-I{p}" for p in (*roots, HERE, HERE / "include")]
-    partial = target.with_suffix(".partial")
+    language = "c++-header" if path.suffix == ".h" else "c++"
+    partial = target.with_name(f"{target.name}.{get_ident()}")
     command = [
-        *(os.environ.get("CXX", "g++"), "-x", "c++", *_flags(), *extra, *include),
+        *(os.environ.get("CXX", "g++"), "-x", language, *_flags(), *extra, *include),
         *("-c", str(path), "-o", str(partial)),
     ]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -69,7 +69,7 @@ def _compile(source: str, target: Path, extra: tuple[str, ...], overlay: Path | 
     partial.rename(target)
 
 
-def _overlay(folder: Path, edits: tuple[Edit, ...]) -> Path | None:
+def _overlay(folder: Path, edits: tuple[Edit, ...]) -> Path:
     """Changed copies of the edited sources, under their own paths."""
     texts: dict[str, str] = {}
     for edit in edits:
@@ -79,50 +79,78 @@ def _overlay(folder: Path, edits: tuple[Edit, ...]) -> Path | None:
     for path, text in texts.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(text)
-    return folder if texts else None
+    return folder
 
 
 def _touched(source: str, edits: tuple[Edit, ...]) -> bool:
-    """Whether an edit reaches a source, itself or in a header."""
-    of_select = ("row.cuh", "last.cuh", "radix.cuh", "candidates.cuh")
-    headers = of_select if source.endswith("select.cu") else (".cuh",)
-    kernel = source in KERNELS
-    return any(edit.path == source or (kernel and edit.path.endswith(headers)) for edit in edits)
+    """Whether a source is compiled anew for an edit, of itself or of a header.
+
+    A header of `score` is one of `attend` too, where a bug shows as well: one of them is enough.
+    """
+    of_select = ("radix.cuh", "candidates.cuh")
+    of_both = ("row.cuh", "last.cuh")
+    reached = {
+        "kernels/cuda/attend.cu": lambda path: not path.endswith(of_select),
+        "kernels/cuda/select.cu": lambda path: path.endswith(of_select + of_both),
+    }.get(source, lambda path: False)
+    return any(
+        edit.path == source or (edit.path.endswith(".cuh") and reached(edit.path)) for edit in edits
+    )
 
 
 def _objects(
-    folder: Path, sources: tuple[str, ...], extra: tuple[str, ...], overlay: Path | None
+    folder: Path, sources: tuple[str, ...], extra: tuple[str, ...], roots: tuple[Path, ...]
 ) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     targets = [folder / (Path(source).name + ".o") for source in sources]
     missing = [(s, t) for s, t in zip(sources, targets, strict=True) if not t.exists()]
     with ThreadPoolExecutor(2) as pool:
-        for job in [pool.submit(_compile, s, t, extra, overlay) for s, t in missing]:
+        for job in [pool.submit(_compile, s, t, extra, roots) for s, t in missing]:
             job.result()
     return targets
+
+
+_one_prelude = Lock()
+
+
+def _prelude(folder: Path, mode: tuple[str, ...]) -> tuple[str, ...]:
+    """Options that include what every kernel does, compiled before."""
+    header, compiled = folder / "prelude.h", folder / "prelude.h.gch"
+    with _one_prelude:
+        if not compiled.exists():
+            header.write_text("".join(f'#include "{name}"\n' for name in PRELUDE))
+            _compile(str(header), compiled, mode, (ROOT,))
+    return ("-include", str(header))
 
 
 def build(
     asan: bool = False, edits: tuple[Edit, ...] = (), kernels: tuple[str, ...] | None = None
 ) -> Path:
-    """The module `_cusim`; `kernels` limits what is compiled to rows of entries.cuh."""
+    """The module `_cusim`.
+
+    What `edits` reach is compiled anew, with those rows of entries.cuh alone that `kernels` names;
+    the rest comes from the build without edits, which must be there.
+    """
     mode = ASAN if asan else ()
-    extra = mode
-    if kernels is not None:
-        rows = " ".join(f"X({row})" for row in kernels)
-        extra = (*mode, f"-DVP_STREAM_KERNELS(X)={rows}")
-    sources = _sources()
-    folder = ROOT / "build" / "cusim" / _digest(sources, *extra, *map(repr, edits))
+    sources, place = _sources(), ROOT / "build" / "cusim"
+    whole = place / _digest(sources, "objects", *mode)
+    bindings = place / _digest(sources, "objects")
+    rows = " ".join(f"X({row})" for row in kernels or ())
+    folder = place / _digest(sources, *mode, rows, *map(repr, edits)) if edits else whole
     module = folder / "_cusim.so"
     if module.exists():
         return module
-    overlay = _overlay(folder / "overlay", edits)
-    # what an edit does not touch comes from the build without edits
-    changed = tuple(source for source in (*KERNELS, *HOST) if edits and _touched(source, edits))
-    kept = tuple(source for source in (*KERNELS, *HOST) if source not in changed)
-    shared = ROOT / "build" / "cusim" / _digest(sources, "objects", *extra)
-    objects = _objects(folder, changed, extra, overlay) + _objects(shared, kept, extra, None)
-    partial = folder / "partial.so"
+    every = (*KERNELS, *HOST)
+    changed = tuple(source for source in every if _touched(source, edits))
+    objects = []
+    if changed:
+        roots = (_overlay(folder / "overlay", edits), ROOT)
+        extra = (*mode, f"-DVP_STREAM_KERNELS(X)={rows}") if kernels else mode
+        # first: of a function that two objects have, the linker takes the first
+        objects += _objects(folder, changed, (*extra, *_prelude(whole, mode)), roots)
+    objects += _objects(whole, tuple(s for s in every if s not in changed), mode, (ROOT,))
+    objects += _objects(bindings, (BINDINGS,), ("-O0",), (ROOT,))
+    partial = folder / f"partial.{get_ident()}.so"
     link = [os.environ.get("CXX", "g++"), "-shared", *mode]
     subprocess.run([*link, *map(str, objects), "-o", str(partial)], check=True)
     partial.rename(module)

@@ -61,6 +61,8 @@ struct Place {
 
 constexpr int kPayload = 48;  // bytes a lane can hand to its warp at once
 
+inline bool same_text(const char* a, const char* b) { return a == b || strcmp(a, b) == 0; }
+
 // One meeting of the lanes of a mask. Two sets of slots: a lane may still read the last meeting's
 // while a faster one writes the next's, but never the one after.
 struct Meeting {
@@ -261,7 +263,7 @@ const char (*exchange(uint32_t mask, const T& value, const char* what, Place pla
   if (!(mask >> lane & 1)) fail(std::string(what) + ": the lane is not in its own mask", place);
   mask &= lanes_that_exist(me);
   Meeting& meeting = meeting_of(mask, what, place);
-  if (meeting.here && (strcmp(meeting.what, what) != 0 || !(meeting.place == place))) {
+  if (meeting.here && !(meeting.place == place && same_text(meeting.what, what))) {
     fail(std::string("lanes of one warp at different operations, ") + meeting.what + " at " +
              meeting.place.text() + " and " + what,
          place);

@@ -20,5 +20,7 @@ SUITE = [
 if __name__ == "__main__":
     repairs.compute_dots()
     repairs.patch_once()
+    repairs.remember_types()
+    repairs.skip_dropped_checks()
     repairs.keep_quiet()
     sys.exit(process.run(SUITE))

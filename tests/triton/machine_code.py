@@ -2,7 +2,8 @@
 
 Run by `compile.py` in a process without the interpreter and without a GPU. All seven targets are
 assembled to the end, none is skipped: the wheel of Triton has ptxas for the six of NVIDIA, whose
-machine code is read back, and the linker for AMD, whose compiler reports registers and spills.
+machine code says what it uses and how it is fenced, while PTX says the width of each load and the
+kind of each dot; and the linker for AMD, whose compiler reports registers and spills.
 """
 
 import functools
@@ -51,7 +52,7 @@ PLAIN = {
         ("follow", launches.follow, {}),
     )
 }
-WIDEST = {"group": 32, "head_dim": 256, "page": 16, "softcap": 30.0}
+WIDEST = {"group": 32, "head_dim": 256, "page": 16, "softcap": 30.0, "spans": 300}
 SPECIAL = {
     # logits summed over a group, ranked without an exp: the code of "logit" in both its forms
     "dense-anchor-logit": (Shape(), launches.decode, {"score": "logit", "output": "dense"}),
@@ -67,7 +68,7 @@ SPECIAL = {
     "follow-widest-float32": (Shape(**WIDEST, dtype=torch.float32), launches.follow, {}),
     "follow-g7-d80": (Shape(group=7, head_dim=80), launches.follow, {}),
     "dense-paged-softcap": (Shape(page=16, softcap=30.0), launches.dense, {}),
-    "pruned-paged-spans": (Shape(page=16, spans=300), launches.decode, PRUNED),
+    "rank-paged-spans": (Shape(page=16, spans=300), launches.decode, PRUNED, "_rank_kernel"),
     "follow-far": (Shape(capacity=FAR, cut=False), launches.follow, {}),
 }  # fmt: skip
 ALL = PLAIN | SPECIAL
@@ -84,6 +85,16 @@ def kernels_of(name, target):
         for one in found
         if not only or one.kernel.__name__ in only
     }
+
+
+@pytest.mark.parametrize("twin, of", aot.TWINS.items())
+def test_twins_have_the_same_ptx(twin, of):
+    with launches.recorded(twin) as found:
+        launches.dense(Shape())
+        launches.follow(Shape())
+    for one in found:
+        made = [aot.build(*one, target).asm["ptx"] for target in (of, twin)]
+        assert aot.renamed(made[0], twin) == made[1]
 
 
 @pytest.mark.parametrize("name", ALL)

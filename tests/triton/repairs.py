@@ -2,6 +2,7 @@
 
 import numpy as np
 import triton.language as tl
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
 
@@ -41,6 +42,47 @@ def patch_once():
         return Kept()
 
     interpreter._patch_lang = patch_lang
+
+
+def remember_types():
+    """Make each type and shape once: the interpreter makes them anew for every operation."""
+    make_type, types = tl.block_type.__init__, {}
+    make_tensor, shapes = tl.tensor.__init__, {}
+    broadcast = TritonSemantic.broadcast_impl_value
+    look_up, numpy_types = interpreter._get_np_dtype, {}
+
+    def block_type(self, element_ty, shape):
+        sizes = tuple(int(size) for size in shape)
+        key = element_ty.name, sizes
+        if key not in types:
+            make_type(self, element_ty, shape)
+            types[key] = self.__dict__
+        self.__dict__ = types[key]
+
+    def tensor(self, handle, type):
+        sizes = tuple(type.shape.values) if type.is_block() else ()
+        if sizes not in shapes:
+            make_tensor(self, handle, type)
+            shapes[sizes] = self.shape, self.numel
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = shapes[sizes]
+
+    def broadcast_impl_value(self, lhs, rhs):
+        return (lhs, rhs) if lhs.shape is rhs.shape else broadcast(self, lhs, rhs)
+
+    def get_np_dtype(type):
+        if type.name not in numpy_types:
+            numpy_types[type.name] = look_up(type)
+        return numpy_types[type.name]
+
+    tl.block_type.__init__, tl.tensor.__init__ = block_type, tensor
+    interpreter._get_np_dtype = get_np_dtype
+    TritonSemantic.broadcast_impl_value = broadcast_impl_value
+
+
+def skip_dropped_checks():
+    """Of overflow: without `debug` the interpreter computes them, and throws them away."""
+    TritonSemantic.binary_op_sanitize_overflow_impl = lambda *of: None
 
 
 def plain_dot(builder, a, b, d):

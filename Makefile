@@ -13,8 +13,16 @@ CPP := $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' 2>/dev/null)
 demo: $(READY)
 	$(BIN)/visionpulse demo
 
+# All: two processes, but for what takes two cores itself. A part, by PYTEST_ARGS: one process.
+PYTEST := $(BIN)/pytest --require-backends $(REQUIRED)
+SHARED := -n 2 --dist loadfile
 test: $(READY)
-	$(BIN)/pytest --require-backends $(REQUIRED) $(PYTEST_ARGS)
+ifeq ($(PYTEST_ARGS),)
+	$(PYTEST) $(SHARED) -m "not alone"
+	$(PYTEST) -m alone
+else
+	$(PYTEST) $(PYTEST_ARGS)
+endif
 
 # The same models on the newest transformers that is held up, beside the pinned torch.
 NEWEST := build/transformers-newest
@@ -23,7 +31,7 @@ $(NEWEST)/.ready: $(READY)
 	touch $@
 
 test-newest: $(NEWEST)/.ready
-	PYTHONPATH=$(NEWEST) $(BIN)/pytest tests/models --require-backends $(REQUIRED) $(PYTEST_ARGS)
+	PYTHONPATH=$(NEWEST) $(PYTEST) tests/models $(SHARED) $(PYTEST_ARGS)
 
 # The Triton kernels, interpreted and compiled, with the newest Triton that is held up (1 GB).
 NEWEST_TRITON := build/triton-newest

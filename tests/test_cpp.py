@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).parents[1]
 STRESS_SECONDS = "30"
 ARM = "aarch64-linux-gnu"

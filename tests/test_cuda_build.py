@@ -52,6 +52,7 @@ NVCC = shutil.which("nvcc") or shutil.which(PACKAGED)
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.alone,
     pytest.mark.skipif(NVCC is None, reason="no nvcc, on PATH or among Python's packages"),
 ]
 

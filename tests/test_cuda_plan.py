@@ -11,9 +11,11 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent / "cusim"))
 from build import load
 
-pytestmark = pytest.mark.skipif(
-    shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler"
-)
+NO_COMPILER = shutil.which(os.environ.get("CXX", "g++")) is None
+pytestmark = [
+    pytest.mark.alone,
+    pytest.mark.skipif(NO_COMPILER, reason="no C++ compiler"),
+]
 
 # (compute capability, multiprocessors, shared memory that a block may ask for)
 CHIPS = {

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).resolve().parent.parent
 # site-packages with torch, for environments that get everything but visionpulse from here
 OUTER = next(p for p in sys.path if p.endswith("site-packages"))
@@ -111,16 +113,18 @@ def test_the_wheel_works_in_a_clean_environment(archives, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_editable_install_works_without_a_network(tmp_path):
-    """As on a machine that is offline: no isolation, no dependencies, no index."""
+def test_an_editable_install_works_without_a_network(tmp_path, monkeypatch):
+    """As on a machine that is offline and has no nvcc: no isolation, no dependencies, no index."""
     tree = clone(tmp_path / "tree")
     bin_ = clean_venv(tmp_path / "env")
     flags = ("--no-build-isolation", "--no-deps", "--no-index", "--editable")
-    tools = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    ENVIRONMENT.update(tools)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    monkeypatch.setitem(ENVIRONMENT, "PATH", path)
+    monkeypatch.setitem(ENVIRONMENT, "CUDACXX", "none")
     run(bin_ / "python", "-m", "pip", "install", "--quiet", *flags, tree)
     where, backend = run(bin_ / "python", "-c", USE, cwd=tmp_path).split()
     assert where == str(tree / "visionpulse" / "__init__.py") and backend == "cpu"
+    assert "built without" in run(bin_ / "visionpulse", "info", cwd=tmp_path)
 
 
 def test_importing_is_quiet_and_changes_nothing():

@@ -16,6 +16,8 @@ import pytest
 
 from visionpulse.backends import get
 
+pytestmark = pytest.mark.alone
+
 HERE = Path(__file__).resolve().parent / "triton"
 RUNS = {
     "compile 1 of 2": ("compile.py", "--share", "0/2"),

@@ -97,8 +97,9 @@ TABLE = {
     ),
     "sm_86": _SMALL,
     "sm_89": _SMALL,
-    # eight warps spill in the output of a wide pruned anchor, and so do four with many images
-    "sm_90": _LARGE._replace(wide_warps=4, wide_gather_registers=208),
+    # eight warps spill in the output of a wide pruned anchor, and so do four with many images, to
+    # fit a third block
+    "sm_90": _LARGE._replace(wide_warps=4, wide_gather_registers=255),
     "sm_100": _LARGE,
     "sm_120": _SMALL._replace(wide_stream_registers=168),
     "gfx942": _CDNA3,

@@ -9,8 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from threading import Lock, get_ident
+from threading import Lock
 from typing import Any
+from uuid import uuid4
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = ROOT / "tests" / "cusim"
@@ -59,7 +60,7 @@ def _compile(source: str, target: Path, extra: tuple[str, ...], roots: tuple[Pat
     path = next(root / source for root in roots if (root / source).exists())
     include = [f"-I{p}" for p in (*roots, HERE, HERE / "include")]
     language = "c++-header" if path.suffix == ".h" else "c++"
-    partial = target.with_name(f"{target.name}.{get_ident()}")
+    partial = target.with_name(f"{target.name}.{uuid4()}")
     command = [
         *(os.environ.get("CXX", "g++"), "-x", language, *_flags(), *extra, *include),
         *("-c", str(path), "-o", str(partial)),
@@ -150,7 +151,7 @@ def build(
         objects += _objects(folder, changed, (*extra, *_prelude(whole, mode)), roots)
     objects += _objects(whole, tuple(s for s in every if s not in changed), mode, (ROOT,))
     objects += _objects(bindings, (BINDINGS,), ("-O0",), (ROOT,))
-    partial = folder / f"partial.{get_ident()}.so"
+    partial = folder / f"partial.{uuid4()}.so"
     link = [os.environ.get("CXX", "g++"), "-shared", *mode]
     subprocess.run([*link, *map(str, objects), "-o", str(partial)], check=True)
     partial.rename(module)

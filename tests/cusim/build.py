@@ -88,15 +88,16 @@ def _touched(source: str, edits: tuple[Edit, ...]) -> bool:
 
     A header of `score` is one of `attend` too, where a bug shows as well: one of them is enough.
     """
-    of_select = ("radix.cuh", "candidates.cuh")
-    of_both = ("row.cuh", "last.cuh")
-    reached = {
-        "kernels/cuda/attend.cu": lambda path: not path.endswith(of_select),
-        "kernels/cuda/select.cu": lambda path: path.endswith(of_select + of_both),
-    }.get(source, lambda path: False)
-    return any(
-        edit.path == source or (edit.path.endswith(".cuh") and reached(edit.path)) for edit in edits
-    )
+    of_select, of_both = ("radix.cuh", "candidates.cuh"), ("row.cuh", "last.cuh")
+
+    def reached(path: str) -> bool:
+        if source.endswith("select.cu") and path.endswith(of_select + of_both):
+            return True
+        if source.endswith("attend.cu") and path.endswith(".cuh"):
+            return not path.endswith(of_select)
+        return path == source
+
+    return any(reached(edit.path) for edit in edits)
 
 
 def _objects(
@@ -130,7 +131,7 @@ def build(
     """The module `_cusim`.
 
     What `edits` reach is compiled anew, with those rows of entries.cuh alone that `kernels` names;
-    the rest comes from the build without edits, which must be there.
+    the rest is that of the build without edits.
     """
     mode = ASAN if asan else ()
     sources, place = _sources(), ROOT / "build" / "cusim"

@@ -106,10 +106,11 @@ _FENCED = {}
 def _nvidia(kernel, compiled, target):
     ptx, where = compiled.asm["ptx"], (kernel, target)
     arrives = re.search(r"\batom\.\S*\.add\b", ptx) is not None
+    ordered = "acq_rel" in ptx
     with tempfile.TemporaryDirectory() as folder:
         cubin = _machine_code(compiled, target, Path(folder))
         usage = _tool("cuobjdump", "-res-usage", cubin)
-        # the arrival is the same code in all forms of a kernel, and to disassemble takes long
+        # what becomes of it is the same in all forms of a kernel, and to disassemble takes long
         if arrives and where not in _FENCED:
             _FENCED[where] = _is_fenced(cubin)
     found = dict(re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", usage))
@@ -123,7 +124,7 @@ def _nvidia(kernel, compiled, target):
         spills=int(found["STACK"]) + int(found["LOCAL"]),
         wide_loads=len(wide),
         tf32="tf32" in ptx,
-        fenced=_FENCED[where] if arrives else True,
+        fenced=not arrives or (ordered and _FENCED[where]),
     )
 
 

@@ -11,7 +11,9 @@ from visionpulse._triton import tuning
 from visionpulse.structs import KVCache, PagedKVCache, Params, VisualTokens
 from visionpulse.workspace import Workspace
 
-SMS = {"sm_80": 108, "sm_86": 84, "sm_89": 142, "sm_90": 132, "sm_100": 148, "sm_120": 188}
+# Multiprocessors, on which the most splits of a row depend. No sm_86 has so many: with those of
+# sm_89 the same PTX serves both, see aot.py, and more splits take more registers, if anything.
+SMS = {"sm_80": 108, "sm_86": 142, "sm_89": 142, "sm_90": 132, "sm_100": 148, "sm_120": 188}
 # the package gives the launchers the names of their modules
 PLACES = {
     name: import_module(f"visionpulse._triton.{module}")

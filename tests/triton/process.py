@@ -1,6 +1,7 @@
 """What the two test processes share: their share of the tests, and faults to plant."""
 
 import argparse
+import gc
 import os
 import sys
 
@@ -34,4 +35,5 @@ def run(default):
     share = Share(*map(int, own.share.split("/")))
     files = [] if any(".py" in argument for argument in rest) else default
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # none is used here, and they load long
+    gc.freeze()  # what is loaded stays, and need not be looked at again
     return pytest.main(["-p", "no:cacheprovider", *files, *rest], plugins=[share])

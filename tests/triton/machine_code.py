@@ -58,7 +58,8 @@ SPECIAL = {
     "dense-anchor-logit": (Shape(), launches.decode, {"score": "logit", "output": "dense"}),
     # given scores
     "choose-long": (Shape(capacity=131072), launches.choose, {}),
-    "score": (Shape(), launches.score, {}),
+    # the scan of a pruned anchor too: K alone, with what it keeps of every logit
+    "score-paged-spans": (Shape(page=16, spans=300), launches.score, {}),
     "anchor-widest": (Shape(**WIDEST), launches.decode, DENSE, "_scan_kernel"),
     "anchor-widest-float32": (
         Shape(**WIDEST, dtype=torch.float32), launches.decode, DENSE, "_scan_kernel",

@@ -8,8 +8,8 @@ import pytest
 
 import visionpulse as vp
 from visionpulse.analysis import command_calibrate, command_plot
-from visionpulse.analysis.page import png
 from visionpulse.models import Trace
+from visionpulse.trace.page import png
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ import subprocess
 import numpy as np
 import pytest
 
-from visionpulse.analysis.page import png, to_html
-from visionpulse.analysis.scene import Shown, sequences
 from visionpulse.models import Trace
+from visionpulse.trace.layout import Shown, sequences
+from visionpulse.trace.page import png, to_html
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 FLAGS = (

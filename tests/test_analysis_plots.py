@@ -5,9 +5,9 @@ import builtins
 import numpy as np
 import pytest
 
-from visionpulse.analysis import plots
-from visionpulse.analysis.scene import Shown
 from visionpulse.models import Trace
+from visionpulse.trace import plots
+from visionpulse.trace.layout import Shown
 
 SPANS = [(2, 18)]
 
@@ -56,7 +56,7 @@ def test_lines_and_bars_are_the_trace(tmp_path, monkeypatch):
 
 
 def test_steps_are_spread_over_the_counts():
-    from visionpulse.analysis.scene import Frame
+    from visionpulse.trace.layout import Frame
 
     counts = [1, 5, 1, 9, 3, 7, 2, 1, 1, 8, 6, 4]
     frames = [Frame(i, 0, 0.0, 0.0, np.arange(n)) for i, n in enumerate(counts)]

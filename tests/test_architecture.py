@@ -34,10 +34,13 @@ ALLOWED = {
         "backends", "budgets", "checks", "config", "library", "struct_checks", "tracing", *STRUCTS
     },
     "prepared": {"backends", "config", "ops", *STRUCTS},
-    "models": {"backends", "config", "ops", "prepared", "schedule", "tracing", *STRUCTS},
-    "analysis": {"baselines", "config", "data", "models", "ops", *STRUCTS},
+    "trace": {*STRUCTS},
+    "models": {
+        "backends", "config", "ops", "prepared", "schedule", "trace.record", "tracing", *STRUCTS
+    },
+    "analysis": {"baselines", "config", "data", "models", "ops", "trace", *STRUCTS},
     "data": set(),
-    "demo": {"analysis", "config", "data", "models"},
+    "demo": {"config", "data", "models", "trace"},
     "baselines": {"budgets", "config", "models", "ops", *STRUCTS},
     "analysis.cost": {"config", "schedule"},
     "analysis.gain": {"analysis", "config", "schedule", "testing"},

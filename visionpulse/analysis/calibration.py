@@ -24,8 +24,8 @@ from torch import Tensor
 
 from ..config import PRESETS, PulseConfig
 from ..models import patch
+from ..trace.plots import pyplot
 from .correlation import pearson
-from .plots import pyplot
 from .watch import TAUS, Observation, observe
 
 LOST = 0.02  # attention to the picture that the layers after the anchor may lose in a step

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..models.trace import Trace
-from .page import to_html
-from .plots import plot
-from .scene import Shown, picture_from
+from ..trace.layout import Shown, picture_from
+from ..trace.page import to_html
+from ..trace.plots import plot
+from ..trace.record import Trace
 
 
 def main(argv: Sequence[str] | None = None) -> int:

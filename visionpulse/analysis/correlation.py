@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .plots import pyplot
+from ..trace.plots import pyplot
 from .watch import Observation
 
 _ABREAST = 4  # panels of a row

@@ -6,11 +6,11 @@ from torch import Tensor
 
 from .. import ops
 from ..backends import Choice
+from ..trace.record import Trace
 from .explain import ModelExplanation, explain_model
 from .families import UnsupportedModelError
 from .install import install, uninstall
 from .session import Session, patch, session_of, set_visual_mask, unpatch
-from .trace import Trace
 
 __all__ = [
     "ModelExplanation",

@@ -15,6 +15,7 @@ from ..config import PulseConfig
 from ..config import resolve as resolve_config
 from ..prepared import Prepared
 from ..structs import VisualTokens
+from ..trace.record import Trace, trace_of
 from . import registry
 from .attention import attention
 from .cache import release
@@ -24,7 +25,6 @@ from .plan import Plan, plan_of
 from .state import CacheState
 from .stats import Recorder, Stats
 from .tensor_parallel import head_group
-from .trace import Trace, trace_of
 
 _lock = threading.Lock()
 

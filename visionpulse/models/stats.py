@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from ..structs import Selection
+from ..trace.record import Entry
 from .state import CacheState
-from .trace import Entry
 
 QUANTITIES = ("retention", "kept", "mass", "mass_mean")
 PENDING = 4096  # selections held before they are summed up; each holds a few numbers per row

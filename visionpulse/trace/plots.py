@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ..models.trace import Trace
-from .scene import Frame, Shown, Told, sequences, text_of
+from .layout import Frame, Shown, Told, sequences, text_of
+from .record import Trace
 
 _ACCENT, _BAR = "#d9480f", "#9db2ce"
 _WIDEST = 3.0  # inches of a drawn picture

@@ -82,14 +82,14 @@ class Trace:
         return [tokenizer.decode([int(t)]) if t >= 0 else "" for t in self.token]
 
     def plot(self, path: str | PathLike[str], **options: Any) -> Path:
-        """Draw mass, K and the kept tokens to a file; needs matplotlib. See analysis.plots.plot."""
-        from ..analysis.plots import plot
+        """Draw mass, K and the kept tokens to a file; needs matplotlib. See trace.plots.plot."""
+        from .plots import plot
 
         return plot(self, path, **options)
 
     def to_html(self, path: str | PathLike[str], **options: Any) -> Path:
-        """Write one page with a slider over the steps. See analysis.page.to_html."""
-        from ..analysis.page import to_html
+        """Write one page with a slider over the steps. See trace.page.to_html."""
+        from .page import to_html
 
         return to_html(self, path, **options)
 

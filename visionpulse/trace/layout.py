@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..models.trace import Trace
+from .record import Trace
 
 Pixels = NDArray[np.uint8]
 Text = Callable[[int], str]

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from ..models.trace import Trace
-from .scene import Pixels, Shown, Text, Told, sequences, text_of
+from .layout import Pixels, Shown, Text, Told, sequences, text_of
+from .record import Trace
 
 _MARK = "/*TRACE*/null"
 

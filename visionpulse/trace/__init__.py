@@ -1,0 +1,1 @@
+"""What every step kept, for a person to look at: the record, its layout, plots, a page."""

@@ -128,8 +128,8 @@ def _select(scores: Tensor, mass: Tensor, mass_mean: Tensor, *fields: Any) -> tu
     visual = _visual(fields[:4])
     starts, lengths, window, r_min, r_max, mass_of, k_max, ratio, wanted, name = fields[4:]
     params = Params(
-        scale=1.0, window=window, r_min=r_min, r_max=r_max, mass=mass_of, k_max=k_max,
-        ratio=ratio, counts=wanted,
+        scale=1.0, window=window, r_min=r_min, r_max=r_max, mass_of=mass_of, k_max=k_max,
+        ratio=ratio, wanted=wanted,
     )  # fmt: skip
     backend = resolve(name, scores.device, lambda b: b.refuses_select(scores, params))
     selection = backend.select(

@@ -88,7 +88,7 @@ def score(
     config = resolve_config(config)
     check(q, kv, visual)
     params = numbers(q, scale, softcap, window)
-    params = params._replace(tau=config.tau, mass=config.mass, score=config.score)
+    params = params._replace(tau=config.tau, mass_of=config.mass, score=config.score)
     name = backend or config.backend
     return _run_score(q, kv, visual, params, workspace, name)[:3]
 
@@ -129,7 +129,7 @@ def select(
     if policy is not None:
         bounds = (scores.shape[1], starts, lengths, params.window)
         chosen = mass if config.mass == "max" else mass_mean
-        params = params._replace(counts=_counts(policy, chosen, visual, scores, bounds))
+        params = params._replace(wanted=_counts(policy, chosen, visual, scores, bounds))
     name = backend or config.backend
     return _run_select(scores, mass, mass_mean, visual, params, starts, lengths, workspace, name)
 
@@ -213,25 +213,25 @@ def budget(
     """Put the config's numbers into `params`; also the policy, if it must run between stages."""
     policy = budgets.policy_of(config.budget, config.ratio)
     low, high = config.ratio
-    ratio = counts = None
+    ratio = wanted = None
     between = policy
     if isinstance(policy, budgets.Policy):
-        clamp, counts = policy.clamp(), policy.wanted(rows, device)
+        clamp, wanted = policy.clamp(), policy.wanted(rows, device)
         if clamp is not None:
             low, high = clamp
             ratio = policy.draw(rows, device)
-        if clamp is not None or counts is not None:
+        if clamp is not None or wanted is not None:
             between = None
     params = params._replace(
         tau=config.tau,
         r_min=low,
         r_max=high,
-        mass=config.mass,
+        mass_of=config.mass,
         score=config.score,
         anchor_output=config.anchor_output,
         k_max=checks.bound(policy.bound(visual.max_count), policy),
         ratio=ratio,
-        counts=counts,
+        wanted=wanted,
     )
     return params, between
 
@@ -264,8 +264,8 @@ def _staged(
     ranked, mass, mass_mean, dense = _run_score(q, kv, visual, params, workspace, name, scores)
     if policy is not None:
         bounds = (kv.capacity, kv.starts, kv.lengths, params.window)
-        chosen = mass if params.mass == "max" else mass_mean
-        params = params._replace(counts=_counts(policy, chosen, visual, ranked, bounds))
+        chosen = mass if params.mass_of == "max" else mass_mean
+        params = params._replace(wanted=_counts(policy, chosen, visual, ranked, bounds))
     selection = _run_select(
         ranked, mass, mass_mean, visual, params, kv.starts, kv.lengths, workspace, name
     )
@@ -372,8 +372,8 @@ def _scoring(params: Params) -> tuple[Any, ...]:
 
 
 def _budgeting(params: Params) -> tuple[Any, ...]:
-    clamp = (params.r_min, params.r_max, params.mass)
-    return *clamp, params.k_max, params.ratio, params.counts
+    clamp = (params.r_min, params.r_max, params.mass_of)
+    return *clamp, params.k_max, params.ratio, params.wanted
 
 
 def _into(given: Tensor | None, result: Tensor) -> Tensor:

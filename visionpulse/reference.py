@@ -102,9 +102,9 @@ def score_of(z: Tensor, candidate: Tensor, params: Params) -> tuple[Tensor, Tens
 
 def count_of(mass: Tensor, mass_mean: Tensor, n_visual: Tensor, params: Params) -> Tensor:
     """K of each row: int32 [B]."""
-    if params.counts is not None:
-        return params.counts.clamp(min=0).minimum(n_visual)
-    chosen = mass if params.mass == "max" else mass_mean
+    if params.wanted is not None:
+        return params.wanted.clamp(min=0).minimum(n_visual)
+    chosen = mass if params.mass_of == "max" else mass_mean
     ratio = chosen if params.ratio is None else params.ratio
     return clamp_count(ratio, n_visual, params.r_min, params.r_max)
 

@@ -327,12 +327,12 @@ class Params(NamedTuple):
     tau: float = 1.0
     r_min: float = 0.0
     r_max: float = 1.0
-    mass: str = "max"
+    mass_of: str = "max"  # which mass sets the budget
     score: str = "prob"
     anchor_output: str = "pruned"
     k_max: int = 1
     ratio: Tensor | None = None  # float32 [B], stands in for the mass
-    counts: Tensor | None = None  # int32 [B], stands in for the whole budget
+    wanted: Tensor | None = None  # int32 [B], stands in for the whole budget
 
 
 def _no_spans(rows: int, runs: int, capacity: int | None, device: torch.device) -> Tensor:

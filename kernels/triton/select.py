@@ -207,13 +207,13 @@ def _launch(
     n_spans = visual.spans.shape[1]
     _rank_kernel[(n_chunks, rows)](
         z, final, scores, *masses, *scratch, histogram, arrived, indices, counts,
-        params.ratio, params.counts,
+        params.ratio, params.wanted,
         starts_ptr=starts, lengths_ptr=lengths, spans_ptr=visual.spans,
         z_scale=1.0 / params.tau if params.score == "prob_tau" else 1.0,
         r_min=float(params.r_min), r_max=float(params.r_max),
         n_slots=n_slots, n_tiles=n_tiles, window=params.window, n_spans=n_spans,
         rows=kept_rows, heads=heads, k_max=params.k_max, **page,
-        SOURCE=source, SELECT=select, MEAN=params.mass == "mean",
+        SOURCE=source, SELECT=select, MEAN=params.mass_of == "mean",
         STEPS=_host.span_steps(n_spans), HEADS=triton.next_power_of_2(heads),
         CHUNK=chunk, SHORT=row.rank_short, LINES=row.rank_lines, TILE=tile,
         num_warps=row.rank_warps, **_host.register_cap(row.rank_registers if select else 0),

@@ -51,8 +51,8 @@ def params(given: Params) -> tuple[float, ...]:
     """The host numbers of a call, and the tensors that may stand for some of them."""
     return (
         *(given.scale, given.softcap, given.window, given.tau, given.r_min, given.r_max),
-        *(given.mass == "mean", SCORES[given.score], given.k_max),
-        *(address(given.ratio), address(given.counts)),
+        *(given.mass_of == "mean", SCORES[given.score], given.k_max),
+        *(address(given.ratio), address(given.wanted)),
     )
 
 

@@ -170,10 +170,10 @@ def assert_scores(scores: Tensor, exact: Exact) -> None:
 
 def assert_counts(selection: Selection, n_visual: Tensor, params: Params) -> None:
     """K is bit-exact, given the mass that the backend itself reports."""
-    if params.counts is not None:
-        wanted = params.counts.clamp(min=0).minimum(n_visual)
+    if params.wanted is not None:
+        wanted = params.wanted.clamp(min=0).minimum(n_visual)
     else:
-        mass = selection.mass if params.mass == "max" else selection.mass_mean
+        mass = selection.mass if params.mass_of == "max" else selection.mass_mean
         ratio = mass if params.ratio is None else params.ratio
         wanted = clamp_count(ratio, n_visual, params.r_min, params.r_max)
     assert torch.equal(selection.counts, wanted), (

@@ -15,9 +15,6 @@ namespace visionpulse {
 
 namespace py = pybind11;
 
-constexpr int kMaxGroup = 32;  // query heads of one KV head
-constexpr int kMaxHeadDim = 256;
-
 // Reads a tuple from left to right; the layouts are those of visionpulse/backends/{cpu,cuda}.py.
 class Reader {
  public:
@@ -53,8 +50,8 @@ template <class Call>
 void read_query(Call& c, const py::tuple& items) {
   Reader r(items, 8);
   c.q = r.address<const void>();
-  c.q_row = r.integer();
-  c.q_head = r.integer();
+  c.q_stride.row = r.integer();
+  c.q_stride.head = r.integer();
   c.dtype = static_cast<DType>(r.small());
   c.B = r.small();
   c.H = r.small();
@@ -95,7 +92,7 @@ inline void read_params(ScoreArgs& s, const py::tuple& items) {
   s.tau = r.number();
   s.r_min = r.number();
   s.r_max = r.number();
-  s.mean_mass = r.integer() != 0;
+  s.mass_of = static_cast<MassOf>(r.small());
   s.kind = static_cast<ScoreKind>(r.small());
   s.k_max = r.small();
   s.ratio = r.address<const float>();
@@ -106,8 +103,8 @@ template <class Call>
 void read_out(Call& c, const py::tuple& items) {
   Reader r(items, 3);
   c.out = r.address<void>();
-  c.out_row = r.integer();
-  c.out_head = r.integer();
+  c.out_stride.row = r.integer();
+  c.out_stride.head = r.integer();
 }
 
 template <class Call>

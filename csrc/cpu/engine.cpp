@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "csrc/arena.h"
 #include "csrc/cpu/pool.h"
 #include "kernels/common/split.h"
 
@@ -17,27 +18,9 @@ constexpr SplitRule kRule = {128, 512, 4096, kBlock};
 // No cut of up to `keys` keys has more parts than this.
 int64_t most_splits(int32_t keys, int32_t kv_heads) {
   const int64_t by_shortest = split_count(keys, kRule.shortest);
-  const int64_t by_rule = (kRule.wanted + kv_heads - 1) / kv_heads + 1;
+  const int64_t by_rule = (kRule.target_parts + kv_heads - 1) / kv_heads + 1;
   return std::max<int64_t>(std::min(by_shortest, by_rule), split_count(keys, kRule.longest));
 }
-
-// Hands out aligned pieces of the scratch memory, or only counts them where there is none.
-class Arena {
- public:
-  explicit Arena(void* bytes) : bytes_(static_cast<char*>(bytes)) {}
-
-  template <class T>
-  T* take(int64_t count) {
-    const int64_t at = used_;
-    used_ += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
-    return bytes_ == nullptr ? nullptr : reinterpret_cast<T*>(bytes_ + at);
-  }
-  int64_t used() const { return used_; }
-
- private:
-  char* bytes_;
-  int64_t used_ = 0;
-};
 
 // What a call needs scratch memory for.
 struct Needs {
@@ -130,13 +113,14 @@ void lay_out(const Kernels& kernels, Call& c, const Needs& needs, Arena& arena, 
 // Plans with the scratch given; the bytes that lack, or 0.
 int64_t plan_call(const Kernels& kernels, Call& c, const Needs& needs, const Scratch& scratch,
                   Plan& plan) {
-  // room to align the base by hand
+  // the caller's memory may begin anywhere
   constexpr int64_t kAlign = 64;
-  Arena measure(nullptr);
+  Arena measure(nullptr, 0, kAlign);
   lay_out(kernels, c, needs, measure, plan);
-  if (measure.used() + kAlign > scratch.size) return measure.used() + kAlign;
+  const int64_t bytes = measure.used() + kAlign;
+  if (bytes > scratch.size) return bytes;
   const auto base = (reinterpret_cast<uintptr_t>(scratch.bytes) + kAlign - 1) / kAlign * kAlign;
-  Arena arena(reinterpret_cast<void*>(base));
+  Arena arena(reinterpret_cast<void*>(base), bytes, kAlign);
   lay_out(kernels, c, needs, arena, plan);
   return 0;
 }

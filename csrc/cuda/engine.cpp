@@ -3,28 +3,13 @@
 
 #include <algorithm>
 
+#include "csrc/arena.h"
+
 namespace visionpulse::cuda {
 
 namespace {
 
-// Hands out pieces of the scratch memory; a second walk over the same requests gives the same ones.
-class Arena {
- public:
-  explicit Arena(const Scratch& scratch) : scratch_(scratch) {}
-  template <class T>
-  T* take(int64_t count) {
-    if (count == 0) return nullptr;
-    char* at = static_cast<char*>(scratch_.bytes) + used_;
-    used_ += (count * static_cast<int64_t>(sizeof(T)) + 255) / 256 * 256;
-    return reinterpret_cast<T*>(at);
-  }
-  // Bytes wanted beyond what there is.
-  int64_t lacking() const { return used_ > scratch_.size ? used_ : 0; }
-
- private:
-  const Scratch& scratch_;
-  int64_t used_ = 0;
-};
+constexpr int64_t kScratchAlign = 256;
 
 Shape shape_of(const Call& call) {
   return {call.dtype, call.B, call.H, call.G, call.D, call.cache.capacity};
@@ -55,11 +40,9 @@ StreamArgs stream_args(const Call& call, const StreamPlan& plan, Arena& arena,
   args.kv = call.cache;
   args.visual = call.visual;
   args.q = call.q;
-  args.q_row = call.q_row;
-  args.q_head = call.q_head;
+  args.q_stride = call.q_stride;
   args.out = call.out;
-  args.out_row = call.out_row;
-  args.out_head = call.out_head;
+  args.out_stride = call.out_stride;
   args.scale = call.score.scale;
   args.softcap = call.score.softcap;
   args.inverse_tau = call.score.tau > 0.0f ? 1.0f / call.score.tau : 1.0f;
@@ -189,7 +172,7 @@ SelectArgs select_args(const Call& call, const SelectPlan& plan, const Ranked& r
   args.wanted = call.score.wanted;
   args.r_min = call.score.r_min;
   args.r_max = call.score.r_max;
-  args.mean_mass = call.score.mean_mass;
+  args.mean_mass = call.score.mass_of == MassOf::kMean;
   args.k_max = call.score.k_max;
   args.blocks = plan.blocks;
   args.cached = plan.cached;
@@ -216,7 +199,7 @@ int64_t attend(const Call& call, const Scratch& scratch) {
   const OnDevice current(call.device);
   const StreamPlan plan =
       plan_stream(Stage::kAttend, chip_of(call.device), shape_of(call), {true, true});
-  Arena arena(scratch);
+  Arena arena(scratch.bytes, scratch.size, kScratchAlign);
   StreamArgs args = stream_args(call, plan, arena, scratch);
   args.selection = call.selection;
   args.check_list = call.check_list;
@@ -229,7 +212,7 @@ int64_t score(const Call& call, float* scores, const Scratch& scratch) {
   const OnDevice current(call.device);
   const StreamPlan plan =
       plan_stream(Stage::kScore, chip_of(call.device), shape_of(call), {true, call.out != nullptr});
-  Arena arena(scratch);
+  Arena arena(scratch.bytes, scratch.size, kScratchAlign);
   Kept kept = {};
   const StreamArgs args = score_args(call, plan, false, arena, scratch, kept);
   const RankArgs rank = rank_args(call, kept, scores, true, arena);
@@ -242,7 +225,7 @@ int64_t score(const Call& call, float* scores, const Scratch& scratch) {
 int64_t choose(const Call& call, const float* scores, const Scratch& scratch) {
   const OnDevice current(call.device);
   const SelectPlan plan = plan_select(chip_of(call.device), call.candidates);
-  Arena arena(scratch);
+  Arena arena(scratch.bytes, scratch.size, kScratchAlign);
   const Ranked ranked = {scores, call.cache.capacity, 1, 1.0f, true};
   const SelectArgs args = select_args(call, plan, ranked, nullptr, arena, scratch);
   if (arena.lacking()) return arena.lacking();
@@ -256,7 +239,7 @@ int64_t decode(const Call& call, bool dense, float* scores, const Scratch& scrat
   const StreamPlan plan = plan_stream(Stage::kScore, chip, shape_of(call), {true, dense});
   const StreamPlan last = plan_stream(Stage::kAttend, chip, shape_of(call), {false, true});
   const SelectPlan choice = plan_select(chip, call.candidates);
-  Arena arena(scratch);
+  Arena arena(scratch.bytes, scratch.size, kScratchAlign);
   Kept kept = {};
   const StreamArgs first = score_args(call, plan, !dense, arena, scratch, kept);
   StreamArgs pruned = {};

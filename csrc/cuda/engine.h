@@ -21,12 +21,12 @@ struct Call {
   bool check_list;          // its indices may name text
   ScoreArgs score;
   const void* q;  // [B, H, D], last stride 1
-  int64_t q_row, q_head;
+  HeadStrides q_stride;
   DType dtype;
   Copies copies;
   int32_t B, H, G, D;
   void* out;  // [B, H, D], last stride 1; nullptr: scores only
-  int64_t out_row, out_head;
+  HeadStrides out_stride;
   int32_t* indices;         // [B, K_max] written by select
   int32_t* counts;          // [B]
   float *mass, *mass_mean;  // [B]

@@ -1,34 +1,45 @@
 // SPDX-License-Identifier: Apache-2.0
+// The arguments that both native engines take. Strides count elements; the last stride is always 1.
 #pragma once
 
 #include "kernels/common/macros.h"
 
 namespace visionpulse {
 
+constexpr int32_t kMaxGroup = 32;  // query heads of one KV head
+constexpr int32_t kMaxHeadDim = 256;
+
 enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 enum class ScoreKind : int32_t { kProb = 0, kLogit = 1, kProbTau = 2 };
+enum class MassOf : int32_t { kMax = 0, kMean = 1 };  // the mass over heads that sets the budget
 
-// Element strides. `outer` steps rows of a contiguous cache, pages of a paged one.
+// Of K or V. `outer` leads to the next row of a contiguous cache, or to the next page of a paged
+// one.
 struct Strides {
   int64_t outer, head, token;
 };
 
+// Of q or the output, [B, H, D].
+struct HeadStrides {
+  int64_t row, head;
+};
+
 struct CacheArgs {
-  const void* k;           // [B, G, N, D], or pages [P, G, page, D] in any order; last stride 1
+  const void* k;           // [B, G, N, D], or pages [P, G, page, D] in any order
   const void* v;           // as k
   const int32_t* starts;   // [B] first key; nullptr: 0
   const int32_t* lengths;  // [B] one past the last key; nullptr: N
   const int32_t* table;    // [B, pages] page ids; nullptr: contiguous
   Strides k_stride, v_stride;
-  int64_t table_stride;  // elements from one row's page ids to the next's
+  int64_t table_stride;  // from the page ids of a row to those of the next
   int32_t capacity;      // N
   int32_t page_size;     // 0: contiguous
   int32_t pages;         // P, pages in the pool
 };
 
 struct VisualArgs {
-  const int32_t* spans;    // [B, S, 2] ascending runs [begin, end), begin = 2^31 - 1 past the last
-  const int32_t* offsets;  // [B, S + 1] visual tokens of the row before each run
+  const int32_t* spans;    // [B, S, 2] ascending [begin, end); kNoSpan past the last
+  const int32_t* offsets;  // [B, S + 1] visual tokens of the row before each span
   int32_t spans_per_row;   // S
 };
 
@@ -46,9 +57,9 @@ struct ScoreArgs {
   int32_t window;  // 0: none
   int32_t k_max;
   ScoreKind kind;
-  bool mean_mass;         // the budget follows the mean over heads, not the largest
+  MassOf mass_of;
   const float* ratio;     // [B] in place of the mass; nullptr: the mass
-  const int32_t* wanted;  // [B] wanted K in place of the budget; nullptr: the budget
+  const int32_t* wanted;  // [B] K in place of the budget; nullptr: the budget
 };
 
 }  // namespace visionpulse

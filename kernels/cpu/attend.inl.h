@@ -345,7 +345,8 @@ static void finish_head(const Call& c, int row, int kv_head) {
   const int group = c.H / c.G, columns = padded_dim(c.D, kUnit);
   const int64_t first = part_index(cut, kv_head, 0);
   for (int h = 0; h < group; ++h) {
-    T* out = static_cast<T*>(c.out) + row * c.out_row + (int64_t{kv_head} * group + h) * c.out_head;
+    T* out = static_cast<T*>(c.out) + row * c.out_stride.row +
+             (int64_t{kv_head} * group + h) * c.out_stride.head;
     float m = minus_infinity(), l = 0.0f;
     for (int s = 0; s < cut.splits; ++s) {
       const float part_m = part_at(c, first + s).m[h];

@@ -2,7 +2,7 @@
 // The arithmetic of one block of keys: exponentials, logits, and weighted values.
 #pragma once
 
-#include "kernels/common/keys.h"
+#include "kernels/common/float_bits.h"
 #include "kernels/common/softmax.h"
 #include "kernels/cpu/call.h"
 
@@ -94,10 +94,11 @@ struct Query {
   VP_INLINE void load(Query& into, const Call& c, int row, int kv_head) {
     const int group = c.H / c.G, whole = c.D / kUnit, rest = c.D % kUnit;
     into.stride = padded_dim(c.D, kUnit);
-    const T* q = static_cast<const T*>(c.q) + row * c.q_row + int64_t{kv_head} * group * c.q_head;
+    const T* q = static_cast<const T*>(c.q) + row * c.q_stride.row +
+                 int64_t{kv_head} * group * c.q_stride.head;
     for (int h = 0; h < padded_heads(group); ++h) {
       auto* to = into.data + h * into.stride;
-      const T* from = q + h * c.q_head;
+      const T* from = q + h * c.q_stride.head;
       for (int u = 0; u * kUnit < into.stride; ++u) {
         const int n = h >= group ? 0 : u < whole ? kUnit : rest;
         Dot<T>::store(to + u * kUnit, n == kUnit ? Dot<T>::key(from + u * kUnit)

@@ -5,15 +5,14 @@
 
 #include "kernels/common/args.h"
 #include "kernels/common/budget.h"
-#include "kernels/common/rows.h"
+#include "kernels/common/visible_range.h"
+#include "kernels/common/visual_spans.h"
 
 namespace visionpulse::cpu {
 
-constexpr int kBlock = 32;     // keys of a stream that are worked on together: K and V stay in L1
-constexpr int kGather = 64;    // kept keys together: scattered rows take longer to come
-constexpr int kLanes = 16;     // logits of one tile: kLanes / heads keys of 1, 2 or 4 heads
-constexpr int kMaxGroup = 32;  // query heads of one KV head
-constexpr int kMaxHeadDim = 256;
+constexpr int kBlock = 32;   // keys of a stream that are worked on together: K and V stay in L1
+constexpr int kGather = 64;  // kept keys together: scattered rows take longer to come
+constexpr int kLanes = 16;   // logits of one tile: kLanes / heads keys of 1, 2 or 4 heads
 constexpr int kScoreChunk = 1024;  // keys of one score task
 
 // The keys one phase runs over, in order, and how they are cut into parts.
@@ -39,7 +38,7 @@ struct Row {
 
 struct Call {
   const void* q;  // [B, H, D]
-  int64_t q_row, q_head;
+  HeadStrides q_stride;
   CacheArgs cache;
   VisualArgs visual;
   SelectionArgs selection;
@@ -48,7 +47,7 @@ struct Call {
   int32_t B, H, G, D;
 
   void* out;  // [B, H, D]; nullptr: none wanted
-  int64_t out_row, out_head;
+  HeadStrides out_stride;
   float* mass;       // [B]
   float* mass_mean;  // [B]
   int32_t* indices;  // [B, K_max]

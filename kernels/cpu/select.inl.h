@@ -2,7 +2,7 @@
 // Budget and exact top-K of one row: radix select on ordered keys, then an ascending compaction.
 #pragma once
 
-#include "kernels/common/keys.h"
+#include "kernels/common/sort_codes.h"
 #include "kernels/cpu/softmax.inl.h"
 
 namespace visionpulse::cpu::VP_ISA {
@@ -65,9 +65,9 @@ VP_INLINE int wanted_count(const Call& c, int row, int n_visual) {
   const ScoreArgs& s = c.score;
   int wanted;
   if (s.wanted != nullptr) {
-    wanted = count_of_wish(s.wanted[row], n_visual);
+    wanted = count_of_wanted(s.wanted[row], n_visual);
   } else {
-    const float mass = s.mean_mass ? c.mass_mean[row] : c.mass[row];
+    const float mass = s.mass_of == MassOf::kMean ? c.mass_mean[row] : c.mass[row];
     const float ratio = clamped_ratio(s.ratio != nullptr ? s.ratio[row] : mass, s.r_min, s.r_max);
     wanted = count_of_ratio(ratio, n_visual);
   }
@@ -84,7 +84,7 @@ static void choose_row(const Call& c, int row_index) {
     int filled = 0;
     for_candidates(c, row, row_index, [&](int begin, int length) {
       const float* score = row.scores + (begin - row.scores_begin);
-      for (int i = 0; i < length; ++i) row.keys[filled + i] = ordered_key(score[i]);
+      for (int i = 0; i < length; ++i) row.keys[filled + i] = sort_code(score[i]);
       filled += length;
     });
     // every candidate: a pivot below all keys, NaN's 0 included through the ties

@@ -2,7 +2,6 @@
 // Four floats at a time with the compiler's own vectors: any little-endian CPU.
 #pragma once
 
-#include "kernels/common/keys.h"
 #include "kernels/cpu/types.h"
 
 namespace visionpulse::cpu::VP_ISA {

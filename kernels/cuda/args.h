@@ -25,11 +25,11 @@ constexpr int kPartStats = 4;
 
 struct StreamArgs {
   CacheArgs kv;
-  VisualArgs visual;                         // spans nullptr: no visual set
-  SelectionArgs selection;                   // indices nullptr: all visible keys
-  const void* q;                             // [B, H, D], last stride 1
-  void* out;                                 // [B, H, D], last stride 1; nullptr: scores only
-  int64_t q_row, q_head, out_row, out_head;  // element strides
+  VisualArgs visual;        // spans nullptr: no visual set
+  SelectionArgs selection;  // indices nullptr: all visible keys
+  const void* q;            // [B, H, D], last stride 1
+  void* out;                // [B, H, D], last stride 1; nullptr: scores only
+  HeadStrides q_stride, out_stride;
   float scale, softcap, inverse_tau;
   int32_t window;    // 0: none
   int32_t heads;     // H

@@ -2,7 +2,7 @@
 // The candidates of a row that one warp chooses from: where they are, and the keys of their scores.
 #pragma once
 
-#include "kernels/common/keys.h"
+#include "kernels/common/sort_codes.h"
 #include "kernels/cuda/args.h"
 #include "kernels/cuda/row.cuh"
 
@@ -78,7 +78,7 @@ struct Candidates {
     }
     if (args.parts > 1 || args.weight != 1.0f) add_parts(place, score);
     VP_UNROLL for (int u = 0; u < kAhead; ++u) {
-      key[u] = position[u] < 0 ? kNoKey : ordered_key(score[u]);
+      key[u] = position[u] < 0 ? kNoKey : sort_code(score[u]);
     }
     if (args.kv.table == nullptr) return;
     VP_UNROLL for (int u = 0; u < kAhead; ++u) {

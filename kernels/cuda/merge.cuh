@@ -53,8 +53,8 @@ template <class T>
 VP_DEVICE void write_output(const StreamArgs& args, const Share& share, int row, int d, float sum,
                             float l) {
   if (d >= args.head_dim) return;
-  T* to = static_cast<T*>(args.out) + share.b * args.out_row;
-  to[(share.g * args.group + row) * args.out_head + d] =
+  T* to = static_cast<T*>(args.out) + share.b * args.out_stride.row;
+  to[(share.g * args.group + row) * args.out_stride.head + d] =
       Element<T>::store(l == 0.0f ? 0.0f : sum / l);
 }
 

@@ -3,7 +3,8 @@
 // virtual order (text first, then the list) in which a follower meets them.
 #pragma once
 
-#include "kernels/common/rows.h"
+#include "kernels/common/visible_range.h"
+#include "kernels/common/visual_spans.h"
 #include "kernels/cuda/args.h"
 #include "kernels/cuda/device.cuh"
 

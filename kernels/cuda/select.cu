@@ -51,7 +51,7 @@ VP_DEVICE int32_t count_of(const SelectArgs& args, int32_t b, int32_t n_visual,
                            const SelectScratch& scratch) {
   int32_t count;
   if (args.wanted) {
-    count = count_of_wish(args.wanted[b], n_visual);
+    count = count_of_wanted(args.wanted[b], n_visual);
   } else {
     const float mass = args.mean_mass ? scratch.mass_mean : scratch.mass;
     const float ratio = clamped_ratio(args.ratio ? args.ratio[b] : mass, args.r_min, args.r_max);

@@ -308,11 +308,12 @@ VP_DEVICE void stream(const StreamArgs& args) {
   if (share.split >= share.splits) return;
   const int32_t warp = threadIdx.x / 32, warps = blockDim.x / 32, teams = warps / args.team;
   const int32_t group_head = share.g * args.group;  // the first of all H
-  const T* q = static_cast<const T*>(args.q) + share.b * args.q_row + group_head * args.q_head;
+  const T* q =
+      static_cast<const T*>(args.q) + share.b * args.q_stride.row + group_head * args.q_stride.head;
   VP_UNROLL_1 for (int32_t first = 0; first < args.team * kRows; first += kRows) {
     Tile::load_query(shared + first / kRows * Tile::kQueryBytes, [&](int row, int d) {
       const int32_t head = first + row;
-      return head < args.group && d < args.head_dim ? q[head * args.q_head + d] : T{};
+      return head < args.group && d < args.head_dim ? q[head * args.q_stride.head + d] : T{};
     });
   }
   __syncthreads();

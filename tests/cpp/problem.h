@@ -175,7 +175,7 @@ inline void choose_budget(Problem& p, Random& r) {
   s.r_max = s.r_min + 0.1f * static_cast<float>(between(r, 0, 8));
   if (s.r_max > 1.0f) s.r_max = 1.0f;
   s.kind = static_cast<ScoreKind>(between(r, 0, 2));
-  s.mean_mass = r() % 2 == 0;
+  s.mass_of = r() % 2 == 0 ? MassOf::kMean : MassOf::kMax;
   s.k_max = std::max(1, static_cast<int>(s.r_max * static_cast<float>(p.call.cache.capacity)));
   const int kind = between(r, 0, 3);
   for (int b = 0; b < rows; ++b) {
@@ -215,8 +215,8 @@ inline Problem make(Random& r) {
   p.q.make(c.dtype, int64_t{c.B} * c.H * c.D);
   for (int64_t i = 0; i < int64_t{c.B} * c.H * c.D; ++i) p.q.set(i, normal(r));
   c.q = p.q.data();
-  c.q_row = int64_t{c.H} * c.D;
-  c.q_head = c.D;
+  c.q_stride.row = int64_t{c.H} * c.D;
+  c.q_stride.head = c.D;
   // what is not visible stays NaN: a kernel that looks at it shows
   for (int b = 0; b < c.B; ++b) {
     const Range seen = p.visible(b);
@@ -234,8 +234,8 @@ inline Problem make(Random& r) {
   p.mass_mean.assign(c.B, -9.0f);
   p.scores.assign(int64_t{c.B} * capacity, -9.0f);
   c.out = p.out.data();
-  c.out_row = c.q_row;
-  c.out_head = c.q_head;
+  c.out_stride.row = c.q_stride.row;
+  c.out_stride.head = c.q_stride.head;
   c.indices = p.indices.data();
   c.counts = p.counts.data();
   c.mass = p.mass.data();
@@ -253,7 +253,7 @@ inline std::vector<std::vector<double>> logits_of(const Problem& p, int b) {
     for (int n = seen.begin; n < seen.end; ++n) {
       double dot = 0.0;
       for (int d = 0; d < c.D; ++d)
-        dot += static_cast<double>(p.q.get(b * c.q_row + h * c.q_head + d)) *
+        dot += static_cast<double>(p.q.get(b * c.q_stride.row + h * c.q_stride.head + d)) *
                p.k.get(p.slot(c.cache.k_stride, b, h / (c.H / c.G), n) + d);
       dot *= c.score.scale;
       z[h].push_back(c.score.softcap > 0 ? c.score.softcap * std::tanh(dot / c.score.softcap)

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What host and device share: keys, budget, softmax states, splits, row geometry.
+// What host and device share: sort codes, budget, softmax in parts, splits, visible keys, spans.
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -7,8 +7,9 @@
 #include <vector>
 
 #include "kernels/common/budget.h"
-#include "kernels/common/keys.h"
-#include "kernels/common/rows.h"
+#include "kernels/common/sort_codes.h"
+#include "kernels/common/visible_range.h"
+#include "kernels/common/visual_spans.h"
 #include "kernels/common/softmax.h"
 #include "kernels/common/split.h"
 #include "tests/cpp/check.h"
@@ -26,17 +27,17 @@ float from_bits(uint32_t bits) {
   return x;
 }
 
-void keys_order_as_floats_do() {
-  CHECK(ordered_key(0.0f) == ordered_key(-0.0f));
-  CHECK(ordered_key(kNan) < ordered_key(-kInf));
-  CHECK(ordered_key(kNan) == 0 && ordered_key(-kNan) == 0);
-  CHECK(ordered_key(from_bits(0xffffffffu)) == 0 && ordered_key(from_bits(0x7f800001u)) == 0);
+void sort_codes_order_as_scores_do() {
+  CHECK(sort_code(0.0f) == sort_code(-0.0f));
+  CHECK(sort_code(kNan) < sort_code(-kInf));
+  CHECK(sort_code(kNan) == 0 && sort_code(-kNan) == 0);
+  CHECK(sort_code(from_bits(0xffffffffu)) == 0 && sort_code(from_bits(0x7f800001u)) == 0);
   std::mt19937 random(1);
   for (int i = 0; i < 200000; ++i) {
     const float a = from_bits(random()), b = from_bits(random());
     if (a != a || b != b) continue;
-    CHECK_THAT((a < b) == (ordered_key(a) < ordered_key(b)), "a=%g b=%g", a, b);
-    CHECK_THAT((a == b) == (ordered_key(a) == ordered_key(b)), "a=%g b=%g", a, b);
+    CHECK_THAT((a < b) == (sort_code(a) < sort_code(b)), "a=%g b=%g", a, b);
+    CHECK_THAT((a == b) == (sort_code(a) == sort_code(b)), "a=%g b=%g", a, b);
   }
 }
 
@@ -65,7 +66,7 @@ void counts_floor_in_float32() {
       const int expected = floor < 1 ? 1 : floor > n ? n : floor;
       CHECK_THAT(count_of_ratio(r, n) == expected, "r=%g n=%d", r, n);
     }
-  CHECK(count_of_wish(-3, 5) == 0 && count_of_wish(9, 5) == 5 && count_of_wish(4, 5) == 4);
+  CHECK(count_of_wanted(-3, 5) == 0 && count_of_wanted(9, 5) == 5 && count_of_wanted(4, 5) == 4);
 }
 
 void masses_take_max_mean_and_nan() {
@@ -79,32 +80,41 @@ void masses_take_max_mean_and_nan() {
   }
 }
 
-SoftmaxState state_of(const std::vector<float>& x, int begin, int end) {
-  SoftmaxState s = {minus_infinity(), 0.0f};
+// One part of a softmax, as the kernels keep and merge it.
+struct SoftmaxPart {
+  float m, l;
+};
+
+SoftmaxPart merged(SoftmaxPart a, SoftmaxPart b) {
+  const float m = a.m > b.m ? a.m : b.m;
+  return {m, a.l * std::exp2(rescale_exponent(a.m, m)) + b.l * std::exp2(rescale_exponent(b.m, m))};
+}
+
+SoftmaxPart part_of(const std::vector<float>& x, int begin, int end) {
+  SoftmaxPart s = {minus_infinity(), 0.0f};
   for (int i = begin; i < end; ++i) s.m = x[i] > s.m ? x[i] : s.m;
   for (int i = begin; i < end; ++i) s.l += std::exp2(x[i] - safe_max(s.m));
   return s;
 }
 
 void merging_equals_one_pass() {
-  const auto exp2 = [](float x) { return std::exp2(x); };
   std::mt19937 random(2);
   std::uniform_real_distribution<float> logit(-300.0f, 300.0f);
   for (int round = 0; round < 200; ++round) {
     std::vector<float> x(40);
     for (float& v : x) v = random() % 5 == 0 ? -kInf : logit(random);
     const int cut = static_cast<int>(random() % 41);
-    const SoftmaxState whole = state_of(x, 0, 40);
-    const SoftmaxState both = merged(state_of(x, 0, cut), state_of(x, cut, 40), exp2);
+    const SoftmaxPart whole = part_of(x, 0, 40);
+    const SoftmaxPart both = merged(part_of(x, 0, cut), part_of(x, cut, 40));
     CHECK(both.m == whole.m);
     CHECK_THAT(std::abs(both.l - whole.l) <= 1e-5f * whole.l, "%g %g", both.l, whole.l);
   }
-  const SoftmaxState nothing = {minus_infinity(), 0.0f}, one = {3.0f, 1.0f};
-  CHECK(merged(nothing, one, exp2).l == 1.0f && merged(one, nothing, exp2).m == 3.0f);
-  CHECK(merged(nothing, nothing, exp2).l == 0.0f);
-  const SoftmaxState nan = {minus_infinity(), kNan};
-  CHECK(merged(nan, one, exp2).l != merged(nan, one, exp2).l);
-  CHECK(merged(one, nan, exp2).l != merged(one, nan, exp2).l);
+  const SoftmaxPart nothing = {minus_infinity(), 0.0f}, one = {3.0f, 1.0f};
+  CHECK(merged(nothing, one).l == 1.0f && merged(one, nothing).m == 3.0f);
+  CHECK(merged(nothing, nothing).l == 0.0f);
+  const SoftmaxPart nan = {minus_infinity(), kNan};
+  CHECK(merged(nan, one).l != merged(nan, one).l);
+  CHECK(merged(one, nan).l != merged(one, nan).l);
 }
 
 void splits_follow_the_row_alone() {
@@ -155,7 +165,7 @@ void compact_indices_count_what_lies_before() {
 }  // namespace
 
 int main() {
-  keys_order_as_floats_do();
+  sort_codes_order_as_scores_do();
   ratios_clamp_and_nan_fails_open();
   counts_floor_in_float32();
   masses_take_max_mean_and_nan();

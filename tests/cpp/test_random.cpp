@@ -7,7 +7,7 @@
 
 #include "csrc/cpu/dispatch.h"
 #include "csrc/cpu/engine.h"
-#include "kernels/common/keys.h"
+#include "kernels/common/sort_codes.h"
 #include "tests/cpp/check.h"
 #include "tests/cpp/problem.h"
 
@@ -46,10 +46,10 @@ void check_selection(const Problem& p, int b, int n_visual) {
   const float* scores = p.scores.data() + int64_t{b} * c.cache.capacity;
   const Range seen = p.visible(b);
   const ScoreArgs& s = c.score;
-  const float mass = s.mean_mass ? p.mass_mean[b] : p.mass[b];
+  const float mass = s.mass_of == MassOf::kMean ? p.mass_mean[b] : p.mass[b];
   int wanted =
       s.wanted != nullptr
-          ? count_of_wish(p.wanted[b], n_visual)
+          ? count_of_wanted(p.wanted[b], n_visual)
           : count_of_ratio(clamped_ratio(s.ratio != nullptr ? p.ratio[b] : mass, s.r_min, s.r_max),
                            n_visual);
   wanted = std::min(wanted, s.k_max);
@@ -70,7 +70,7 @@ void check_selection(const Problem& p, int b, int n_visual) {
     if (!p.visual[b][n]) continue;
     // one number that orders as the contract: score first, then the lower position
     const uint64_t rank =
-        uint64_t{ordered_key(scores[n])} << 32 | (0xffffffffu - static_cast<uint32_t>(n));
+        uint64_t{sort_code(scores[n])} << 32 | (0xffffffffu - static_cast<uint32_t>(n));
     if (chosen[n]) worst_kept = std::min(worst_kept, rank);
     if (!chosen[n]) best_dropped = std::max(best_dropped, rank);
   }
@@ -135,7 +135,7 @@ void check_output(const Problem& p, int b, const std::vector<std::vector<double>
         want += weight[i] * v;
         size += weight[i] * std::abs(v);
       }
-      const double got = p.out.get(b * c.out_row + h * c.out_head + d);
+      const double got = p.out.get(b * c.out_stride.row + h * c.out_stride.head + d);
       CHECK_THAT(std::abs(got - want) <= unit_of(c.dtype) * size + 1e-5, "out %g, %g (D=%d)", got,
                  want, c.D);
     }

@@ -42,7 +42,7 @@ PYBIND11_MODULE(_cusim, m) {
     of["stages"] = plan.stages;
     of["stage_bytes"] = plan.k_bytes + plan.v_bytes;
     of["shared_bytes"] = plan.shared_bytes;
-    of["rule"] = py::make_tuple(plan.rule.wanted, plan.rule.shortest, plan.rule.tile);
+    of["rule"] = py::make_tuple(plan.rule.target_parts, plan.rule.shortest, plan.rule.tile);
     of["max_splits"] = plan.max_splits;
     return of;
   });

@@ -1,27 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
+// Searches in the visual spans of one row.
 #pragma once
 
-#include "kernels/common/args.h"
+#include "kernels/common/macros.h"
 
 namespace visionpulse {
 
-constexpr int32_t kNoSpan = 2147483647;
+constexpr int32_t kNoSpan = 2147483647;  // begin and end of the unused spans past the last
 
-struct Range {
-  int32_t begin, end;
-};
-
-// The visible keys of a row, never outside the cache: [start, length) cut to the window.
-VP_HD Range visible_range(int32_t start, int32_t length, int32_t capacity, int32_t window) {
-  Range keys;
-  keys.end = length < 0 ? 0 : length > capacity ? capacity : length;
-  keys.begin = start < 0 ? 0 : start;
-  if (window > 0 && keys.end - window > keys.begin) keys.begin = keys.end - window;
-  if (keys.begin > keys.end) keys.begin = keys.end;
-  return keys;
-}
-
-// The first run of a row that ends after `position`; S when there is none.
+// The first span that ends after `position`; S if there is none.
 VP_HD int32_t span_after(const int32_t* spans /* [S, 2] */, int32_t count, int32_t position) {
   int32_t low = 0, high = count;
   while (low < high) {
@@ -35,7 +22,7 @@ VP_HD int32_t span_after(const int32_t* spans /* [S, 2] */, int32_t count, int32
   return low;
 }
 
-// Visual tokens of a row in front of `position`: the compact index of a token that stands there.
+// The visual tokens of a row before `position`: for a visual token at `position`, its visual index.
 VP_HD int32_t visual_before(const int32_t* spans /* [S, 2] */, const int32_t* offsets /* [S + 1] */,
                             int32_t count, int32_t position) {
   const int32_t s = span_after(spans, count, position);

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import visionpulse as vp
-from visionpulse.baselines.sdpa import gathered, grouped
+from visionpulse.bench.torch_forms import gathered, grouped
 from visionpulse.testing import Case
 from visionpulse.testing.compare import Exact, assert_output
 
@@ -161,7 +161,7 @@ class FlashInfer:
 
 
 def onnxruntime_dense(q: Tensor, kv: vp.KVCache) -> Tensor:
-    from ort import attend  # beside this file: it builds a small graph
+    from methods.ort import attend
 
     return attend(q, kv)
 

@@ -17,16 +17,16 @@ import baselines
 import torch
 from baselines import PLAIN, Form, attended_positions
 from harness import Bench, launches_of
+from methods import block64
 from shapes import SHAPES, Layers, Shape
 
 import visionpulse as vp
-from visionpulse.analysis import cost
 from visionpulse.backends import get
-from visionpulse.baselines import block64, sdpa
+from visionpulse.bench import cost, torch_forms
+from visionpulse.bench.timing import Times
 from visionpulse.schedule import Role, roles
 from visionpulse.testing import assert_output, assert_valid_selection
 from visionpulse.testing.compare import Exact
-from visionpulse.testing.timing import Times
 
 SCHEDULES: dict[str, dict[str, object] | None] = {
     "dense": None,
@@ -138,18 +138,18 @@ def torch_anchor(layers: Layers) -> Callable[[int], object]:
     is_visual = layers.visual.mask(shape.keys)
     visual, text = ((m.nonzero()[:, 1].view(shape.rows, -1)) for m in (is_visual, ~is_visual))
     q, kv = layers.at(0)
-    out, positions, _ = sdpa.anchor(q, kv, visual, text, shape.kept, config)
+    out, positions, _ = torch_forms.anchor(q, kv, visual, text, shape.kept, config)
     # its own choice, held against attention over exactly these keys
-    torch.testing.assert_close(out, sdpa.gathered(q, kv, positions))
+    torch.testing.assert_close(out, torch_forms.gathered(q, kv, positions))
     assert int(is_visual.gather(1, positions).sum(1)[0]) == shape.kept
-    return lambda turn: sdpa.anchor(*layers.at(turn), visual, text, shape.kept, config)
+    return lambda turn: torch_forms.anchor(*layers.at(turn), visual, text, shape.kept, config)
 
 
 def published(device: torch.device) -> ModuleType:
     """The published scheme: its kernels on a GPU, whole matrices elsewhere."""
     if device.type != "cuda":
         return block64
-    import block64_triton
+    from methods import block64_triton
 
     block64_triton.check()
     return block64_triton

@@ -26,7 +26,7 @@ from shapes import SHAPES, Layers, Shape
 from torch import Tensor
 
 import visionpulse as vp
-from visionpulse.analysis import cost
+from visionpulse.bench import cost
 
 # stage: (its baseline, what that is)
 BASELINES = {

@@ -33,10 +33,10 @@ from transformers import (
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
 import visionpulse as vp
+from visionpulse.bench.timing import Times
 from visionpulse.models.attention import attention
 from visionpulse.models.cache import attach, swap_layers
 from visionpulse.models.plan import plan_of
-from visionpulse.testing.timing import Times
 
 IMAGE = 9
 REFRESH = 8  # steps of one turn of "lookback": one of them is dense

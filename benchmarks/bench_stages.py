@@ -22,10 +22,10 @@ from shapes import Layers, Shape
 
 import visionpulse as vp
 from visionpulse._native import module
-from visionpulse.testing import rows as rows_
+from visionpulse.bench import rows as rows_
+from visionpulse.bench.rows import DTYPES, Ceiling, Machine, Row
+from visionpulse.bench.timing import Times
 from visionpulse.testing.compare import Exact, assert_masses, assert_output, assert_valid_selection
-from visionpulse.testing.rows import DTYPES, Ceiling, Machine, Row
-from visionpulse.testing.timing import Times
 
 READ, GROUPED, TOPK = "stream-read", "torch-sdpa-grouped", "torch-topk"
 TEXT = 512

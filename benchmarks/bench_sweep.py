@@ -17,11 +17,10 @@ from harness import Bench
 from shapes import BATCHES, CONTEXTS, SHAPES, Layers, Shape
 
 import visionpulse as vp
-from visionpulse.analysis import cost, speed_plots
-from visionpulse.baselines import sdpa
+from visionpulse.bench import cost, plots, torch_forms
+from visionpulse.bench.rows import Row, dtype_name
 from visionpulse.testing import assert_output
 from visionpulse.testing.compare import Exact
-from visionpulse.testing.rows import Row, dtype_name
 
 RETENTIONS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
@@ -31,7 +30,7 @@ def run(bench: Bench, shape: Shape, dtype: torch.dtype, retentions: tuple[float,
     layers = Layers.make(shape, dtype, bench.device, 36, bench.options.budget << 20)
     visual, problem = layers.visual, shape.cost(dtype)
     baselines.check(PLAIN, bench.device.type, dtype)
-    variants = {PLAIN: lambda turn: sdpa.grouped(*layers.at(turn))}
+    variants = {PLAIN: lambda turn: torch_forms.grouped(*layers.at(turn))}
     work, shares = {PLAIN: cost.dense(problem)}, {}
     for backend in bench.backends(*layers.at(0), visual):
         common = {"workspace": vp.Workspace(), "backend": backend}
@@ -107,7 +106,7 @@ def crossover(rows: list[Row]) -> dict[str, float | None]:
     return found
 
 
-def plots(rows: list[Row], folder: Path, backend: str, where: str) -> list[Path]:
+def draw_backend(rows: list[Row], folder: Path, backend: str, where: str) -> list[Path]:
     """Time over dense by retention, and a layer's time by context, from rows alone."""
     single = [row for row in rows if row.facts["rows"] == 1]
     by_shape: dict[str, dict[float, float]] = {}
@@ -117,19 +116,19 @@ def plots(rows: list[Row], folder: Path, backend: str, where: str) -> list[Path]
         share, visual = row.facts["retention"], row.facts["visual"]
         if row.backend.startswith(f"{backend}:follower"):
             over = row.us_best / ours[row.shape, f"{backend}:dense"]
-            by_shape.setdefault(speed_plots.short(visual), {})[share] = over
+            by_shape.setdefault(plots.short(visual), {})[share] = over
         if share in (None, 0.01, 0.05, 0.1):
             title = row.backend.replace(f"{backend}:", "ours, ")
             lines.setdefault(title, {})[visual] = row.us_best / 1e6
     written = []
     if by_shape:
         written.append(folder / "retention.png")
-        speed_plots.by_retention(
+        plots.by_retention(
             by_shape, written[-1], title="A follower, by tokens kept and context", note=where
         )
     if lines:
         written.append(folder / "context.png")
-        speed_plots.by_context(
+        plots.by_context(
             lines, written[-1], title="One layer of decoding, by context", note=where,
             unit="milliseconds per layer",
         )  # fmt: skip
@@ -156,7 +155,7 @@ def main() -> None:
     options = bench.options
     retentions = RETENTIONS if options.sweep == "retention" else (0.05,)
     if options.from_rows:
-        from visionpulse.testing.rows import read
+        from visionpulse.bench.rows import read
 
         bench.rows = [row for row in read(options.from_rows) if row.bench == "sweep"]
     else:
@@ -179,7 +178,7 @@ def draw(bench: Bench) -> None:
         rows = [row for row in bench.rows if row.dtype == dtype_name(dtype)]
         for backend in sorted({row.backend.split(":")[0] for row in rows if ":" in row.backend}):
             where = f"{rows[0].machine['device']}, {dtype_name(dtype)}, batch 1, {backend}"
-            for path in plots(rows, Path(options.plots), backend, where):
+            for path in draw_backend(rows, Path(options.plots), backend, where):
                 bench.say(f"drawn: {path}")
 
 

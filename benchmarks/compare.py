@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from visionpulse.testing.rows import Machine, Row, read
+from visionpulse.bench.rows import Machine, Row, read
 
 # A shorter op's time is mostly the caches that the variant before it left behind.
 SHORTEST_US = 150.0

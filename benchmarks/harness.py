@@ -13,12 +13,12 @@ from baselines import PLAIN, Form, check
 from torch import Tensor
 
 import visionpulse as vp
-from visionpulse.analysis import cost
 from visionpulse.backends import get, names
-from visionpulse.testing import rows as rows_
-from visionpulse.testing.ceilings import Ceilings
-from visionpulse.testing.rows import DTYPES, Ceiling, Machine, Row
-from visionpulse.testing.timing import Times, interleaved
+from visionpulse.bench import cost
+from visionpulse.bench import rows as rows_
+from visionpulse.bench.ceilings import Ceilings
+from visionpulse.bench.rows import DTYPES, Ceiling, Machine, Row
+from visionpulse.bench.timing import Times, interleaved
 
 Variant = Callable[[int], object]
 # On a GPU the L2 cache is overwritten before each call: two sets of inputs show what many would,

@@ -15,14 +15,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import profile_table
 import torch
 from shapes import SHAPES, Layers
 
 import visionpulse as vp
 from visionpulse import tracing
-from visionpulse.analysis import profile
+from visionpulse.bench.rows import DTYPES
 from visionpulse.schedule import Role, roles
-from visionpulse.testing.rows import DTYPES
 
 
 class Step:
@@ -119,7 +119,7 @@ def options_of() -> argparse.Namespace:
 def main() -> int:
     options = options_of()
     if options.read:
-        print(profile.table(profile.stages(options.read)))
+        print(profile_table.table(profile_table.stages(options.read)))
         return 0
     if options.shape not in SHAPES:
         raise SystemExit(f"no shape {options.shape}; known: {', '.join(SHAPES)}")
@@ -141,7 +141,7 @@ def main() -> int:
     try:
         if options.torch_profiler:
             recorded(step, device, options.torch_profiler)
-            print(profile.table(profile.stages(options.torch_profiler)))
+            print(profile_table.table(profile_table.stages(options.torch_profiler)))
         else:
             with captured(device):
                 step()

@@ -1,6 +1,6 @@
 """The shapes that benchmarks run, by name."""
 
-from visionpulse.testing.layers import Layers, Shape
+from visionpulse.bench.layers import Layers, Shape
 
 CONTEXTS = {
     "1k": 1024, "2k": 2048, "4k": 4096, "8k": 8192, "16k": 16384, "32k": 32768, "64k": 65536,

@@ -3,7 +3,7 @@
 import math
 from typing import NamedTuple
 
-from visionpulse.analysis import cost
+from visionpulse.bench import cost
 
 HEADS, KV_HEADS, HEAD_DIM, ITEMSIZE = 32, 8, 128, 2
 TEXT, KEPT = 256, 0.05

@@ -6,12 +6,12 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
+import methods
 import numpy as np
 import pytest
 import torch
 
 import visionpulse as vp
-from visionpulse import baselines
 from visionpulse.data import tiny, trail
 
 ACCURACY = Path(__file__).resolve().parent.parent / "benchmarks" / "accuracy"
@@ -198,7 +198,7 @@ def test_retention_counts_the_steps_of_the_answer_alone(measure, model):
     drawn = trail.test_set(21, 6, tiny.SIDE, "crowded")
     settings = {
         "eleven": vp.PulseConfig(budget=vp.TopK(11)),
-        "fastv": lambda: baselines.FastV(0.1),
+        "fastv": lambda: methods.FastV(0.1),
         "full": None,
     }
     made = measure.answer(model, drawn, settings)
@@ -273,10 +273,10 @@ def test_the_claims_hold_on_a_sample(measure, model):
     settings = {
         "full": None,
         "5pct": vp.PRESETS["5pct"],
-        "fastv": lambda: baselines.FastV(0.1),
-        "lookm": lambda: baselines.LookM(0.1),
-        "visionzip": lambda: baselines.VisionZip(0.1),
-        "blind": baselines.Blind,
+        "fastv": lambda: methods.FastV(0.1),
+        "lookm": lambda: methods.LookM(0.1),
+        "visionzip": lambda: methods.VisionZip(0.1),
+        "blind": methods.Blind,
     }
     made = measure.answer(model, drawn, settings)
     questions = [question for _, question in drawn]

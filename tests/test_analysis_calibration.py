@@ -9,15 +9,15 @@ import pytest
 import torch
 
 import visionpulse as vp
-from visionpulse.analysis import calibration
-from visionpulse.analysis.calibration import (
+from visionpulse.calibration import suggest as calibration
+from visionpulse.calibration.observe import TAUS, Observation
+from visionpulse.calibration.suggest import (
     GRID,
     LOST,
     Calibration,
     Trial,
     calibrate,
 )
-from visionpulse.analysis.watch import TAUS, Observation
 from visionpulse.config import resolve
 from visionpulse.data import tiny, trail
 
@@ -130,8 +130,8 @@ def test_a_file_that_is_no_suggestion_is_refused(tmp_path):
 
 
 def test_calibrate_is_imported_when_asked_for():
-    code = "import sys, visionpulse as vp; assert 'visionpulse.analysis' not in sys.modules; "
-    code += "vp.calibrate; assert 'visionpulse.analysis.calibration' in sys.modules"
+    code = "import sys, visionpulse as vp; assert 'visionpulse.calibration' not in sys.modules; "
+    code += "vp.calibrate; assert 'visionpulse.calibration.suggest' in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
     assert vp.calibrate is calibrate
     with pytest.raises(AttributeError, match="no attribute 'calibrated'"):

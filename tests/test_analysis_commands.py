@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import visionpulse as vp
-from visionpulse.analysis import command_calibrate, command_plot
+from visionpulse.cli import calibrate as command_calibrate
+from visionpulse.cli import plot as command_plot
 from visionpulse.models import Trace
 from visionpulse.trace.page import png
 

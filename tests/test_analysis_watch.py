@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from visionpulse.analysis.correlation import correlations, pearson, plot_correlation
-from visionpulse.analysis.watch import observe
+from visionpulse.calibration.correlation import correlations, pearson, plot_correlation
+from visionpulse.calibration.observe import observe
 
 transformers = pytest.importorskip("transformers")
 

@@ -38,16 +38,15 @@ ALLOWED = {
     "models": {
         "backends", "config", "ops", "prepared", "schedule", "trace.record", "tracing", *STRUCTS
     },
-    "analysis": {"baselines", "config", "data", "models", "ops", "trace", *STRUCTS},
     "data": set(),
-    "demo": {"config", "data", "models", "trace"},
-    "baselines": {"budgets", "config", "models", "ops", *STRUCTS},
-    "analysis.cost": {"config", "schedule"},
-    "analysis.gain": {"analysis", "config", "schedule", "testing"},
-    "bench": {"analysis", "baselines", "config", "ops", "testing", *STRUCTS},
-    "testing": {"analysis.cost", "budgets", "config", "reference", *STRUCTS},
+    "calibration": {"config", "models", "ops", "trace", *STRUCTS},
+    "bench": {"config", "schedule", *STRUCTS},
+    "testing": {"budgets", "config", "reference", *STRUCTS},
     "__init__": {"backends", "budgets", "config", "models", "ops", *STRUCTS},
-    "harness": {"models"},
+    "integrations": {"models"},
+    "cli": {
+        "bench", "calibration", "config", "data", "models", "ops", "structs", "trace"
+    },
     "__main__": {"__init__", "backends"},
 }  # fmt: skip
 OPTIONAL = {"transformers", "triton", "matplotlib", "vllm", "lmms_eval", "accelerate", "peft"}
@@ -149,7 +148,7 @@ BANNED = (
     (r"\bprint\(", ("",)),
     (r"\bexcept\s*:", ("",)),
 )
-MAY_PRINT = ("__main__.py", "bench.py", "demo.py", "models/launch.py")
+MAY_PRINT = ("__main__.py", "cli/bench.py", "cli/demo.py")
 
 
 @pytest.mark.parametrize("pattern, places", BANNED, ids=[p for p, _ in BANNED])

@@ -1,11 +1,11 @@
 """The baselines against their definitions, run on a tiny random model of transformers."""
 
+import methods
 import pytest
 import torch
 import torch.nn.functional as F
 
 import visionpulse as vp
-from visionpulse import baselines
 
 transformers = pytest.importorskip("transformers")
 
@@ -105,7 +105,7 @@ class Masked:
 
 def assert_answers(model, method, given, hidden):
     """The answer under `method`, and its logits, are those of the oracle."""
-    with baselines.apply(model, method):
+    with methods.apply(model, method):
         made = answer(model, given, return_dict_in_generate=True, output_logits=True)
     tokens = made.sequences[:, given["input_ids"].shape[1] :]
     wanted = Masked(model, hidden).logits(given, tokens)
@@ -132,7 +132,7 @@ def test_fastv_hides_the_lowest_ranked_from_the_later_layers(model, k, ratio):
     given = inputs_of((4, 6))
     visual = given["input_ids"][0] == IMAGE
     dropped = dropped_by(ranking_of(model, given, k - 1), visual, round(ratio * CELLS))
-    method = baselines.FastV(ratio=ratio, k=k)
+    method = methods.FastV(ratio=ratio, k=k)
     assert_answers(model, method, given, lambda layer: dropped if layer >= k else None)
 
 
@@ -145,7 +145,7 @@ def test_the_oracle_sees_another_choice(model):
     dropped[kept], dropped[gone] = True, False
     with pytest.raises(AssertionError, match="not close"):
         assert_answers(
-            model, baselines.FastV(ratio=0.3), given, lambda layer: dropped if layer >= 2 else None
+            model, methods.FastV(ratio=0.3), given, lambda layer: dropped if layer >= 2 else None
         )
 
 
@@ -153,7 +153,7 @@ def test_fastv_takes_the_rest_out_of_the_cache(model):
     given = inputs_of((4, 6))
     size = given["input_ids"].shape[1]
     cache = transformers.DynamicCache(config=model.config.text_config)
-    with baselines.apply(model, baselines.FastV(ratio=0.25)) as run:
+    with methods.apply(model, methods.FastV(ratio=0.25)) as run:
         answer(model, given, past_key_values=cache, return_dict_in_generate=True)
     held = [layer.keys.shape[2] for layer in cache.layers]
     seen = size + 5  # the last token is never read
@@ -165,25 +165,25 @@ def test_fastv_takes_the_rest_out_of_the_cache(model):
 @pytest.mark.parametrize("merging", [False, True])
 def test_lookm_of_everything_is_dense(model, merging):
     given = inputs_of((4, 6))
-    assert_answers(model, baselines.LookM(ratio=1.0, merging=merging), given, None)
+    assert_answers(model, methods.LookM(ratio=1.0, merging=merging), given, None)
 
 
 @pytest.mark.parametrize("k", [1, 3])
 def test_fastv_of_everything_is_dense(model, k):
-    assert_answers(model, baselines.FastV(ratio=1.0, k=k), inputs_of((4, 6)), None)
+    assert_answers(model, methods.FastV(ratio=1.0, k=k), inputs_of((4, 6)), None)
 
 
 METHODS = {
-    "fastv": lambda: baselines.FastV(ratio=0.2),
-    "fastv-every-step": lambda: baselines.FastV(ratio=0.2, every_step=True),
-    "fastv-then": lambda: baselines.FastV(
+    "fastv": lambda: methods.FastV(ratio=0.2),
+    "fastv-every-step": lambda: methods.FastV(ratio=0.2, every_step=True),
+    "fastv-then": lambda: methods.FastV(
         ratio=0.5, then=vp.PulseConfig(anchor=3, tau=0.4, ratio=(0.1, 0.4))
     ),
-    "visionzip": lambda: baselines.VisionZip(ratio=0.2),
-    "lookm": lambda: baselines.LookM(ratio=0.2),
-    "blind": baselines.Blind,
-    "none-after": lambda: baselines.NoneAfter(anchor=2),
-    "random-tokens": lambda: baselines.RandomTokens(ratio=0.2, anchor=2),
+    "visionzip": lambda: methods.VisionZip(ratio=0.2),
+    "lookm": lambda: methods.LookM(ratio=0.2),
+    "blind": methods.Blind,
+    "none-after": lambda: methods.NoneAfter(anchor=2),
+    "random-tokens": lambda: methods.RandomTokens(ratio=0.2, anchor=2),
 }
 
 
@@ -194,7 +194,7 @@ def test_the_model_is_left_as_it_was(model, name):
     text, vision = model.config.text_config, model.config.vision_config
     names = text._attn_implementation, vision._attn_implementation
     known = set(transformers.AttentionInterface().valid_keys())
-    with baselines.apply(model, METHODS[name]()):
+    with methods.apply(model, METHODS[name]()):
         answer(model, given)
     assert (text._attn_implementation, vision._attn_implementation) == names
     assert set(transformers.AttentionInterface().valid_keys()) == known
@@ -206,7 +206,7 @@ def test_the_model_is_left_as_it_was(model, name):
 @pytest.mark.parametrize("name", [n for n in METHODS if n != "random-tokens"])
 def test_a_padded_row_answers_as_it_does_alone(model, name):
     both = inputs_of((2, 3), (9, 12))
-    with baselines.apply(model, METHODS[name]()) as run:
+    with methods.apply(model, METHODS[name]()) as run:
         batch = answer(model, both)
     kept = torch.stack(run.kept)  # [steps, B]
     for row in range(2):
@@ -219,7 +219,7 @@ def test_a_padded_row_answers_as_it_does_alone(model, name):
             "pixel_values": both["pixel_values"][row * patches : (row + 1) * patches],
             "image_grid_thw": both["image_grid_thw"][:1],
         }
-        with baselines.apply(model, METHODS[name]()) as run:
+        with methods.apply(model, METHODS[name]()) as run:
             assert torch.equal(answer(model, alone)[0], batch[row])
         assert torch.equal(torch.stack(run.kept)[:, 0], kept[:, row])
 
@@ -227,7 +227,7 @@ def test_a_padded_row_answers_as_it_does_alone(model, name):
 def test_every_step_ranking_is_a_fixed_budget_with_an_early_anchor(model):
     """Up to the prefill, which FastV prunes too: with every token kept there, they are one."""
 
-    class DensePrefill(baselines.FastV):
+    class DensePrefill(methods.FastV):
         def visible(self, prompt, layer):
             return None
 
@@ -235,7 +235,7 @@ def test_every_step_ranking_is_a_fixed_budget_with_an_early_anchor(model):
     config = vp.PulseConfig(anchor=1, budget=vp.Fixed(8 / CELLS), anchor_output="dense")
     with vp.patch(model, config):
         wanted = answer(model, given)
-    with baselines.apply(model, DensePrefill(ratio=8 / CELLS, every_step=True)) as run:
+    with methods.apply(model, DensePrefill(ratio=8 / CELLS, every_step=True)) as run:
         assert torch.equal(answer(model, given), wanted)
     assert {int(k) for k in torch.cat(run.kept)} == {8}
 
@@ -243,13 +243,13 @@ def test_every_step_ranking_is_a_fixed_budget_with_an_early_anchor(model):
 def test_then_prunes_what_fastv_left(model):
     given = inputs_of((4, 6))
     rest = vp.PulseConfig(anchor=3, ratio=(1.0, 1.0))
-    with baselines.apply(model, baselines.FastV(ratio=0.5)):
+    with methods.apply(model, methods.FastV(ratio=0.5)):
         wanted = answer(model, given)
-    with baselines.apply(model, baselines.FastV(ratio=0.5, then=rest)) as run:
+    with methods.apply(model, methods.FastV(ratio=0.5, then=rest)) as run:
         assert torch.equal(answer(model, given), wanted)
     assert run.retention == 0.5
-    with baselines.apply(
-        model, baselines.FastV(ratio=0.5, then=rest.updated(budget=vp.TopK(3)))
+    with methods.apply(
+        model, methods.FastV(ratio=0.5, then=rest.updated(budget=vp.TopK(3)))
     ) as run:
         answer(model, given)
     assert {int(k) for k in torch.cat(run.kept)} == {3}
@@ -260,35 +260,35 @@ def test_blind_steps_see_no_picture(model):
     given = inputs_of((4, 6))
     visual = given["input_ids"][0] == IMAGE
 
-    class Scrambled(baselines.Blind):
+    class Scrambled(methods.Blind):
         def finish(self, prompt, cache):
             for layer in cache.layers:
                 layer.keys[:, :, visual] = 1e4
                 layer.values[:, :, visual] = torch.nan
 
-    with baselines.apply(model, baselines.Blind()) as run:
+    with methods.apply(model, methods.Blind()) as run:
         wanted = answer(model, given)
     assert run.retention == 0.0
-    with baselines.apply(model, Scrambled()):
+    with methods.apply(model, Scrambled()):
         assert torch.equal(answer(model, given), wanted)
-    with baselines.apply(model, baselines.NoneAfter(anchor=1)):
+    with methods.apply(model, methods.NoneAfter(anchor=1)):
         assert not torch.equal(answer(model, given, tokens=24), answer_blind(model, given))
 
 
 def answer_blind(model, given):
-    with baselines.apply(model, baselines.Blind()):
+    with methods.apply(model, methods.Blind()):
         return answer(model, given, tokens=24)
 
 
 def test_random_tokens_change_from_step_to_step(model):
     given, seen = inputs_of((4, 6), (5, 5)), []
 
-    class Watched(baselines.RandomTokens):
+    class Watched(methods.RandomTokens):
         def _draw(self, prompt):
             seen.append((super()._draw(prompt), prompt.visual))
             return seen[-1][0]
 
-    with baselines.apply(model, Watched(ratio=0.2, anchor=1)):
+    with methods.apply(model, Watched(ratio=0.2, anchor=1)):
         answer(model, given)
     for selection, visual in seen:
         for row, count in enumerate(selection.counts.tolist()):
@@ -299,22 +299,22 @@ def test_random_tokens_change_from_step_to_step(model):
 
 def test_what_cannot_run_is_refused(model):
     def refuse(method, reason):
-        with pytest.raises(ValueError, match=reason), baselines.apply(model, method):
+        with pytest.raises(ValueError, match=reason), methods.apply(model, method):
             pass
 
-    refuse(baselines.FastV(0.1, k=LAYERS), "k must be in")
-    refuse(baselines.FastV(0.1, then=vp.PulseConfig(anchor=1)), "one anchor in")
+    refuse(methods.FastV(0.1, k=LAYERS), "k must be in")
+    refuse(methods.FastV(0.1, then=vp.PulseConfig(anchor=1)), "one anchor in")
     with vp.patch(model):
-        refuse(baselines.Blind(), "unpatch it")
-    for make in (baselines.FastV, baselines.LookM, baselines.VisionZip):
+        refuse(methods.Blind(), "unpatch it")
+    for make in (methods.FastV, methods.LookM, methods.VisionZip):
         with pytest.raises(ValueError, match="ratio"):
             make(0.0)
     given = inputs_of((4, 6))
     cache = transformers.DynamicCache(config=model.config.text_config)
     answer(model, given, past_key_values=cache, return_dict_in_generate=True)
-    with baselines.apply(model, baselines.Blind()), pytest.raises(ValueError, match="one prompt"):
+    with methods.apply(model, methods.Blind()), pytest.raises(ValueError, match="one prompt"):
         model(input_ids=given["input_ids"][:, -3:], past_key_values=cache)
-    with baselines.apply(model, baselines.Blind()), pytest.raises(ValueError, match="beams"):
+    with methods.apply(model, methods.Blind()), pytest.raises(ValueError, match="beams"):
         model(input_ids=given["input_ids"][:, -1:], past_key_values=cache)
     hooks = [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
     assert not hooks
@@ -328,7 +328,7 @@ def test_lookm_keeps_its_own_tokens_per_layer_and_head(model):
     full = transformers.DynamicCache(config=model.config.text_config)
     cut = transformers.DynamicCache(config=model.config.text_config)
     answer(model, given, 1, past_key_values=full, return_dict_in_generate=True)
-    with baselines.apply(model, baselines.LookM(ratio=0.25, merging=False)):
+    with methods.apply(model, methods.LookM(ratio=0.25, merging=False)):
         answer(model, given, 1, past_key_values=cut, return_dict_in_generate=True)
     kept_sets = set()
     for layer in range(LAYERS):
@@ -347,7 +347,7 @@ def test_visionzip_hides_what_it_merged_from_every_layer(model):
     """Its tokens are those the tower's last block looks at, and no layer sees the others."""
     given, found = inputs_of((4, 6)), {}
 
-    class Watched(baselines.VisionZip):
+    class Watched(methods.VisionZip):
         def embed(self, prompt, inputs):
             out = super().embed(prompt, inputs)
             found["hidden"] = prompt.visual[0] & ~self._keep[0]

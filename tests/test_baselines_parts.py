@@ -1,11 +1,10 @@
 """The arithmetic of the baselines, each piece against its definition."""
 
 import torch
-
-from visionpulse.baselines.fastv import last_query_attention
-from visionpulse.baselines.lookm import merge, received
-from visionpulse.baselines.prompt import best
-from visionpulse.baselines.visionzip import zip_tokens
+from methods.evict import best
+from methods.fastv import last_query_attention
+from methods.lookm import merge, received
+from methods.visionzip import zip_tokens
 
 
 def test_best_keeps_the_lowest_of_equals():

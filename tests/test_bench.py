@@ -8,11 +8,10 @@ import pytest
 import torch
 
 from visionpulse import __main__ as command_line
-from visionpulse.analysis import cost, speed_plots
-from visionpulse.analysis.gain import PLAIN, TODAY
-from visionpulse.bench import Bar, _threads, main
-from visionpulse.testing import layers, rows, timing
-from visionpulse.testing.ceilings import measure
+from visionpulse.bench import cost, layers, plots, rows, timing
+from visionpulse.bench.ceilings import measure
+from visionpulse.bench.report import PLAIN, TODAY
+from visionpulse.cli.bench import Bar, _threads, main
 
 TINY = [
     "--device",
@@ -178,19 +177,19 @@ def test_plots_say_what_they_need(monkeypatch, tmp_path):
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ImportError, match=r"pip install 'visionpulse\[plots\]'"):
-        speed_plots.by_retention({"8k": {0.1: 0.5}}, tmp_path / "a.png", title="t")
+        plots.by_retention({"8k": {0.1: 0.5}}, tmp_path / "a.png", title="t")
 
 
 def test_every_plot_draws(tmp_path):
     pytest.importorskip("matplotlib")
-    points = [speed_plots.Point("ours", "8k", 4e6, 1e6, 1e-3)]
-    speed_plots.roofline(points, speed_plots.Roof(1e10, 1e12), tmp_path / "r.svg", title="r")
+    points = [plots.Point("ours", "8k", 4e6, 1e6, 1e-3)]
+    plots.roofline(points, plots.Roof(1e10, 1e12), tmp_path / "r.svg", title="r")
     series = {"8k": {0.05: 0.1, 0.5: 0.9}}
-    speed_plots.by_retention(series, tmp_path / "s.svg", title="s")
-    speed_plots.by_context({"ours": {1024: 1e-3, 5000: 2e-3}}, tmp_path / "c.svg", title="c")
+    plots.by_retention(series, tmp_path / "s.svg", title="s")
+    plots.by_context({"ours": {1024: 1e-3, 5000: 2e-3}}, tmp_path / "c.svg", title="c")
     for name in "rsc":
         xml.etree.ElementTree.parse(tmp_path / f"{name}.svg")
-    assert speed_plots.short(4096) == "4k" and speed_plots.short(5000) == "5000"
+    assert plots.short(4096) == "4k" and plots.short(5000) == "5000"
 
 
 def test_the_published_decoders_are_those_of_the_papers_models():

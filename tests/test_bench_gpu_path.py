@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from visionpulse.testing import rows, timing
+from visionpulse.bench import rows, timing
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from visionpulse.testing import rows
-from visionpulse.testing.timing import Times
+from visionpulse.bench import rows
+from visionpulse.bench.timing import Times
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"

@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import visionpulse as vp
-from visionpulse.analysis import cost
+from visionpulse.bench import cost
 from visionpulse.schedule import Role
 
 PUBLISHED = cost.KNOWN["qwen3-vl-4b"]

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from visionpulse import demo
+from visionpulse.cli import demo
 from visionpulse.data import tiny, trail
 
 

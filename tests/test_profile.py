@@ -4,12 +4,12 @@ import gzip
 import json
 import sqlite3
 
+import profile_table as profile
 import pytest
 import torch
 
 import visionpulse as vp
 from visionpulse import tracing
-from visionpulse.analysis import profile
 
 PID, TID = 77, 5
 THREAD = PID << 24 | TID  # nsys's globalTid; the globalPid is the same with a zero thread

@@ -3,7 +3,7 @@
 import torch
 
 import visionpulse as vp
-from visionpulse.baselines import sdpa
+from visionpulse.bench import torch_forms
 from visionpulse.testing import CASES, assert_output
 from visionpulse.testing.compare import Exact
 
@@ -18,7 +18,7 @@ def problem_of(params_of):
 
 def test_both_dense_forms_are_dense(params_of):
     problem, exact = problem_of(params_of)
-    for form in (sdpa.grouped, sdpa.per_head):
+    for form in (torch_forms.grouped, torch_forms.per_head):
         assert_output(form(problem.q, problem.kv), exact, None)
 
 
@@ -29,7 +29,7 @@ def test_the_method_in_torch_is_the_method(params_of):
     count = int(selection.counts[0])
     is_visual = visual.mask(kv.capacity)
     candidates, text = (m.nonzero()[:, 1][None] for m in (is_visual, ~is_visual))
-    out, positions, mass = sdpa.anchor(q, kv, candidates, text, count, config)
+    out, positions, mass = torch_forms.anchor(q, kv, candidates, text, count, config)
     assert_output(out, exact, selection)
     torch.testing.assert_close(mass, selection.mass)
     wanted = exact.attended(selection)[0].nonzero()[:, 0]
@@ -39,8 +39,8 @@ def test_the_method_in_torch_is_the_method(params_of):
 def test_rows_are_gathered_each_by_its_own_positions():
     problem = CASES["grouped"].build(torch.float32)
     kept = torch.stack((torch.arange(10), torch.arange(10) * 3))
-    both = sdpa.gathered(problem.q, problem.kv, kept)
+    both = torch_forms.gathered(problem.q, problem.kv, kept)
     for b in range(2):
         kv = vp.KVCache(problem.kv.k[b : b + 1], problem.kv.v[b : b + 1])
-        alone = sdpa.gathered(problem.q[b : b + 1], kv, kept[b : b + 1])
+        alone = torch_forms.gathered(problem.q[b : b + 1], kv, kept[b : b + 1])
         torch.testing.assert_close(both[b : b + 1], alone)

@@ -22,7 +22,7 @@ from .structs import KVCache, PagedKVCache, Selection, VisualTokens
 from .workspace import Workspace
 
 if TYPE_CHECKING:
-    from .analysis.calibration import calibrate
+    from .calibration.suggest import calibrate
 
 __version__ = "0.1.0"
 
@@ -62,7 +62,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # tools for people at a desk are imported when they are asked for
     if name == "calibrate":
-        from .analysis.calibration import calibrate
+        from .calibration.suggest import calibrate
 
         return calibrate
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

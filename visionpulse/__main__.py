@@ -37,14 +37,14 @@ def _later(module: str) -> Verb:
 # verb: (what runs it, what it is for)
 VERBS: dict[str, tuple[Verb, str]] = {
     "info": (info, "what is installed, and which backends can run here"),
-    "demo": (_later("demo"), "a picture answered dense and with VisionPulse, side by side"),
-    "run": (_later("models.launch"), "a program, with every model that it loads patched"),
+    "demo": (_later("cli.demo"), "a picture answered dense and with VisionPulse, side by side"),
+    "run": (_later("cli.run"), "a program, with every model that it loads patched"),
     "calibrate": (
-        _later("analysis.command_calibrate"),
+        _later("cli.calibrate"),
         "anchor, tau and bounds for a model, from your own inputs",
     ),
-    "plot": (_later("analysis.command_plot"), "a saved trace, drawn again without the model"),
-    "bench": (_later("bench"), "what you would gain on this machine, for a model's config"),
+    "plot": (_later("cli.plot"), "a saved trace, drawn again without the model"),
+    "bench": (_later("cli.bench"), "what you would gain on this machine, for a model's config"),
 }
 
 

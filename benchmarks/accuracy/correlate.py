@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from table import SEED, about
 
-from visionpulse.analysis.correlation import (
+from visionpulse.calibration.correlation import (
     correlations,
     pearson,
     plot_correlation,
     plot_similarity,
     similarity,
 )
-from visionpulse.analysis.watch import THRESHOLDS, Observation, observe
+from visionpulse.calibration.observe import THRESHOLDS, Observation, observe
 from visionpulse.data import tiny, trail
 
 # those of the paper, and larger ones: 400 tokens share what thousands share there

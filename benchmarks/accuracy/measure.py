@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from compared import methods
 
 import visionpulse as vp
-from visionpulse import baselines
 from visionpulse.data import trail
 from visionpulse.data.tiny import Clock, inputs_of, until_end
 
@@ -25,7 +25,7 @@ class Row:
 
     name: str
     group: str
-    setting: vp.PulseConfig | Callable[[], baselines.Method] | None  # None is full attention
+    setting: vp.PulseConfig | Callable[[], methods.Method] | None  # None is full attention
 
 
 @dataclass
@@ -73,7 +73,7 @@ def answer(
     for name, make in settings.items():
         if name in pulses:
             continue
-        with baselines.apply(model, make()) as run, Clock(model) as clock:
+        with methods.apply(model, make()) as run, Clock(model) as clock:
             out = model.generate(**given, do_sample=False, max_new_tokens=MOST_TOKENS)
         shares = torch.stack(run.shares, 1).float().numpy()
         done(name, _answers(out, given, shares, clock))

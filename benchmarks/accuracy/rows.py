@@ -1,9 +1,9 @@
 """The rows of the table: what is put on the tiny model while it answers."""
 
+from compared import methods
 from measure import Row
 
 import visionpulse as vp
-from visionpulse import baselines
 
 ANCHOR = 2  # the default of a model of six layers
 P5, P10 = vp.PRESETS["5pct"], vp.PRESETS["10pct"]
@@ -21,10 +21,10 @@ def _method(make, *args, **kwargs):
 FULL = Row("full attention", "", None)
 FIRST = Row("dynamic 5pct", "VisionPulse", P5)
 
-RANDOM = baselines.RandomTokens
+RANDOM = methods.RandomTokens
 ROWS = (
-    Row("blind: no visual token in decode", "control", _method(baselines.Blind)),
-    Row("none after the anchor", "control", _method(baselines.NoneAfter, ANCHOR)),
+    Row("blind: no visual token in decode", "control", _method(methods.Blind)),
+    Row("none after the anchor", "control", _method(methods.NoneAfter, ANCHOR)),
     Row("random tokens 5 %", "control", _method(RANDOM, 0.05, ANCHOR)),
     Row("random tokens 10 %", "control", _method(RANDOM, 0.10, ANCHOR)),
     Row("dynamic 10pct", "VisionPulse", P10),
@@ -49,22 +49,22 @@ ROWS = (
     Row("top_k 20", "budget", vp.PulseConfig(budget=vp.TopK(20))),
     Row("top_p 0.5", "budget", vp.PulseConfig(budget=vp.TopP(0.5))),
     Row("top_p 0.9", "budget", vp.PulseConfig(budget=vp.TopP(0.9))),
-    Row("blocks of 64, 10pct", "released code", _method(baselines.Blocks64, P10, ANCHOR)),
-    *(Row(f"FastV {r} %", "static", _method(baselines.FastV, r / 100)) for r in (5, 10, 50)),
-    Row("FastV 10 %, at the anchor", "static", _method(baselines.FastV, 0.10, k=ANCHOR + 1)),
+    Row("blocks of 64, 10pct", "released code", _method(methods.Blocks64, P10, ANCHOR)),
+    *(Row(f"FastV {r} %", "static", _method(methods.FastV, r / 100)) for r in (5, 10, 50)),
+    Row("FastV 10 %, at the anchor", "static", _method(methods.FastV, 0.10, k=ANCHOR + 1)),
     *(
-        Row(f"VisionZip {r} %", "static", _method(baselines.VisionZip, r / 100))
+        Row(f"VisionZip {r} %", "static", _method(methods.VisionZip, r / 100))
         for r in (5, 10, 50)
     ),
-    *(Row(f"LOOK-M {r} %", "static", _method(baselines.LookM, r / 100)) for r in (5, 10, 50)),
-    Row("LOOK-M 10 %, no merging", "static", _method(baselines.LookM, 0.10, merging=False)),
+    *(Row(f"LOOK-M {r} %", "static", _method(methods.LookM, r / 100)) for r in (5, 10, 50)),
+    Row("LOOK-M 10 %, no merging", "static", _method(methods.LookM, 0.10, merging=False)),
     *(
         Row(f"FastV {r} %, each step", "fixed, step by step",
-            _method(baselines.FastV, r / 100, every_step=True))
+            _method(methods.FastV, r / 100, every_step=True))
         for r in (5, 10)
     ),
     Row("FastV 50 %, then 5pct", "both", _method(
-        baselines.FastV, 0.50, then=P5.updated(anchor=ANCHOR))),
+        methods.FastV, 0.50, then=P5.updated(anchor=ANCHOR))),
 )  # fmt: skip
 
 # The same on pictures with few decoys, and on larger ones than any in training.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from build import load
-from visionpulse.analysis import cost
+from visionpulse.bench import cost
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from gpu_facts import (

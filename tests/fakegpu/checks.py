@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from methods import block64
 
 import visionpulse as vp
 from visionpulse import library, workspace
-from visionpulse.baselines import block64
 from visionpulse.testing import CASES, ceilings, layers, rows, timing
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -39,7 +39,7 @@ def benchmarks(monkeypatch):
     monkeypatch.setitem(shapes.SHAPES, "b2-tiny", shapes.Shape("b2-tiny", 2, 200, 40))
     scheme = {name: getattr(block64, name) for name in ("dense", "anchor", "follower")}
     absent = SimpleNamespace(check=lambda: None, **scheme)  # its kernels are Triton's
-    monkeypatch.setitem(sys.modules, "block64_triton", absent)
+    monkeypatch.setitem(sys.modules, "methods.block64_triton", absent)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -82,7 +82,7 @@ def test_run_patches_a_program_and_logs_what_it_kept(saved, tmp_path):
     torch.save(given, f"{folder}/given.pt")
     script, log = tmp_path / "program.py", tmp_path / "log.jsonl"
     script.write_text(PROGRAM)
-    start = "import sys; from visionpulse.models.launch import main; sys.exit(main(sys.argv[1:]))"
+    start = "import sys; from visionpulse.cli.run import main; sys.exit(main(sys.argv[1:]))"
     options = ["--preset", "5pct", "--set", "tau=0.5", "--set", "ratio=0.05:0.4"]
     done = subprocess.run(
         [sys.executable, "-c", start, *options, "--log", str(log), "--", str(script), folder,
@@ -163,7 +163,7 @@ def lmms_eval(monkeypatch, saved):
 def test_lmms_eval_plugin(lmms_eval, saved, tmp_path):
     import importlib
 
-    from visionpulse.harness import lmms_eval as plugin
+    from visionpulse.integrations import lmms_eval as plugin
 
     made, _ = saved
     manifests = {manifest.model_id: manifest for manifest in plugin.manifests()}
@@ -192,10 +192,10 @@ def test_lmms_eval_plugin(lmms_eval, saved, tmp_path):
 
 def test_published_lmms_eval_takes_the_plugin():
     registry = pytest.importorskip("lmms_eval.models.registry_v2")
-    from visionpulse.harness import lmms_eval as plugin
+    from visionpulse.integrations import lmms_eval as plugin
 
     made = registry.ModelRegistryV2()
     for manifest in made._coerce_payload_to_manifests(plugin.manifests):
         made.register_manifest(manifest)
     resolved = made.resolve("visionpulse_qwen3_vl")
-    assert resolved.class_path == "visionpulse.harness.lmms_eval.chat_qwen3_vl"
+    assert resolved.class_path == "visionpulse.integrations.lmms_eval.chat_qwen3_vl"

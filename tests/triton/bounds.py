@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from visionpulse._triton import tuning
 
-from visionpulse.analysis import cost
+from visionpulse.bench import cost
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from gpu_facts import (

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from .config import PRESETS
-from .data import tiny, trail
-from .models import Session, patch
-from .trace.layout import Shown
-from .trace.page import to_html
+from ..config import PRESETS
+from ..data import tiny, trail
+from ..models import Session, patch
+from ..trace.layout import Shown
+from ..trace.page import to_html
 
 MOST_TOKENS = 64
 ROUNDS = 5  # dense and sparse in turn, so that a busy machine is busy for both

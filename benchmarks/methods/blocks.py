@@ -5,12 +5,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..config import PulseConfig
-from ..structs import KVCache
+from visionpulse import ops
+from visionpulse.calibration.method import Method, Run
+from visionpulse.calibration.prompt import Prompt
+from visionpulse.config import PulseConfig
+from visionpulse.structs import KVCache
+
 from . import block64
-from .prompt import Prompt
-from .run import Method, Run
 
 
 @dataclass

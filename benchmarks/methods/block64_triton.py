@@ -1,4 +1,4 @@
-"""The published scheme's attention as Triton kernels, for a GPU: see visionpulse.baselines.block64.
+"""The published scheme's attention as Triton kernels, for a GPU: see block64.py.
 
 Faithful to its description, the slow parts included: one program per row and query head walks over
 all keys of the repeated cache in blocks of 64, two warps each, and writes float32.
@@ -10,8 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 import visionpulse as vp
-from visionpulse.baselines import block64
-from visionpulse.baselines.block64 import BLOCK, Blocks, choose, repeated, visible_keys
+
+from . import block64
+from .block64 import BLOCK, Blocks, choose, repeated, visible_keys
 
 
 @triton.jit

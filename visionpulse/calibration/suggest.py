@@ -26,7 +26,7 @@ from ..config import PRESETS, PulseConfig
 from ..models import patch
 from ..trace.plots import pyplot
 from .correlation import pearson
-from .watch import TAUS, Observation, observe
+from .observe import TAUS, Observation, observe
 
 LOST = 0.02  # attention to the picture that the layers after the anchor may lose in a step
 ANCHORS = 3  # layers that are tried through the patch

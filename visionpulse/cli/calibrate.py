@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..calibration.suggest import calibrate
 from ..config import PRESETS
 from ..data import tiny, trail
-from .calibration import calibrate
 
 TINY = "tiny"
 

@@ -1,6 +1,6 @@
 """What the paper compares with, as policies over a model of transformers, and controls.
 
-    with baselines.apply(model, baselines.FastV(ratio=0.10)) as run:
+    with methods.apply(model, methods.FastV(ratio=0.10)) as run:
         model.generate(**inputs)
     print(run.retention)
 
@@ -9,12 +9,13 @@ cache. They are for comparison: one prompt per cache, greedy or sampled decoding
 every layer; decode steps run on the same ops as VisionPulse.
 """
 
+from visionpulse.calibration.method import Method, Run, apply
+from visionpulse.calibration.prompt import Prompt
+
 from .blocks import Blocks64
 from .controls import Blind, NoneAfter, RandomTokens
 from .fastv import FastV
 from .lookm import LookM
-from .prompt import Prompt
-from .run import Method, Run, apply
 from .visionzip import VisionZip
 
 __all__ = [

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ..trace.plots import pyplot
-from .watch import Observation
+from .observe import Observation
 
 _ABREAST = 4  # panels of a row
 _FEWEST = 8  # entries of a step for which a correlation says anything

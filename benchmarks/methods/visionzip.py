@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..models.families import UnsupportedModelError
-from .prompt import Prompt, best, evict
-from .run import Method, Run
+from visionpulse.calibration.method import Method, Run
+from visionpulse.calibration.prompt import Prompt
+from visionpulse.models.families import UnsupportedModelError
+
+from .evict import best, evict
 
 
 def zip_tokens(

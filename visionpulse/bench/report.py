@@ -10,10 +10,10 @@ import torch
 
 from ..config import PulseConfig
 from ..schedule import Role
-from ..testing import rows as rows_
-from ..testing.layers import Shape
-from ..testing.timing import Times
-from . import cost, speed_plots
+from . import cost, plots
+from . import rows as rows_
+from .layers import Shape
+from .timing import Times
 
 PLAIN, TODAY = "torch-sdpa-grouped", "torch-sdpa-per-head"
 TITLES = {
@@ -103,7 +103,7 @@ class Report:
             values = (*spent.values(), step["predicted_attention"], weights)
             lines.append(
                 (
-                    speed_plots.short(step["visual"]), str(step["kept"]),
+                    plots.short(step["visual"]), str(step["kept"]),
                     *(f"{1e3 * v:.1f} ms" for v in values),
                     " / ".join(f"{gain:.1f}x" for gain in gains),
                     " / ".join(f"{gain:.2f}x" for gain in steps),
@@ -164,13 +164,13 @@ class Report:
         """Draw the roofline and the times by context."""
         where = f"{self.machine.device}, {self.options.dtype}, batch {self.options.batch}"
         points = [
-            speed_plots.Point(
-                TITLES[row.backend], speed_plots.short(row.facts["visual"]), row.facts["flops"],
+            plots.Point(
+                TITLES[row.backend], plots.short(row.facts["visual"]), row.facts["flops"],
                 float(row.bytes or 1), row.us_best / 1e6,
             )
             for row in self.rows()
         ]  # fmt: skip
-        roof = speed_plots.Roof(*self.roof)
+        roof = plots.Roof(*self.roof)
         names = {**TITLES, self.config.schedule: f"ours, {self.config.schedule!r}"}
         series = {
             names[name]: {step["visual"]: step["attention"][name] for step in self.steps}
@@ -179,12 +179,12 @@ class Report:
         written = []
         for ending in ("png", "svg"):
             path = folder / f"roofline.{ending}"
-            speed_plots.roofline(
+            plots.roofline(
                 points, roof, path, title="One layer of decoding, under the roofs", note=where
             )
             written.append(path)
             path = folder / f"latency.{ending}"
-            speed_plots.by_context(
+            plots.by_context(
                 series, path, title=f"Attention of one decode step, {self.full} layers",
                 weights=self.steps[-1]["predicted_weights"], note=where,
             )  # fmt: skip

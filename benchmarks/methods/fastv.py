@@ -6,12 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..budgets import Fixed
-from ..config import PulseConfig
-from ..structs import KVCache, Selection
-from .prompt import Prompt, best, evict
-from .run import Method, Run
+from visionpulse import ops
+from visionpulse.budgets import Fixed
+from visionpulse.calibration.method import Method, Run
+from visionpulse.calibration.prompt import Prompt
+from visionpulse.config import PulseConfig
+from visionpulse.structs import KVCache, Selection
+
+from .evict import best, evict
 
 
 def last_query_attention(q: Tensor, k: Tensor, seen: Tensor, scale: float) -> Tensor:

@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .install import install, installed_reports, uninstall
-from .settings import config_of
+from ..models.install import install, installed_reports, uninstall
+from ..models.settings import config_of
 
 LOG = "visionpulse-retention.jsonl"
 

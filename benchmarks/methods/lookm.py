@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .prompt import Prompt, best, evict
-from .run import Method, Run
+from visionpulse.calibration.method import Method, Run
+from visionpulse.calibration.prompt import Prompt
+
+from .evict import best, evict
 
 _ROWS = 256  # queries per slice of the attention matrix
 

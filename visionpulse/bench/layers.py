@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..analysis.cost import Shape as CostShape
 from ..config import PulseConfig
 from ..structs import KVCache, VisualTokens
+from .cost import Shape as CostShape
 
 LAST_CACHE = {"cpu": 64 << 20, "cuda": 128 << 20}  # bytes, above any of today's
 

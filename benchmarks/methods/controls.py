@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..structs import KVCache, Selection
-from .prompt import Prompt
-from .run import Method, Run
+from visionpulse import ops
+from visionpulse.calibration.method import Method, Run
+from visionpulse.calibration.prompt import Prompt
+from visionpulse.structs import KVCache, Selection
 
 
 def nothing(rows: int, device: torch.device) -> Selection:

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..config import PulseConfig
-from ..structs import KVCache, VisualTokens
+from visionpulse.config import PulseConfig
+from visionpulse.structs import KVCache, VisualTokens
 
 BLOCK = 64
 

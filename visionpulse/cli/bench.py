@@ -15,17 +15,16 @@ from typing import Any
 
 import torch
 
-from .analysis import cost, speed_plots
-from .analysis.gain import PLAIN, TODAY, Measured, Report
-from .baselines import sdpa
-from .config import PulseConfig
-from .config import resolve as resolve_config
-from .ops import attend, decode
-from .structs import Selection
-from .testing import rows as rows_
-from .testing.ceilings import Ceilings
-from .testing.layers import Layers, Shape
-from .testing.timing import interleaved
+from ..bench import cost, plots, torch_forms
+from ..bench import rows as rows_
+from ..bench.ceilings import Ceilings
+from ..bench.layers import Layers, Shape
+from ..bench.report import PLAIN, TODAY, Measured, Report
+from ..bench.timing import interleaved
+from ..config import PulseConfig
+from ..config import resolve as resolve_config
+from ..ops import attend, decode
+from ..structs import Selection
 
 MOST_ROUNDS, LEAST_ROUNDS = 15, 3
 
@@ -48,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
     measured = []
     for i, shape in enumerate(shapes):
         seconds = options.seconds / len(shapes)
-        show = bar.part(i / len(shapes), 1 / len(shapes), f"{speed_plots.short(shape.visual)} keys")
+        show = bar.part(i / len(shapes), 1 / len(shapes), f"{plots.short(shape.visual)} keys")
         measured.append(_measure(shape, dtype, device, config, seconds, show))
     bar.close()
     report = Report(decoder, config, dtype, machine, measured, options)
@@ -112,7 +111,7 @@ def _shapes(options: argparse.Namespace, decoder: cost.Decoder, config: PulseCon
     contexts = sorted({_tokens(text) for text in options.contexts.split(",")})
     return [
         Shape(
-            f"b{options.batch}-{speed_plots.short(visual)}", options.batch, visual, options.text,
+            f"b{options.batch}-{plots.short(visual)}", options.batch, visual, options.text,
             decoder.heads, decoder.kv_heads, decoder.head_dim, retention,
         )
         for visual in contexts
@@ -154,8 +153,8 @@ def _variants(
     visual = layers.visual
     _, selection = decode(*layers.at(0), visual, config)
     return {
-        TODAY: lambda turn: sdpa.per_head(*layers.at(turn)),
-        PLAIN: lambda turn: sdpa.grouped(*layers.at(turn)),
+        TODAY: lambda turn: torch_forms.per_head(*layers.at(turn)),
+        PLAIN: lambda turn: torch_forms.grouped(*layers.at(turn)),
         "dense": lambda turn: attend(*layers.at(turn)),
         "anchor": lambda turn: decode(*layers.at(turn), visual, config),
         "follower": lambda turn: attend(*layers.at(turn), visual, selection),
@@ -171,8 +170,8 @@ def _check(layers: Layers, selection: Selection) -> None:
         keep[b, selection.indices[b, :count].long()] = True
     kept = keep.nonzero()[:, 1].view(kv.batch, -1)
     pairs = {
-        "dense": (attend(q, kv), sdpa.grouped(q, kv)),
-        "follower": (attend(q, kv, layers.visual, selection), sdpa.gathered(q, kv, kept)),
+        "dense": (attend(q, kv), torch_forms.grouped(q, kv)),
+        "follower": (attend(q, kv, layers.visual, selection), torch_forms.gathered(q, kv, kept)),
     }
     for name, (ours, torchs) in pairs.items():
         error = (ours.float() - torchs.float()).abs().max().item()

@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import ops
-from ..baselines import Method, Prompt, Run, apply
 from ..structs import KVCache
+from .method import Method, Run, apply
+from .prompt import Prompt
 
 TAUS = (1.0, 0.7, 0.4, 0.2, 0.1, 0.05)
 THRESHOLDS = (0.0005, 0.001, 0.0015, 0.002)  # of the paper; a token is active above one

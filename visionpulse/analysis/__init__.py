@@ -1,1 +1,0 @@
-"""What numbers and traces mean: costs, correlations, calibration, plots."""

@@ -1,0 +1,1 @@
+"""A setting for a model, from what its own dense answers look at."""

@@ -91,14 +91,14 @@ class Step:
 
     def check(self) -> None:
         """Hold a dense layer, an anchor and a follower against float64, one KV head of each."""
-        assert_heads(self.layers, 0, self.attend(0, None), None)
+        assert_heads(self.layers, 0, self.attend(0, None), None, self.backend)
         if self.config is None or Role.ANCHOR not in self.roles:
             return
         selection = self.decode(0)
         assert_selection(self.layers, selection, self.config, self.backend)
         pruned = self.config.anchor_output == "pruned"
-        assert_heads(self.layers, 0, self.outs[0], selection if pruned else None)
-        assert_heads(self.layers, 1, self.attend(1, selection), selection)
+        assert_heads(self.layers, 0, self.outs[0], selection if pruned else None, self.backend)
+        assert_heads(self.layers, 1, self.attend(1, selection), selection, self.backend)
 
 
 def _fit(changes: dict[str, object], count: int) -> dict[str, object]:
@@ -110,14 +110,15 @@ def _fit(changes: dict[str, object], count: int) -> dict[str, object]:
 
 
 def assert_heads(
-    layers: Layers, layer: int, out: torch.Tensor, selection: vp.Selection | None
+    layers: Layers, layer: int, out: torch.Tensor, selection: vp.Selection | None, backend: str
 ) -> None:
     """The last KV head alone: float64 of all of them would not fit at long contexts."""
     (q, kv), group = layers.at(layer), layers.shape.heads // layers.shape.kv_heads
     alone = vp.KVCache(kv.k[:, -1:], kv.v[:, -1:])
     q = q[:, -group:]
     exact = Exact(q, alone, layers.visual, vp.ops.numbers(q, None, None, None))
-    assert_output(out[:, -group:], exact, selection)
+    rounds_weights = get(backend).rounds_weights(out.dtype)
+    assert_output(out[:, -group:], exact, selection, rounds_weights=rounds_weights)
 
 
 def assert_selection(

@@ -48,9 +48,9 @@ class Ours:
         self.scored = [self.score(turn) for turn in range(len(layers))]
         out, self.selection = vp.decode(*layers.at(0), layers.visual, self.config, **self.common)
         assert_selection(layers, self.selection, self.config, backend)
-        assert_heads(layers, 0, out, self.selection)
-        assert_heads(layers, 1, self.follower(1), self.selection)
-        assert_heads(layers, 1, self.dense(1), None)
+        assert_heads(layers, 0, out, self.selection, backend)
+        assert_heads(layers, 1, self.follower(1), self.selection, backend)
+        assert_heads(layers, 1, self.dense(1), None, backend)
         staged = self.select(0)
         assert torch.equal(staged.indices, self.selection.indices), "the stages select otherwise"
 

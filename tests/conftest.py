@@ -11,6 +11,7 @@ from visionpulse.testing import (
     assert_output,
     assert_scores,
     assert_valid_selection,
+    compare,
 )
 from visionpulse.testing.compare import Exact, assert_counts
 
@@ -22,6 +23,49 @@ def pytest_addoption(parser):
         default="",
         help="fail where one of these cannot run, so that a skip hides nothing",
     )
+    parser.addoption(
+        "--worst-ratios",
+        action="store_true",
+        help="print the largest error over its bound of every backend and dtype",
+    )
+
+
+def pytest_configure(config):
+    if config.getoption("--worst-ratios"):
+        config.pluginmanager.register(WorstRatios())
+
+
+class WorstRatios:
+    """Notes how near each test comes to its bounds; the notes travel with its report."""
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item):
+        callspec = getattr(item, "callspec", None)
+        backend = callspec.params.get("backend", "-") if callspec else "-"
+
+        def note(what, dtype, ratio):
+            name = str(dtype).removeprefix("torch.")
+            item.user_properties.append(("worst ratio", (backend, what, name, ratio)))
+
+        compare.watches.append(note)
+        try:
+            return (yield)
+        finally:
+            compare.watches.remove(note)
+
+    def pytest_terminal_summary(self, terminalreporter):
+        worst = {}
+        for outcome in ("passed", "failed"):
+            for report in terminalreporter.getreports(outcome):
+                for name, found in report.user_properties:
+                    if name == "worst ratio" and report.when == "call":
+                        *key, ratio = found
+                        was = worst.get(tuple(key), (-1.0, ""))
+                        worst[tuple(key)] = max(was, (ratio, report.nodeid))
+        terminalreporter.section("largest error over its bound")
+        for (backend, what, dtype), (ratio, test) in sorted(worst.items()):
+            line = f"{backend:10} {what:10} {dtype:9} {ratio:6.3f}  {test}"
+            terminalreporter.write_line(line)
 
 
 def _listed(config, option):
@@ -87,7 +131,18 @@ def params_of():
 
 
 @pytest.fixture(scope="session")
-def check_decode(params_of):
+def check_output():
+    """Compare an output with the contract, as exact as its backend declares to be."""
+
+    def check(out, exact, selection, backend):
+        rounds_weights = get(backend).rounds_weights(out.dtype)
+        assert_output(out, exact, selection, rounds_weights=rounds_weights)
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def check_decode(params_of, check_output):
     """Run decode once and hold everything it gives against the contract."""
 
     def check(problem, backend, config=None):
@@ -104,7 +159,8 @@ def check_decode(params_of):
         assert selection.indices.shape == (kv.batch, params.k_max)
         assert_counts(selection, exact.n_visual, params)
         assert_valid_selection(selection, scores, exact.candidate)
-        assert_output(out, exact, selection if config.anchor_output == "pruned" else None)
+        kept = selection if config.anchor_output == "pruned" else None
+        check_output(out, exact, kept, backend)
         return out, selection, scores
 
     return check

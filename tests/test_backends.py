@@ -14,7 +14,6 @@ from visionpulse.testing import (
     CASES,
     Case,
     assert_masses,
-    assert_output,
     assert_scores,
     assert_valid_selection,
 )
@@ -68,7 +67,7 @@ def test_any_head_dim(backend, device, head_dim, dtype, check_decode):
 
 @by_case
 @by_dtype
-def test_stages_are_the_contract(backend, device, case, dtype, params_of):
+def test_stages_are_the_contract(backend, device, case, dtype, params_of, check_output):
     problem = case.build(dtype, device)
     q, kv, visual, config = problem.q, problem.kv, problem.visual, problem.config
     scores, mass, mass_mean = vp.score(q, kv, visual, config, backend=backend, **case.options)
@@ -89,26 +88,26 @@ def test_stages_are_the_contract(backend, device, case, dtype, params_of):
     assert_counts(selection, exact.n_visual, exact.params)
     assert_valid_selection(selection, scores, exact.candidate)
     out = vp.attend(q, kv, visual, selection, backend=backend, **case.options)
-    assert_output(out, exact, selection)
+    check_output(out, exact, selection, backend)
 
 
 @by_case
 @by_dtype
-def test_dense_decode_is_the_contract(backend, device, case, dtype, params_of):
+def test_dense_decode_is_the_contract(backend, device, case, dtype, params_of, check_output):
     problem = case.build(dtype, device)
     out = vp.attend(problem.q, problem.kv, backend=backend, **case.options)
     exact = Exact(problem.q, problem.kv, problem.visual, params_of(problem))
-    assert_output(out, exact, None)
+    check_output(out, exact, None, backend)
 
 
-def test_a_follower_leaves_out_what_its_window_hides(backend, device, params_of):
+def test_a_follower_leaves_out_what_its_window_hides(backend, device, params_of, check_output):
     """The anchor chose without a window; the follower has one."""
     problem = CASES["grouped"].build(torch.float32, device)
     q, kv, visual = problem.q, problem.kv, problem.visual
     _, selection = vp.decode(q, kv, visual, problem.config, backend=backend)
     out = vp.attend(q, kv, visual, selection, window=40, backend=backend)
     params = params_of(problem)._replace(window=40)
-    assert_output(out, Exact(q, kv, visual, params), selection)
+    check_output(out, Exact(q, kv, visual, params), selection, backend)
 
 
 @cache
@@ -206,14 +205,14 @@ def test_equal_logits_have_equal_score_bits(backend, device, score, dtype):
         assert_same_bits(same, same[:1].expand_as(same))
 
 
-def test_keeping_all_is_dense_attention(backend, device, params_of):
+def test_keeping_all_is_dense_attention(backend, device, params_of, check_output):
     problem = CASES["keep-all"].build(torch.float32, device)
     q, kv, visual = problem.q, problem.kv, problem.visual
     out, selection = vp.decode(q, kv, visual, problem.config, backend=backend)
     assert torch.equal(selection.counts, visual.counts)
     exact = Exact(q, kv, visual, params_of(problem))
-    assert_output(out, exact, None)
-    assert_output(vp.attend(q, kv, visual, selection, backend=backend), exact, None)
+    check_output(out, exact, None, backend)
+    check_output(vp.attend(q, kv, visual, selection, backend=backend), exact, None, backend)
 
 
 def test_a_given_output_is_filled(backend, device):
@@ -301,7 +300,7 @@ POLICIES = {
 
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
 @pytest.mark.parametrize("anchor_output", ("pruned", "dense"))
-def test_every_budget_runs(backend, device, policy, anchor_output, params_of):
+def test_every_budget_runs(backend, device, policy, anchor_output, params_of, check_output):
     problem = CASES["ragged"].build(torch.float32, device)
     q, kv, visual = problem.q, problem.kv, problem.visual
     config = vp.PulseConfig(ratio=(0.1, 0.4), budget=policy, anchor_output=anchor_output)
@@ -309,7 +308,7 @@ def test_every_budget_runs(backend, device, policy, anchor_output, params_of):
     out, selection = vp.decode(q, kv, visual, config, scores=scores, backend=backend)
     exact = Exact(q, kv, visual, params_of(problem, config))
     assert_valid_selection(selection, scores, exact.candidate)
-    assert_output(out, exact, selection if anchor_output == "pruned" else None)
+    check_output(out, exact, selection if anchor_output == "pruned" else None, backend)
     n = exact.n_visual
     if isinstance(policy, vp.TopK):
         assert torch.equal(selection.counts, n.clamp(max=9))

@@ -55,6 +55,10 @@ class Backend:
         """Why it does not select from these scores, or None."""
         raise NotImplementedError
 
+    def rounds_weights(self, dtype: torch.dtype) -> bool:
+        """Whether it rounds the weights of V to `dtype`, as tensor cores need; else float32."""
+        return False
+
     def score(
         self,
         q: Tensor,

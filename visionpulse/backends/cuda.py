@@ -107,6 +107,9 @@ class CudaBackend(Backend):
             return f"it computes on NVIDIA GPUs, the tensors are on {tensor.device}"
         return _unavailable(tensor.device.index or 0)
 
+    def rounds_weights(self, dtype: torch.dtype) -> bool:
+        return dtype != torch.float32
+
     def score(
         self,
         q: Tensor,

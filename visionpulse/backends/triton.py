@@ -71,6 +71,9 @@ class TritonBackend(Backend):
     def refuses_select(self, scores: Tensor, params: Params) -> str | None:
         return self._refuses(scores, (torch.float32,))
 
+    def rounds_weights(self, dtype: torch.dtype) -> bool:
+        return dtype != torch.float32
+
     def score(
         self,
         q: Tensor,

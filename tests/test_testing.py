@@ -4,13 +4,13 @@ import pytest
 import torch
 
 import visionpulse as vp
+from visionpulse.bench import timing
 from visionpulse.structs import Params
 from visionpulse.testing import (
     CASES,
     assert_masses,
     assert_output,
     assert_valid_selection,
-    timing,
 )
 from visionpulse.testing.compare import Exact, assert_counts
 

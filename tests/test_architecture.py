@@ -11,41 +11,44 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "visionpulse"
 
 # What each room may import of ours at module level; a longer name wins over its prefix.
-STRUCTS = {"structs", "workspace"}
+RECORDS = {"cache", "call", "selection", "visual", "workspace"}
 ALLOWED = {
     "budgets": set(),
     "workspace": set(),
     "tracing": set(),
     "_native": set(),
-    "checks": set(),
-    "struct_checks": {"checks"},
-    "structs": {"struct_checks"},
+    "tensor_checks": set(),
+    "cache": {"tensor_checks"},
+    "visual": {"tensor_checks"},
+    "selection": set(),
+    "call": set(),
+    "checks": {"cache", "selection", "tensor_checks", "visual"},
     "config": {"budgets"},
     "schedule": {"config"},
-    "reference": {"structs", "budgets"},
-    "backends": {"config", *STRUCTS},
-    "backends.reference": {"backends", "reference", *STRUCTS},
-    "backends.packing": {*STRUCTS},
-    "backends.cpu": {"backends", "backends.packing", "_native", *STRUCTS},
-    "backends.cuda": {"backends", "backends.packing", "_native", *STRUCTS},
-    "backends.triton": {"backends", "_triton", *STRUCTS},
-    "library": {"backends", *STRUCTS},
+    "reference": {"budgets", *RECORDS},
+    "backends": {"config", *RECORDS},
+    "backends.reference": {"backends", "reference", *RECORDS},
+    "backends.packing": {*RECORDS},
+    "backends.cpu": {"backends", "backends.packing", "_native", *RECORDS},
+    "backends.cuda": {"backends", "backends.packing", "_native", *RECORDS},
+    "backends.triton": {"backends", "_triton", *RECORDS},
+    "library": {"backends", *RECORDS},
     "ops": {
-        "backends", "budgets", "checks", "config", "library", "struct_checks", "tracing", *STRUCTS
+        "backends", "budgets", "checks", "config", "library", "tensor_checks", "tracing", *RECORDS
     },
-    "prepared": {"backends", "config", "ops", *STRUCTS},
-    "trace": {*STRUCTS},
+    "prepared": {"backends", "config", "ops", *RECORDS},
+    "trace": {*RECORDS},
     "models": {
-        "backends", "config", "ops", "prepared", "schedule", "trace.record", "tracing", *STRUCTS
+        "backends", "config", "ops", "prepared", "schedule", "trace.record", "tracing", *RECORDS
     },
     "data": set(),
-    "calibration": {"config", "models", "ops", "trace", *STRUCTS},
-    "bench": {"config", "schedule", *STRUCTS},
-    "testing": {"budgets", "config", "reference", *STRUCTS},
-    "__init__": {"backends", "budgets", "config", "models", "ops", *STRUCTS},
+    "calibration": {"config", "models", "ops", "trace", *RECORDS},
+    "bench": {"config", "schedule", *RECORDS},
+    "testing": {"budgets", "config", "reference", *RECORDS},
+    "__init__": {"backends", "budgets", "config", "models", "ops", *RECORDS},
     "integrations": {"models"},
     "cli": {
-        "bench", "calibration", "config", "data", "models", "ops", "structs", "trace"
+        "bench", "calibration", "config", "data", "models", "ops", "selection", "trace"
     },
     "__main__": {"__init__", "backends"},
 }  # fmt: skip
@@ -193,8 +196,8 @@ def test_csrc_and_kernels_include_no_torch():
 def test_the_rules_can_fail(tmp_path):
     """A module that breaks them is seen."""
     text = "import triton\nfrom . import ops\ndef f():\n    import transformers\n"
-    path = PACKAGE / "structs.py"
+    path = PACKAGE / "visual.py"
     broken = ast.parse(text)
     assert {type(n).__name__ for n in module_level(broken)} == {"Import", "ImportFrom"}
     ours, others = imports_of(path)
-    assert ours == {"struct_checks"} and not others & OPTIONAL
+    assert ours == {"tensor_checks"} and not others & OPTIONAL

@@ -5,7 +5,7 @@ import torch
 
 import visionpulse as vp
 from visionpulse.bench import timing
-from visionpulse.structs import Params
+from visionpulse.call import Params
 from visionpulse.testing import (
     CASES,
     assert_masses,

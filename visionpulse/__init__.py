@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from .backends import BackendUnavailableError, backends
 from .budgets import Fixed, Random, TopK, TopP
 from .budgets import register as register_budget
+from .cache import KVCache, PagedKVCache
 from .config import PRESETS, PulseConfig, load_config
 from .models import (
     Session,
@@ -18,7 +19,8 @@ from .models import (
     unpatch,
 )
 from .ops import attend, decode, score, select
-from .structs import KVCache, PagedKVCache, Selection, VisualTokens
+from .selection import Selection
+from .visual import VisualTokens
 from .workspace import Workspace
 
 if TYPE_CHECKING:

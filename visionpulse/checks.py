@@ -1,70 +1,24 @@
 """The checks of a call's arguments: what was expected, what came, and the way out.
 
-What the structs are made of is checked in struct_checks.py, when they are made. Rank, dtype,
-device, strides and host numbers are checked always. Values inside tensors are checked only where
-the tensor is on the CPU, or when a person asks by `kv.validate()`: nothing in a decode step may
-read the device.
+What a record is made of is checked when it is made. Rank, dtype, device, strides and host numbers
+are checked always. Values inside tensors are checked only where the tensor is on the CPU, or when
+a person asks by `kv.validate()`: nothing in a decode step may read the device.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .structs import Cache, Selection, VisualTokens
+from .cache import Cache, KVCache, PagedKVCache
+from .selection import Selection
+from .tensor_checks import are_readable, in_range, per_row, same_device, tensor, unit_stride
+from .visual import VisualTokens
 
 MAX_GROUP = 32
 
 
-def tensor(name: str, value: object, rank: int, shape: str) -> Tensor:
-    """Check that a value is a tensor of a rank; `shape` is what the message says it should be."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor {shape}, got {type(value).__name__}")
-    if value.dim() != rank:
-        raise ValueError(f"{name} must be {shape}, got shape {tuple(value.shape)}")
-    return value
-
-
-def same_device(name: str, value: Tensor, device: torch.device, of: str) -> None:
-    """Check that a tensor lies where another does."""
-    if value.device != device:
-        raise ValueError(
-            f"{name} is on {value.device} but {of} is on {device}; use .to({str(device)!r})"
-        )
-
-
-def unit_stride(name: str, value: Tensor) -> None:
-    """Check that the last dimension is dense; all others may have any stride."""
-    if value.shape[-1] > 1 and value.stride(-1) != 1:
-        raise ValueError(
-            f"the last dimension of {name} must have stride 1, got strides {value.stride()}; "
-            "pass a view that is contiguous per token, or call .contiguous()"
-        )
-
-
-def per_row(name: str, value: Tensor | None, rows: int, device: torch.device) -> None:
-    """Check an optional int32 tensor with one number per row."""
-    if value is None:
-        return
-    tensor(name, value, 1, "int32 [B]")
-    if value.dtype != torch.int32:
-        raise TypeError(f"{name} must be int32, got {value.dtype}; use .to(torch.int32)")
-    if value.shape[0] != rows:
-        raise ValueError(f"{name} must hold one number per row, got {len(value)} for B={rows}")
-    same_device(name, value, device, "the cache")
-    if not value.is_contiguous():
-        raise ValueError(f"{name} must be contiguous, got stride {value.stride()}")
-
-
-def in_range(name: str, values: Tensor, low: int, high: int, way_out: str) -> None:
-    """Check the values of a tensor; reads the device."""
-    smallest, largest = (int(value) for value in torch.aminmax(values))
-    if smallest < low or largest > high:
-        raise ValueError(f"{name} must lie in {low}..{high}, got {smallest}..{largest}; {way_out}")
-
-
-def query(q: Tensor, kv: "Cache") -> None:
+def query(q: Tensor, kv: Cache) -> None:
     """Check a query against its cache."""
     tensor("q", q, 3, "[B, H, D]")
     if q.dtype != kv.dtype:
@@ -96,9 +50,9 @@ def no_grad(*tensors: Tensor) -> None:
         )
 
 
-def visual_set(visual: "VisualTokens", rows: int, size: int, device: torch.device) -> None:
+def visual_set(visual: VisualTokens, rows: int, size: int, device: torch.device) -> None:
     """Check a visual set against the rows, slots and device it is used with."""
-    if not hasattr(visual, "spans"):
+    if not isinstance(visual, VisualTokens):
         raise TypeError(
             f"visual must be a VisualTokens, got {type(visual).__name__}; "
             "make one with VisualTokens.from_mask, from_spans or from_ids"
@@ -114,9 +68,9 @@ def visual_set(visual: "VisualTokens", rows: int, size: int, device: torch.devic
     same_device("visual", visual.spans, device, "the cache")
 
 
-def selection(chosen: "Selection", rows: int, size: int, device: torch.device) -> None:
+def selection(chosen: Selection, rows: int, size: int, device: torch.device) -> None:
     """Check a selection against the rows, slots and device it is used with."""
-    if not hasattr(chosen, "mass_mean"):
+    if not isinstance(chosen, Selection):
         raise TypeError(
             f"selection must be a Selection, got {type(chosen).__name__}; "
             "decode and select give one"
@@ -132,7 +86,7 @@ def selection(chosen: "Selection", rows: int, size: int, device: torch.device) -
         raise ValueError("selection.indices must be contiguous; call .contiguous()")
     same_device("selection", indices, device, "the cache")
     per_row("selection.counts", chosen.counts, rows, device)
-    if not chosen.trusted and device.type == "cpu" and not torch.compiler.is_compiling():
+    if not chosen.trusted and are_readable(device):
         _selection_values(indices, chosen.counts, size)
 
 
@@ -245,7 +199,7 @@ def counts(value: Any, n_visual: Tensor, policy: object) -> Tensor:
 
 def cache(kv: object) -> None:
     """Refuse what is not a cache."""
-    if not hasattr(kv, "is_paged"):
+    if not isinstance(kv, (KVCache, PagedKVCache)):
         raise TypeError(
             f"kv must be a KVCache or PagedKVCache, got {type(kv).__name__}; "
             "wrap K and V: KVCache(k, v)"

@@ -1,7 +1,7 @@
 """The ops as torch.library sees them: schemas, implementations, fakes.
 
 Only compiled code goes through here; eager calls reach a backend directly. An op takes the fields
-of the structs one by one, because a schema knows tensors and numbers only.
+of the records one by one, because a schema knows tensors and numbers only.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +12,10 @@ from torch import Tensor
 
 from . import workspace
 from .backends import Backend, mass_dtype, resolve
-from .structs import Cache, KVCache, PagedKVCache, Params, Selection, VisualTokens
+from .cache import Cache, KVCache, PagedKVCache
+from .call import Params
+from .selection import Selection
+from .visual import VisualTokens
 
 _CACHE = "Tensor k, Tensor v, Tensor? block_table, Tensor? lengths, Tensor? starts, str layout"
 _VISUAL = "Tensor spans, Tensor offsets, Tensor visual_counts, SymInt max_count"

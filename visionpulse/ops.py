@@ -11,10 +11,13 @@ from torch import Tensor
 
 from . import budgets, checks, library
 from .backends import Against, Backend, Choice, choice, mass_dtype, resolve
+from .cache import Cache
+from .call import Params
 from .config import PulseConfig
 from .config import resolve as resolve_config
-from .struct_checks import cache_values
-from .structs import Cache, Params, Selection, VisualTokens
+from .selection import Selection
+from .tensor_checks import are_readable
+from .visual import VisualTokens
 from .workspace import Workspace
 from .workspace import default as default_workspace
 
@@ -190,8 +193,8 @@ def check(q: Tensor, kv: Cache, visual: VisualTokens | None) -> None:
     checks.no_grad(q, kv.k_data, kv.v_data)
     if visual is not None:
         checks.visual_set(visual, kv.batch, kv.capacity, kv.device)
-    if kv.device.type == "cpu" and not compiling():
-        cache_values(kv)
+    if are_readable(kv.device):
+        kv.validate()
 
 
 def numbers(q: Tensor, scale: float | None, softcap: float | None, window: int | None) -> Params:

@@ -11,8 +11,11 @@ from torch import Tensor
 
 from . import ops
 from .backends import Backend
+from .cache import KVCache
+from .call import Params
 from .config import PulseConfig
-from .structs import KVCache, Params, Selection, VisualTokens
+from .selection import Selection
+from .visual import VisualTokens
 from .workspace import Workspace
 from .workspace import default as default_workspace
 

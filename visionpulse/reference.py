@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 from .budgets import clamp_count
-from .structs import Cache, PagedKVCache, Params, Selection, VisualTokens
+from .cache import Cache, PagedKVCache
+from .call import Params
+from .selection import Selection
+from .visual import VisualTokens
 
 
 def keys_and_values(kv: Cache, heads: int) -> tuple[Tensor, Tensor]:

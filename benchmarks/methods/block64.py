@@ -18,8 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from visionpulse.cache import KVCache
 from visionpulse.config import PulseConfig
-from visionpulse.structs import KVCache, VisualTokens
+from visionpulse.visual import VisualTokens
 
 BLOCK = 64
 

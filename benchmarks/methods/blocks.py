@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from visionpulse import ops
+from visionpulse.cache import KVCache
 from visionpulse.calibration.method import Method, Run
 from visionpulse.calibration.prompt import Prompt
 from visionpulse.config import PulseConfig
-from visionpulse.structs import KVCache
 
 from . import block64
 

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from visionpulse import ops
+from visionpulse.cache import KVCache
 from visionpulse.calibration.method import Method, Run
 from visionpulse.calibration.prompt import Prompt
-from visionpulse.structs import KVCache, Selection
+from visionpulse.selection import Selection
 
 
 def nothing(rows: int, device: torch.device) -> Selection:

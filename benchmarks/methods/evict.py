@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from visionpulse.calibration.prompt import Prompt
-from visionpulse.structs import VisualTokens
+from visionpulse.visual import VisualTokens
 
 
 def best(scores: Tensor, candidates: Tensor, wanted: Tensor) -> Tensor:

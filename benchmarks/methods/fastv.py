@@ -8,10 +8,11 @@ from torch import Tensor
 
 from visionpulse import ops
 from visionpulse.budgets import Fixed
+from visionpulse.cache import KVCache
 from visionpulse.calibration.method import Method, Run
 from visionpulse.calibration.prompt import Prompt
 from visionpulse.config import PulseConfig
-from visionpulse.structs import KVCache, Selection
+from visionpulse.selection import Selection
 
 from .evict import best, evict
 

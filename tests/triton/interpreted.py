@@ -12,7 +12,8 @@ import torch
 
 import visionpulse as vp
 from visionpulse.backends import BackendUnavailableError, get
-from visionpulse.structs import KVCache, PagedKVCache, Selection
+from visionpulse.cache import KVCache, PagedKVCache
+from visionpulse.selection import Selection
 from visionpulse.testing import CASES
 from visionpulse.testing.compare import Exact
 from visionpulse.workspace import Workspace

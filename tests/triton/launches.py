@@ -8,7 +8,9 @@ import torch
 import visionpulse._triton as kernels
 from visionpulse._triton import tuning
 
-from visionpulse.structs import KVCache, PagedKVCache, Params, VisualTokens
+from visionpulse.cache import KVCache, PagedKVCache
+from visionpulse.call import Params
+from visionpulse.visual import VisualTokens
 from visionpulse.workspace import Workspace
 
 # Multiprocessors, on which the most splits of a row depend. No sm_86 has so many: with those of

@@ -16,7 +16,10 @@ import torch
 from torch import Tensor
 
 from .. import config as _config
-from ..structs import Cache, Params, Selection, VisualTokens
+from ..cache import Cache
+from ..call import Params
+from ..selection import Selection
+from ..visual import VisualTokens
 from ..workspace import Workspace
 
 _CLASSES = {

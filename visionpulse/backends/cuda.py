@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from ..structs import Cache, Params, Selection, VisualTokens
+from ..cache import Cache
+from ..call import Params
+from ..selection import Selection
+from ..visual import VisualTokens
 from ..workspace import Workspace
 from . import Backend
 from . import packing as pack

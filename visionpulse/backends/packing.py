@@ -6,7 +6,10 @@
 import torch
 from torch import Tensor
 
-from ..structs import Cache, Params, Selection, VisualTokens
+from ..cache import Cache
+from ..call import Params
+from ..selection import Selection
+from ..visual import VisualTokens
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SCORES = {"prob": 0, "logit": 1, "prob_tau": 2}

@@ -3,7 +3,10 @@
 from torch import Tensor
 
 from .. import reference
-from ..structs import Cache, Params, Selection, VisualTokens
+from ..cache import Cache
+from ..call import Params
+from ..selection import Selection
+from ..visual import VisualTokens
 from ..workspace import Workspace
 from . import Backend
 

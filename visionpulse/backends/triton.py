@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..structs import Cache, Params, Selection, VisualTokens
+from ..cache import Cache
+from ..call import Params
+from ..selection import Selection
+from ..visual import VisualTokens
 from ..workspace import Workspace
 from . import Backend
 

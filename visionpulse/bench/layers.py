@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cache import KVCache
 from ..config import PulseConfig
-from ..structs import KVCache, VisualTokens
+from ..visual import VisualTokens
 from .cost import Shape as CostShape
 
 LAST_CACHE = {"cpu": 64 << 20, "cuda": 128 << 20}  # bytes, above any of today's

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..cache import KVCache
 from ..config import PulseConfig
-from ..structs import KVCache
 
 
 def grouped(q: Tensor, kv: KVCache) -> Tensor:

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from ..cache import KVCache
 from ..models.families import Anatomy, UnsupportedModelError, anatomy
 from ..models.session import session_of
-from ..structs import KVCache
 from .prompt import Prompt
 
 _names = itertools.count()

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import ops
-from ..structs import KVCache
+from ..cache import KVCache
 from .method import Method, Run, apply
 from .prompt import Prompt
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from ..structs import VisualTokens
+from ..visual import VisualTokens
 
 
 @dataclass

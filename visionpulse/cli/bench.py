@@ -24,7 +24,7 @@ from ..bench.timing import interleaved
 from ..config import PulseConfig
 from ..config import resolve as resolve_config
 from ..ops import attend, decode
-from ..structs import Selection
+from ..selection import Selection
 
 MOST_ROUNDS, LEAST_ROUNDS = 15, 3
 

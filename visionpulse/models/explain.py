@@ -8,9 +8,10 @@ from torch import nn
 
 from .. import ops
 from ..backends import Choice
+from ..cache import KVCache
 from ..config import PulseConfig
 from ..config import resolve as resolve_config
-from ..structs import KVCache, VisualTokens
+from ..visual import VisualTokens
 from . import registry
 from .families import TESTED, Anatomy, anatomy, attention_layers
 from .plan import Plan, plan_of

@@ -8,7 +8,8 @@ is made on the device, so one graph serves both.
 import torch
 from torch import Tensor
 
-from ..structs import Selection, VisualTokens
+from ..selection import Selection
+from ..visual import VisualTokens
 
 
 class LookBack:

@@ -14,8 +14,8 @@ from torch import Tensor
 from ..config import PulseConfig
 from ..config import resolve as resolve_config
 from ..prepared import Prepared
-from ..structs import VisualTokens
 from ..trace.record import Trace, trace_of
+from ..visual import VisualTokens
 from . import registry
 from .attention import attention
 from .cache import release

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..structs import Selection, VisualTokens
+from ..selection import Selection
+from ..visual import VisualTokens
 from .lookback import LookBack
 
 

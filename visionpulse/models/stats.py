@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..structs import Selection
+from ..selection import Selection
 from ..trace.record import Entry
 from .state import CacheState
 

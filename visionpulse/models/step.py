@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from .. import ops, prepared
+from ..cache import KVCache
 from ..config import PulseConfig
 from ..prepared import Prepared
 from ..schedule import Role
-from ..structs import KVCache, Selection, VisualTokens
+from ..selection import Selection
+from ..visual import VisualTokens
 from .plan import Plan
 from .state import CacheState
 from .stats import Recorder

@@ -12,8 +12,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import ops
+from ..cache import KVCache
 from ..config import PulseConfig
-from ..structs import KVCache, Selection, VisualTokens
+from ..selection import Selection
+from ..visual import VisualTokens
 from .families import attention_layers
 
 

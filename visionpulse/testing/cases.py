@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..cache import Cache, KVCache, PagedKVCache
 from ..config import PulseConfig
-from ..structs import Cache, KVCache, PagedKVCache, VisualTokens
+from ..visual import VisualTokens
 
 Spans = tuple[tuple[int, int], ...]
 

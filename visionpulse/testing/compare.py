@@ -8,7 +8,10 @@ from torch import Tensor
 
 from .. import reference
 from ..budgets import clamp_count
-from ..structs import Cache, KVCache, PagedKVCache, Params, Selection, VisualTokens
+from ..cache import Cache, KVCache, PagedKVCache
+from ..call import Params
+from ..selection import Selection
+from ..visual import VisualTokens
 
 _EPS = torch.finfo(torch.float32).eps
 

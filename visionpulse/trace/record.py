@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..structs import Selection, VisualTokens
+from ..selection import Selection
+from ..visual import VisualTokens
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import visionpulse as vp
-from visionpulse.structs import NO_SPAN
+from visionpulse.visual import NO_SPAN
 
 masks = st.integers(1, 3).flatmap(
     lambda rows: st.integers(1, 30).flatmap(
@@ -69,7 +69,7 @@ def test_visible_counts_cut_the_set():
     assert visual.visible_counts(40, starts, lengths, 6).tolist() == [5, 6]
 
 
-def test_structs_are_frozen():
+def test_records_are_frozen():
     visual = vp.VisualTokens.from_spans([[(0, 3)]])
     kv = vp.KVCache(torch.zeros(1, 1, 4, 8), torch.zeros(1, 1, 4, 8))
     for thing, field in ((visual, "max_count"), (kv, "k")):

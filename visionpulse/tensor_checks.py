@@ -1,0 +1,62 @@
+"""The checks that every record and call shares: what was expected, what came, and the way out."""
+
+import torch
+from torch import Tensor
+
+MAX_POSITION = 2**31 - 2  # NO_SPAN, one more, lies behind every position
+
+
+def tensor(name: str, value: object, rank: int, shape: str) -> Tensor:
+    """Check that a value is a tensor of a rank; `shape` is what the message says it should be."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor {shape}, got {type(value).__name__}")
+    if value.dim() != rank:
+        raise ValueError(f"{name} must be {shape}, got shape {tuple(value.shape)}")
+    return value
+
+
+def same_device(name: str, value: Tensor, device: torch.device, of: str) -> None:
+    """Check that a tensor lies where another does."""
+    if value.device != device:
+        raise ValueError(
+            f"{name} is on {value.device} but {of} is on {device}; use .to({str(device)!r})"
+        )
+
+
+def unit_stride(name: str, value: Tensor) -> None:
+    """Check that the last dimension is dense; all others may have any stride."""
+    if value.shape[-1] > 1 and value.stride(-1) != 1:
+        raise ValueError(
+            f"the last dimension of {name} must have stride 1, got strides {value.stride()}; "
+            "pass a view that is contiguous per token, or call .contiguous()"
+        )
+
+
+def per_row(name: str, value: Tensor | None, rows: int, device: torch.device) -> None:
+    """Check an optional int32 tensor with one number per row."""
+    if value is None:
+        return
+    tensor(name, value, 1, "int32 [B]")
+    if value.dtype != torch.int32:
+        raise TypeError(f"{name} must be int32, got {value.dtype}; use .to(torch.int32)")
+    if value.shape[0] != rows:
+        raise ValueError(f"{name} must hold one number per row, got {len(value)} for B={rows}")
+    same_device(name, value, device, "the cache")
+    if not value.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got stride {value.stride()}")
+
+
+def in_range(name: str, values: Tensor, low: int, high: int, way_out: str) -> None:
+    """Check the values of a tensor; reads the device."""
+    smallest, largest = (int(value) for value in torch.aminmax(values))
+    if smallest < low or largest > high:
+        raise ValueError(f"{name} must lie in {low}..{high}, got {smallest}..{largest}; {way_out}")
+
+
+def are_readable(device: torch.device) -> bool:
+    """Whether a call may look at the values in tensors: on the CPU, and never in a graph.
+
+    On a GPU it would wait for the device; in a graph it would guard on one prompt's numbers, and
+    the next prompt would compile anew.
+    """
+    return device.type == "cpu" and not torch.compiler.is_compiling()

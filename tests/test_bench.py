@@ -1,17 +1,20 @@
 """The bench verb, the rows, and the plots made from them: on sizes that take no time."""
 
+import io
 import json
+import sys
 import xml.etree.ElementTree
 from dataclasses import replace
 
 import pytest
 import torch
 
-from visionpulse import __main__ as command_line
+from visionpulse import cli as command_line
 from visionpulse.bench import cost, layers, plots, rows, timing
 from visionpulse.bench.ceilings import measure
+from visionpulse.bench.progress import progress_bar
 from visionpulse.bench.report import PLAIN, TODAY
-from visionpulse.cli.bench import Bar, _threads, main
+from visionpulse.cli.bench import _threads, main
 
 TINY = [
     "--device",
@@ -94,16 +97,30 @@ def test_a_busy_machine_is_measured_on_one_thread(monkeypatch):
     assert _threads(load=3.0) == 1
 
 
-def test_the_progress_bar_stays_on_its_line():
-    class Terminal(list):
-        write, flush = list.append, lambda self: None
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
 
-    terminal = Terminal()
-    bar = Bar(terminal)
-    bar.part(0.5, 0.5, "8k")(0.5)
-    bar.close()
-    assert "75 %  8k" in terminal[0] and terminal[0].count("#") == round(0.75 * bar.WIDTH)
-    assert not any("\n" in text for text in terminal)
+
+def test_the_progress_bar_stays_on_its_line_and_goes_away(monkeypatch):
+    pytest.importorskip("tqdm")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    tick = progress_bar()
+    tick("8k", 1, 2)
+    tick("16k", 2, 2)
+    said = sys.stderr.getvalue()
+    assert "8k:  50%" in said and "16k: 100%" in said and "\n" not in said
+    assert not said.rsplit("\r", 2)[1].strip()  # the last thing drawn is an empty line
+
+
+@pytest.mark.parametrize("stderr", [io.StringIO, Terminal])
+def test_no_progress_bar_off_a_terminal_or_without_tqdm(stderr, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", stderr())
+    if stderr is Terminal:
+        monkeypatch.setitem(sys.modules, "tqdm", None)
+    progress_bar()("8k", 1, 2)
+    progress_bar(on=False)("8k", 1, 2)
+    assert not sys.stderr.getvalue()
 
 
 def test_a_row_has_its_rate_ceiling_and_ratio():

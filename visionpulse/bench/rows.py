@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from ..backends.cpu import instruction_set
 from .timing import Times
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -258,10 +259,8 @@ def _cpu_model() -> str:
 
 
 def _cpu_isa() -> str:
-    from importlib import import_module
-
     try:
-        return str(import_module("visionpulse.backends.cpu").instruction_set())
+        return instruction_set()
     except (ImportError, RuntimeError):
         return "none"
 

@@ -1,1 +1,31 @@
-"""The command line: one module a verb."""
+"""The command line: one module a verb, imported when the verb is asked for."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+# verb, which is its module's name: what it is for
+VERBS = {
+    "info": "what is installed, and which backends can run here",
+    "demo": "a picture answered dense and with VisionPulse, side by side",
+    "run": "a program, with every model that it loads patched",
+    "calibrate": "anchor, tau and bounds for a model, from your own inputs",
+    "plot": "a saved trace, drawn again without the model",
+    "bench": "what you would gain on this machine, for a model's config",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb."""
+    argv = sys.argv[1:] if argv is None else argv
+    width = max(map(len, VERBS))
+    lines = "\n".join(f"  {verb:<{width}}  {text}" for verb, text in VERBS.items())
+    usage = f"usage: visionpulse <verb> [options]\n\n{lines}\n\nvisionpulse <verb> --help says more"
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage)
+        return 0
+    if argv[0] not in VERBS:
+        print(f"visionpulse: no verb {argv[0]!r}\n{usage}", file=sys.stderr)
+        return 2
+    verb = importlib.import_module(f".{argv[0]}", __name__)
+    return int(verb.main(argv[1:]))

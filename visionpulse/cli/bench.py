@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -19,6 +18,7 @@ from ..bench import cost, plots, torch_forms
 from ..bench import rows as rows_
 from ..bench.ceilings import Ceilings
 from ..bench.layers import Layers, Shape
+from ..bench.progress import Tick, progress_bar
 from ..bench.report import PLAIN, TODAY, Measured, Report
 from ..bench.timing import interleaved
 from ..config import PulseConfig
@@ -42,14 +42,12 @@ def main(argv: Sequence[str]) -> int:
     threads = options.threads or _threads(rows_.Machine.here().load)
     torch.set_num_threads(threads)
     device, dtype = torch.device(options.device), rows_.DTYPES[options.dtype]
-    bar = Bar(sys.stderr if options.progress and sys.stderr.isatty() else None)
+    tick = progress_bar(options.progress)
     machine = rows_.Machine.here(device)
     measured = []
-    for i, shape in enumerate(shapes):
+    for shape in shapes:
         seconds = options.seconds / len(shapes)
-        show = bar.part(i / len(shapes), 1 / len(shapes), f"{plots.short(shape.visual)} keys")
-        measured.append(_measure(shape, dtype, device, config, seconds, show))
-    bar.close()
+        measured.append(_measure(shape, dtype, device, config, seconds, tick))
     report = Report(decoder, config, dtype, machine, measured, options)
     print(report.text())
     folder = Path(options.out)
@@ -124,7 +122,7 @@ def _measure(
     device: torch.device,
     config: PulseConfig,
     seconds: float,
-    progress: Callable[[float], None],
+    tick: Tick,
 ) -> Measured:
     """Time the kinds of layer in one interleaved run of about `seconds`, inputs included."""
     begin = time.perf_counter()
@@ -139,8 +137,9 @@ def _measure(
     round_ = time.perf_counter() - once
     left = seconds - (time.perf_counter() - begin)
     rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, int(left / round_) - 1))
+    what = f"{plots.short(shape.visual)} visual tokens"
     times = interleaved(
-        variants, rounds, device=device, on_round=lambda n: progress((n + 1) / (rounds + 1))
+        variants, rounds, device=device, on_round=lambda n: tick(what, n + 1, rounds + 1)
     )
     read, gather = ceilings.read(times), ceilings.gather(times)
     found = cost.Ceilings(read.gb_s * 1e9, ceilings.compute(times), gather.gb_s * 1e9)
@@ -181,31 +180,3 @@ def _check(layers: Layers, selection: Selection) -> None:
                 f"our {name} output differs from torch's by {error:.2e}, allowed {allowed:.2e}; "
                 "timings of a wrong answer are worth nothing: please report this"
             )
-
-
-class Bar:
-    """A progress bar on one line of a terminal; silent without one."""
-
-    WIDTH = 30
-
-    def __init__(self, stream: Any) -> None:
-        self.stream = stream
-
-    def part(self, start: float, width: float, label: str) -> Callable[[float], None]:
-        """What shows a share of one part of the work."""
-        return lambda done: self.show(start + done * width, label)
-
-    def show(self, share: float, label: str) -> None:
-        """Draw the share that is done."""
-        if self.stream is None:
-            return
-        full = round(self.WIDTH * share)
-        bar = "#" * full + "." * (self.WIDTH - full)
-        self.stream.write(f"\r[{bar}] {100 * share:3.0f} %  {label}\033[K")
-        self.stream.flush()
-
-    def close(self) -> None:
-        """Leave an empty line."""
-        if self.stream is not None:
-            self.stream.write("\r\033[K")
-            self.stream.flush()

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..bench.progress import progress_bar
 from ..calibration.suggest import calibrate
 from ..config import PRESETS
 from ..data import tiny, trail
@@ -34,22 +35,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         model, inputs, options = _tiny(args.count) if args.model == TINY else _loaded(args)
         found = calibrate(
             model, inputs, start=PRESETS.get(args.start), max_new_tokens=args.tokens,
-            tick=_progress, **options,
+            tick=progress_bar(), **options,
         )  # fmt: skip
     except (ImportError, OSError, ValueError) as error:
-        sys.stderr.write(f"\nvisionpulse calibrate: {error}\n")
+        print(f"visionpulse calibrate: {error}", file=sys.stderr)
         return 1
-    sys.stderr.write("\n")
-    sys.stdout.write(f"{found.report()}\n\nwritten: {found.save(args.out)}\n")
+    print(f"{found.report()}\n\nwritten: {found.save(args.out)}")
     if args.plot:
-        sys.stdout.write(f"drawn: {found.plot(args.plot)}\n")
+        print(f"drawn: {found.plot(args.plot)}")
     return 0
-
-
-def _progress(what: str, done: int, total: int) -> None:
-    bar = "#" * round(30 * done / total)
-    sys.stderr.write(f"\r[{bar:<30}] {what} {done}/{total}   ")
-    sys.stderr.flush()
 
 
 def _tiny(count: int) -> tuple[Any, list[Any], dict[str, Any]]:

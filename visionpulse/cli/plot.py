@@ -44,9 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             plot(trace, out, conversation=args.conversation, row=args.row, **options)
     except (ValueError, ImportError, OSError) as error:
-        sys.stderr.write(f"visionpulse plot: {error}\n")
+        print(f"visionpulse plot: {error}", file=sys.stderr)
         return 1
-    sys.stdout.write(f"{out}\n")
+    print(out)
     return 0
 
 

@@ -57,6 +57,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.argv, sys.path[:] = before
         for report in installed_reports():
             report.append(log, program=options.program)
-            sys.stderr.write(f"visionpulse: {report.recorder.stats()}; logged to {log}\n")
+            print(f"visionpulse: {report.recorder.stats()}; logged to {log}", file=sys.stderr)
         uninstall()
     return 0

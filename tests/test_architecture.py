@@ -37,13 +37,14 @@ ALLOWED = {
         "backends", "budgets", "checks", "config", "library", "tensor_checks", "tracing", *RECORDS
     },
     "prepared": {"backends", "config", "ops", *RECORDS},
-    "trace": {*RECORDS},
+    "figures": set(),
+    "trace": {"figures", *RECORDS},
     "models": {
         "backends", "config", "ops", "prepared", "schedule", "trace.record", "tracing", *RECORDS
     },
     "data": set(),
-    "calibration": {"config", "models", "ops", "trace", *RECORDS},
-    "bench": {"backends.cpu", "config", "schedule", *RECORDS},
+    "calibration": {"config", "figures", "models", "ops", *RECORDS},
+    "bench": {"backends.cpu", "config", "figures", "schedule", *RECORDS},
     "testing": {"budgets", "config", "reference", *RECORDS},
     "__init__": {"backends", "budgets", "config", "models", "ops", *RECORDS},
     "integrations": {"models"},

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from visionpulse.models import Trace
-from visionpulse.trace.layout import Shown, sequences
-from visionpulse.trace.page import png, to_html
+from visionpulse.trace.layout import PictureGrid
+from visionpulse.trace.page import png
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 FLAGS = (
@@ -154,7 +154,7 @@ def pictures():
     white = np.full((64, 64, 3), 255, np.uint8)
     red = np.zeros((40, 60, 3), np.uint8)
     red[..., 0] = 200
-    return [Shown(4, 4, white, "first"), Shown(2, 3, red, "second")]
+    return [PictureGrid(4, 4, white, "first"), PictureGrid(2, 3, red, "second")]
 
 
 def text(browser, name):
@@ -165,7 +165,7 @@ def test_a_person_can_walk_through_the_steps(browser, tmp_path):
     # positions 5..20 are the first picture, 30..35 the second
     steps = [[5, 20], [6], [30, 35], [5, 31]]
     trace = trace_of(steps, [(5, 21), (30, 36)], mass=[0.1, 0.2, 0.9, 0.4])
-    out = to_html(trace, tmp_path / "page.html", pictures=pictures(), tokenizer=lambda t: f"<{t}>")
+    out = trace.to_html(tmp_path / "page.html", pictures=pictures(), tokenizer=lambda t: f"<{t}>")
     browser.open(out)
 
     assert text(browser, "n-step") == "1 of 4"
@@ -198,7 +198,7 @@ def test_a_person_can_walk_through_the_steps(browser, tmp_path):
 
 def test_hovering_names_the_token(browser, tmp_path):
     trace = trace_of([[5, 20], [5], [30]], [(5, 21), (30, 36)])
-    browser.open(to_html(trace, tmp_path / "page.html", pictures=pictures()))
+    browser.open(trace.to_html(tmp_path / "page.html", pictures=pictures()))
     canvas = browser.box("#pictures canvas")
     browser.mouse("mouseMoved", canvas["x"] + 5, canvas["y"] + 5)
     assert text(browser, "tip") == (
@@ -215,7 +215,7 @@ def test_hovering_names_the_token(browser, tmp_path):
 
 def test_the_heat_map_counts_steps(browser, tmp_path):
     trace = trace_of([[5, 20], [5], [30]], [(5, 21), (30, 36)])
-    browser.open(to_html(trace, tmp_path / "page.html", pictures=pictures()))
+    browser.open(trace.to_html(tmp_path / "page.html", pictures=pictures()))
     browser.run("(() => { const m = document.getElementById('mode'); m.value = 'all';"
                 "m.dispatchEvent(new Event('change')); })()")  # fmt: skip
     often, once, never = (browser.pixel(0, x, y)[:3] for x, y in
@@ -226,7 +226,7 @@ def test_the_heat_map_counts_steps(browser, tmp_path):
 
 def test_layers_and_rows_can_be_chosen(browser, tmp_path):
     trace = trace_of([[5], [6, 7]], [(5, 21)], layers=(2, 4), rows=2)
-    browser.open(to_html(trace, tmp_path / "page.html"))
+    browser.open(trace.to_html(tmp_path / "page.html"))
     for name, wanted in (("layer", ["2", "4"]), ("row", ["0", "1"])):
         values = browser.run(f"Array.from(document.getElementById({name!r}).options, o => o.value)")
         assert values == wanted
@@ -240,7 +240,7 @@ def test_thousands_of_tokens_and_hundreds_of_steps(browser, tmp_path):
     kept = [sorted(random.choice(4096, 400, replace=False).tolist()) for _ in range(300)]
     trace = trace_of(kept, [(0, 4096)])
     pixels = random.integers(0, 255, (896, 896, 3)).astype(np.uint8)
-    out = to_html(trace, tmp_path / "page.html", pictures=[Shown(64, 64, pixels)])
+    out = trace.to_html(tmp_path / "page.html", pictures=[PictureGrid(64, 64, pixels)])
     browser.open(out)
     begun = browser.run("performance.now()")
     browser.run("for (let i = 0; i < 300; i++) go(i)")
@@ -252,7 +252,7 @@ def test_thousands_of_tokens_and_hundreds_of_steps(browser, tmp_path):
 
 def test_the_page_asks_nothing_of_a_network_and_reports_no_error(browser, tmp_path):
     trace = trace_of([[5, 20], [6]], [(5, 21), (30, 36)])
-    browser.open(to_html(trace, tmp_path / "page.html", pictures=pictures()))
+    browser.open(trace.to_html(tmp_path / "page.html", pictures=pictures()))
     browser.run("go(1)")
     asked = [e["params"]["request"]["url"] for e in browser.events
              if e.get("method") == "Network.requestWillBeSent"]  # fmt: skip
@@ -265,7 +265,7 @@ def test_the_page_asks_nothing_of_a_network_and_reports_no_error(browser, tmp_pa
 def test_text_of_a_model_cannot_break_out_of_the_page(tmp_path):
     trace = trace_of([[5]], [(5, 21)])
     evil = "</script><script>alert(1)</script>"
-    out = to_html(trace, tmp_path / "page.html", tokenizer=lambda t: evil, title=evil)
+    out = trace.to_html(tmp_path / "page.html", tokenizer=lambda t: evil, title=evil)
     page = out.read_text()
     assert page.count("</script>") == 1 and "alert(1)" in page
 
@@ -281,16 +281,16 @@ def test_a_png_reads_back(tmp_path):
 def test_pictures_must_hold_the_visual_tokens():
     trace = trace_of([[5]], [(5, 21)])
     with pytest.raises(ValueError, match="has 16 visual tokens, the pictures given have 3 x 5"):
-        list(sequences(trace, [Shown(3, 5)]))
+        list(trace.layouts([PictureGrid(3, 5)]))
     with pytest.raises(ValueError, match="holds no step"):
-        list(sequences(trace_of([], [(5, 21)])))
+        list(trace_of([], [(5, 21)]).layouts())
 
 
 def test_a_saved_trace_is_drawn_the_same(tmp_path):
     trace = trace_of([[5, 20], [30]], [(5, 21), (30, 36)])
     trace.save(tmp_path / "trace.npz")
     pages = [
-        to_html(which, tmp_path / f"{name}.html", pictures=pictures()).read_text()
+        which.to_html(tmp_path / f"{name}.html", pictures=pictures()).read_text()
         for name, which in (("a", trace), ("b", Trace.load(tmp_path / "trace.npz")))
     ]
     assert pages[0] == pages[1]

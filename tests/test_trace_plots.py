@@ -7,7 +7,7 @@ import pytest
 
 from visionpulse.models import Trace
 from visionpulse.trace import plots
-from visionpulse.trace.layout import Shown
+from visionpulse.trace.layout import KeptStep, PictureGrid
 
 SPANS = [(2, 18)]
 
@@ -32,7 +32,7 @@ def test_what_is_drawn_is_what_was_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(plots, "_kept", lambda *args: (made(*args), drawn.append(args[0])))
     pixels = np.full((32, 32, 3), 200, np.uint8)
     trace = trace_of(KEPT, range(5))
-    out = trace.plot(tmp_path / "a.png", pictures=[Shown(4, 4, pixels)], steps=[1, 2, 4])
+    out = trace.plot(tmp_path / "a.png", pictures=[PictureGrid(4, 4, pixels)], steps=[1, 2, 4])
     assert out.stat().st_size > 10_000
     for axes, step in zip(drawn, (1, 2, 4), strict=True):
         points = axes[0].collections[0].get_offsets()  # (column, row) of each kept token
@@ -47,7 +47,7 @@ def test_lines_and_bars_are_the_trace(tmp_path, monkeypatch):
     axes, made = [], plots._over_steps
     monkeypatch.setattr(plots, "_over_steps", lambda *args: (made(*args), axes.append(args[0])))
     trace = trace_of(KEPT, range(5))
-    plots.plot(trace, tmp_path / "a.svg", tokenizer=lambda t: f"${t}\n")
+    trace.plot(tmp_path / "a.svg", tokenizer=lambda t: f"${t}\n")
     (axis,) = axes
     assert np.array_equal(axis.lines[0].get_ydata(), trace.mass)
     (bars,) = (a for a in axis.figure.axes if a is not axis and a.patches)
@@ -56,13 +56,12 @@ def test_lines_and_bars_are_the_trace(tmp_path, monkeypatch):
 
 
 def test_steps_are_spread_over_the_counts():
-    from visionpulse.trace.layout import Frame
 
     counts = [1, 5, 1, 9, 3, 7, 2, 1, 1, 8, 6, 4]
-    frames = [Frame(i, 0, 0.0, 0.0, np.arange(n)) for i, n in enumerate(counts)]
-    steps = plots._steps(frames)
-    assert len(steps) == 8 and steps == sorted(steps)
-    assert {1, 9} <= {counts[i] for i in steps}
+    steps = [KeptStep(i, 0, 0.0, 0.0, np.arange(n)) for i, n in enumerate(counts)]
+    drawn = plots._spread(steps)
+    assert len(drawn) == 8 and drawn == sorted(drawn)
+    assert {1, 9} <= {counts[i] for i in drawn}
 
 
 def test_what_is_not_in_the_trace_is_refused(tmp_path):

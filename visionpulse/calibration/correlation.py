@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..trace.plots import pyplot
+from ..figures import figure
 from .observe import Observation
 
 _ABREAST = 4  # panels of a row
@@ -65,8 +65,8 @@ def plot_correlation(seen: Observation, layer: int, path: str | PathLike[str]) -
     count = len(seen.thresholds)
     columns = min(count, _ABREAST)
     lines = -(-count // columns)
-    figure = pyplot()(figsize=(3.0 * columns, 2.8 * lines + 0.4))
-    axes = figure.subplots(lines, columns, squeeze=False).flatten()
+    drawing = figure(figsize=(3.0 * columns, 2.8 * lines + 0.4))
+    axes = drawing.subplots(lines, columns, squeeze=False).flatten()
     for axis in axes[count:]:
         axis.set_axis_off()
     for j, (axis, threshold) in enumerate(zip(axes, seen.thresholds, strict=False)):
@@ -77,8 +77,8 @@ def plot_correlation(seen: Observation, layer: int, path: str | PathLike[str]) -
         axis.set_xlabel("visual mass")
         if j % columns == 0:
             axis.set_ylabel("activated tokens")
-    figure.suptitle(f"layer {layer}, {len(seen)} steps", fontsize=10)
-    figure.savefig(path, dpi=150)
+    drawing.suptitle(f"layer {layer}, {len(seen)} steps", fontsize=10)
+    drawing.savefig(path, dpi=150)
     return Path(path)
 
 
@@ -89,13 +89,13 @@ def similarity(seen: Observation) -> Any:
 
 def plot_similarity(seen: Observation, path: str | PathLike[str]) -> Path:
     """Draw the similarity of layers as a matrix."""
-    figure = pyplot()(figsize=(5.2, 4.4))
-    axis = figure.subplots()
+    drawing = figure(figsize=(5.2, 4.4))
+    axis = drawing.subplots()
     drawn = axis.imshow(similarity(seen), vmin=0, vmax=1, cmap="viridis")
     axis.set_xticks(range(len(seen.layers)), seen.layers, fontsize=7)
     axis.set_yticks(range(len(seen.layers)), seen.layers, fontsize=7)
     axis.set_xlabel("layer")
     axis.set_ylabel("layer")
-    figure.colorbar(drawn, label="cosine of visual attention")
-    figure.savefig(path, dpi=150)
+    drawing.colorbar(drawn, label="cosine of visual attention")
+    drawing.savefig(path, dpi=150)
     return Path(path)

@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..config import PRESETS, PulseConfig
+from ..figures import figure
 from ..models import patch
-from ..trace.plots import pyplot
 from .correlation import pearson
 from .observe import TAUS, Observation, observe
 
@@ -112,8 +112,8 @@ class Calibration:
 
     def plot(self, path: str | PathLike[str]) -> Path:
         """Draw error against retention of every setting that was tried."""
-        figure = pyplot()(figsize=(6.4, 4.2))
-        axis = figure.subplots()
+        drawing = figure(figsize=(6.4, 4.2))
+        axis = drawing.subplots()
         floor = min((t.distance for t in self.trials if t.distance > 0), default=1e-9)
         for trial in self.trials:
             is_chosen = trial.config == self.config
@@ -127,7 +127,7 @@ class Calibration:
         axis.set_yscale("log")
         axis.set_xlabel("visual tokens kept, %")
         axis.set_ylabel("distance from dense, nats a step")
-        figure.savefig(path, dpi=150)
+        drawing.savefig(path, dpi=150)
         return Path(path)
 
 

@@ -14,8 +14,7 @@ import torch
 from ..config import PRESETS
 from ..data import tiny, trail
 from ..models import Session, patch
-from ..trace.layout import Shown
-from ..trace.page import to_html
+from ..trace.layout import PictureGrid
 
 MOST_TOKENS = 64
 ROUNDS = 5  # dense and sparse in turn, so that a busy machine is busy for both
@@ -101,9 +100,9 @@ def _one(
         "   `visionpulse bench` times the attention of large models)"
     )
     note = " ".join(trail.words(question.prompt)) + f" · preset {preset}"
-    to_html(
-        session.trace, out, title="VisionPulse demo", note=note,
-        pictures=[Shown(picture.side, picture.side, picture.pixels, "the picture")],
+    session.trace.to_html(
+        out, title="VisionPulse demo", note=note,
+        pictures=[PictureGrid(picture.side, picture.side, picture.pixels, "the picture")],
         tokenizer=lambda token: trail.words([token])[0],
     )  # fmt: skip
     print(f"step by step, to look at: {out}")

@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..trace.layout import Shown, picture_from
-from ..trace.page import to_html
-from ..trace.plots import plot
+from ..trace.layout import PictureGrid, picture_from
 from ..trace.record import Trace
 
 
@@ -37,12 +35,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     trace = Trace.load(args.trace)
     out: Path = args.out or args.trace.with_suffix(".html")
     try:
-        shown = _shown(args.picture, args.grid)
-        options: dict[str, Any] = {"pictures": shown, "tokenizer": _tokenizer(args.tokenizer)}
+        pictures = _pictures(args.picture, args.grid)
+        options: dict[str, Any] = {"pictures": pictures, "tokenizer": _tokenizer(args.tokenizer)}
         if out.suffix == ".html":
-            to_html(trace, out, title=args.trace.stem, **options)
+            trace.to_html(out, title=args.trace.stem, **options)
         else:
-            plot(trace, out, conversation=args.conversation, row=args.row, **options)
+            trace.plot(out, conversation=args.conversation, row=args.row, **options)
     except (ValueError, ImportError, OSError) as error:
         print(f"visionpulse plot: {error}", file=sys.stderr)
         return 1
@@ -50,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _shown(pictures: Sequence[Path], grids: Sequence[str]) -> list[Shown] | None:
+def _pictures(pictures: Sequence[Path], grids: Sequence[str]) -> list[PictureGrid] | None:
     """Pictures with their grids; None leaves the layout to the trace."""
     if not pictures and not grids:
         return None
@@ -63,9 +61,9 @@ def _shown(pictures: Sequence[Path], grids: Sequence[str]) -> list[Shown] | None
             f"{len(pictures)} pictures and {len(grids)} grids; give one grid for all or one each"
         )
     if not pictures:
-        return [Shown(*size) for size in sizes]
+        return [PictureGrid(*size) for size in sizes]
     return [
-        Shown(*size, picture_from(path), path.name)
+        PictureGrid(*size, picture_from(path), path.name)
         for size, path in zip(sizes, pictures, strict=True)
     ]
 

@@ -1,22 +1,37 @@
-"""A trace laid out for the eye: pictures with their grids, and what each step kept on them."""
+"""The layout of a trace: pictures with their grids, and what each step kept on them."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .record import Trace
-
 Pixels = NDArray[np.uint8]
+Ints = NDArray[np.int64]
+Spans = Sequence[tuple[int, int]]  # of visual tokens, in order
+RowKey = tuple[int, int]  # conversation and row
 Text = Callable[[int], str]
 
 
+class TraceRow(NamedTuple):
+    """What one anchor kept of one row in one step."""
+
+    conversation: int
+    step: int  # decode step since the conversation's last prefill, from 0
+    layer: int  # the anchor that selected
+    row: int
+    token: int  # the token this step read; -1 where the model was given embeddings
+    n_visual: int
+    mass: float
+    mass_mean: float
+    kept: Ints  # positions, ascending
+
+
 @dataclass(frozen=True, eq=False)
-class Shown:
+class PictureGrid:
     """A picture or a video frame with the grid of its visual tokens, in reading order."""
 
     rows: int
@@ -38,86 +53,89 @@ class Shown:
 
 
 @dataclass(frozen=True, eq=False)
-class Frame:
+class KeptStep:
     """What one anchor kept in one step."""
 
     step: int
     token: int
     mass: float
     mass_mean: float
-    kept: NDArray[np.int64]  # places 0 .. n_visual - 1, ascending
+    kept: Ints  # places 0 .. n_visual - 1, ascending
 
 
 @dataclass(frozen=True, eq=False)
-class Told:
-    """One row of one conversation."""
+class RowLayout:
+    """One row of one conversation: its pictures, and what each step kept on them."""
 
     conversation: int
     row: int
     n_visual: int
-    shown: tuple[Shown, ...]
-    frames: dict[int, list[Frame]]  # by anchor layer
+    pictures: tuple[PictureGrid, ...]
+    steps: dict[int, list[KeptStep]]  # by anchor layer
 
-    def often(self, layer: int) -> NDArray[np.int64]:
+    def often(self, layer: int) -> Ints:
         """How many steps kept each visual token, [n_visual]."""
-        kept = [frame.kept for frame in self.frames[layer]]
+        kept = [step.kept for step in self.steps[layer]]
         places = np.concatenate(kept) if kept else np.zeros(0, np.int64)
         return np.bincount(places, minlength=self.n_visual)
 
 
-def sequences(
-    trace: Trace, shown: Sequence[Shown] | dict[tuple[int, int], Sequence[Shown]] | None = None
-) -> Iterator[Told]:
-    """The rows of a trace, each with its pictures.
+Pictures = Sequence[PictureGrid] | Mapping[RowKey, Sequence[PictureGrid]]
 
-    `shown` is a list for all rows, or a list by (conversation, row); without it every run of visual
-    tokens is drawn as a near-square grid.
+
+def layouts(
+    rows: Iterable[TraceRow], spans: Mapping[RowKey, Spans], pictures: Pictures | None = None
+) -> Iterator[RowLayout]:
+    """Lay out the rows of a trace, each with its pictures.
+
+    `pictures` is a list for all rows, or a list by (conversation, row); without it every run of
+    visual tokens is drawn as a near-square grid.
     """
-    frames: dict[tuple[int, int], dict[int, list[Frame]]] = {}
-    counts: dict[tuple[int, int], int] = {}
-    for entry in trace:
-        key = (entry.conversation, entry.row)
-        places = _places(trace.spans[key], entry.kept)
-        frame = Frame(entry.step, entry.token, entry.mass, entry.mass_mean, places)
-        frames.setdefault(key, {}).setdefault(entry.layer, []).append(frame)
-        counts[key] = max(counts.get(key, 0), entry.n_visual)
-    if not frames:
+    steps: dict[RowKey, dict[int, list[KeptStep]]] = {}
+    counts: dict[RowKey, int] = {}
+    for row in rows:
+        key = (row.conversation, row.row)
+        places = _places(spans[key], row.kept)
+        step = KeptStep(row.step, row.token, row.mass, row.mass_mean, places)
+        steps.setdefault(key, {}).setdefault(row.layer, []).append(step)
+        counts[key] = max(counts.get(key, 0), row.n_visual)
+    if not steps:
         raise ValueError(
             "the trace holds no step; generate under patch(model, record=True) with a picture "
             "in the prompt"
         )
-    for key, by_layer in frames.items():
-        given = shown.get(key) if isinstance(shown, dict) else shown
-        total = sum(end - begin for begin, end in trace.spans[key])
-        pictures = tuple(given) if given is not None else _grids(trace.spans[key])
-        if sum(picture.tokens for picture in pictures) != total:
-            sizes = " + ".join(f"{p.rows} x {p.columns}" for p in pictures)
+    for key, by_layer in steps.items():
+        of_row = pictures.get(key) if isinstance(pictures, Mapping) else pictures
+        total = sum(end - begin for begin, end in spans[key])
+        grids = tuple(of_row) if of_row is not None else _grids(spans[key])
+        if sum(grid.tokens for grid in grids) != total:
+            sizes = " + ".join(f"{grid.rows} x {grid.columns}" for grid in grids)
             raise ValueError(
                 f"conversation {key[0]} row {key[1]} has {total} visual tokens, the pictures "
                 f"given have {sizes}; give the grid of tokens after merging, in the order of "
                 "the prompt"
             )
-        yield Told(*key, max(total, counts[key]), pictures, by_layer)
+        yield RowLayout(*key, max(total, counts[key]), grids, by_layer)
 
 
-def _places(spans: Sequence[tuple[int, int]], positions: NDArray[np.int64]) -> NDArray[np.int64]:
+def _places(spans: Spans, positions: Ints) -> Ints:
     """Slots of the row as places among its visual tokens."""
     begins = np.array([begin for begin, _ in spans], np.int64)
     sizes = np.array([end - begin for begin, end in spans], np.int64)
     before = np.concatenate(([0], sizes.cumsum()[:-1]))
     run = np.searchsorted(begins, positions, side="right") - 1
-    places: NDArray[np.int64] = positions - begins[run] + before[run]
+    places: Ints = positions - begins[run] + before[run]
     return places
 
 
-def _grids(spans: Sequence[tuple[int, int]]) -> tuple[Shown, ...]:
+def _grids(spans: Spans) -> tuple[PictureGrid, ...]:
     """Each run of visual tokens as the most square grid that holds it exactly."""
 
     def grid(n: int) -> tuple[int, int]:
         rows = max(d for d in range(1, math.isqrt(n) + 1) if n % d == 0)
         return rows, n // rows
 
-    return tuple(Shown(*grid(end - begin)) for begin, end in spans)
+    return tuple(PictureGrid(*grid(end - begin)) for begin, end in spans)
 
 
 def text_of(tokenizer: Any) -> Text:

@@ -4,7 +4,7 @@ import base64
 import json
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from importlib import resources
 from os import PathLike
 from pathlib import Path
@@ -12,27 +12,26 @@ from typing import Any
 
 import numpy as np
 
-from .layout import Pixels, Shown, Text, Told, sequences, text_of
-from .record import Trace
+from .layout import Pixels, RowLayout, Text, text_of
 
 _MARK = "/*TRACE*/null"
 
 
-def to_html(
-    trace: Trace,
+def write_page(
+    rows: Iterable[RowLayout],
+    about: Mapping[str, Any],
     path: str | PathLike[str],
     *,
-    pictures: "Sequence[Shown] | dict[tuple[int, int], Sequence[Shown]] | None" = None,
     tokenizer: Any = None,
     title: str = "VisionPulse",
     note: str = "",
 ) -> Path:
     """Write the page to `path`; it needs no network and no other file."""
-    told = [_told(sequence, text_of(tokenizer)) for sequence in sequences(trace, pictures)]
-    about = {key: trace.about.get(key) for key in ("model", "config", "anchors", "layers")}
-    if str(about["model"]).startswith("/"):  # a folder: where it lies is nobody's business
-        about["model"] = Path(str(about["model"])).name
-    data = {"title": title, "note": note, "about": about, "sequences": told}
+    sequences = [_sequence(row, text_of(tokenizer)) for row in rows]
+    shown = {key: about.get(key) for key in ("model", "config", "anchors", "layers")}
+    if str(shown["model"]).startswith("/"):  # a folder: where it lies is nobody's business
+        shown["model"] = Path(str(shown["model"])).name
+    data = {"title": title, "note": note, "about": shown, "sequences": sequences}
     # a closing tag inside a string would end the script
     text = json.dumps(data, separators=(",", ":")).replace("</", "<\\/")
     template = resources.files("visionpulse.data").joinpath("page.html").read_text("utf-8")
@@ -42,32 +41,32 @@ def to_html(
     return out
 
 
-def _told(told: Told, text: Text) -> dict[str, Any]:
+def _sequence(row: RowLayout, text: Text) -> dict[str, Any]:
     return {
-        "conversation": told.conversation,
-        "row": told.row,
-        "tokens": told.n_visual,
+        "conversation": row.conversation,
+        "row": row.row,
+        "tokens": row.n_visual,
         "pictures": [
             {
-                "rows": shown.rows,
-                "columns": shown.columns,
-                "name": shown.name,
-                "png": None if shown.pixels is None else _base64(png(shown.pixels)),
-                "size": None if shown.pixels is None else list(shown.pixels.shape[1::-1]),
+                "rows": picture.rows,
+                "columns": picture.columns,
+                "name": picture.name,
+                "png": None if picture.pixels is None else _base64(png(picture.pixels)),
+                "size": None if picture.pixels is None else list(picture.pixels.shape[1::-1]),
             }
-            for shown in told.shown
+            for picture in row.pictures
         ],
         "layers": {
             layer: {
-                "step": [frame.step for frame in frames],
-                "text": [text(frame.token) for frame in frames],
-                "mass": [round(frame.mass, 5) for frame in frames],
-                "mean": [round(frame.mass_mean, 5) for frame in frames],
-                "ends": np.cumsum([len(frame.kept) for frame in frames]).tolist(),
-                # places of all frames, uint32, little endian
-                "kept": _base64(np.concatenate([f.kept for f in frames]).astype("<u4").tobytes()),
+                "step": [step.step for step in steps],
+                "text": [text(step.token) for step in steps],
+                "mass": [round(step.mass, 5) for step in steps],
+                "mean": [round(step.mass_mean, 5) for step in steps],
+                "ends": np.cumsum([len(step.kept) for step in steps]).tolist(),
+                # places of all steps, uint32, little endian
+                "kept": _base64(np.concatenate([s.kept for s in steps]).astype("<u4").tobytes()),
             }
-            for layer, frames in told.frames.items()
+            for layer, steps in row.steps.items()
         },
     }
 

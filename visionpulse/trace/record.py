@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ..selection import Selection
 from ..visual import VisualTokens
+from . import page, plots
+from .layout import Ints, Pictures, RowLayout, TraceRow, layouts
 
-Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 
@@ -27,20 +28,6 @@ class Entry(NamedTuple):
     step: int
     layer: int
     token: Tensor | None  # [B, 1], the token this step read
-
-
-class TraceRow(NamedTuple):
-    """One row of one selection."""
-
-    conversation: int
-    step: int  # decode step since the conversation's last prefill, from 0
-    layer: int  # the anchor that selected
-    row: int
-    token: int  # the token this step read; -1 where the model was given embeddings
-    n_visual: int
-    mass: float
-    mass_mean: float
-    kept: Ints  # positions, ascending
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,17 +69,21 @@ class Trace:
         """The token that each entry read, as text."""
         return [tokenizer.decode([int(t)]) if t >= 0 else "" for t in self.token]
 
-    def plot(self, path: str | PathLike[str], **options: Any) -> Path:
+    def layouts(self, pictures: Pictures | None = None) -> Iterator[RowLayout]:
+        """Lay out each row with its pictures. See trace.layout.layouts."""
+        return layouts(self, self.spans, pictures)
+
+    def plot(
+        self, path: str | PathLike[str], *, pictures: Pictures | None = None, **options: Any
+    ) -> Path:
         """Draw mass, K and the kept tokens to a file; needs matplotlib. See trace.plots.plot."""
-        from .plots import plot
+        return plots.plot(self.layouts(pictures), path, **options)
 
-        return plot(self, path, **options)
-
-    def to_html(self, path: str | PathLike[str], **options: Any) -> Path:
-        """Write one page with a slider over the steps. See trace.page.to_html."""
-        from .page import to_html
-
-        return to_html(self, path, **options)
+    def to_html(
+        self, path: str | PathLike[str], *, pictures: Pictures | None = None, **options: Any
+    ) -> Path:
+        """Write one page with a slider over the steps. See trace.page.write_page."""
+        return page.write_page(self.layouts(pictures), self.about, path, **options)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the trace to `path`, as .npz."""

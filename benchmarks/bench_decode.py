@@ -280,7 +280,7 @@ def run(bench: Bench, shape: Shape, dtype: torch.dtype, options: argparse.Namesp
             "distinct_layers": len(layers),
             "visual": shape.visual,
             "retention": shape.retention,
-            "predicted_us": round(cost.predict(work[name], ceilings.cost()) * 1e6, 1),
+            "predicted_us": round(cost.predict(work[name], ceilings.roof) * 1e6, 1),
         }
         composition = " + ".join(f"{n} x {part}" for part, n in made[name].items())
         if f"whole:{name}" in times:
@@ -297,7 +297,7 @@ def run(bench: Bench, shape: Shape, dtype: torch.dtype, options: argparse.Namesp
 
 
 def work_of(
-    layer_roles: tuple[Role, ...], shape: cost.Shape, kept: int, config: vp.PulseConfig | None
+    layer_roles: tuple[Role, ...], shape: cost.OpShape, kept: int, config: vp.PulseConfig | None
 ) -> cost.Work:
     """What a step must move and compute."""
     output = config.anchor_output if config else "pruned"

@@ -181,7 +181,7 @@ def run(bench: Bench, shape: Shape, dtype: torch.dtype) -> None:
                 "visual": shape.visual,
                 "retention": shape.retention,
                 "flops": w.flops,
-                "predicted_us": round(1e6 * cost.predict(w, ceilings.cost()), 1),
+                "predicted_us": round(1e6 * cost.predict(w, ceilings.roof), 1),
             }
             for name, w in of.items()
         }

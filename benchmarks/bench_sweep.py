@@ -58,7 +58,7 @@ def run(bench: Bench, shape: Shape, dtype: torch.dtype, retentions: tuple[float,
             "rows": shape.rows,
             "retention": shares.get(name),
             "flops": work[name].flops,
-            "predicted_us": round(1e6 * cost.predict(work[name], ceilings.cost()), 1),
+            "predicted_us": round(1e6 * cost.predict(work[name], ceilings.roof), 1),
         }
         for name in times
         if name in work

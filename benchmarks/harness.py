@@ -14,10 +14,9 @@ from torch import Tensor
 
 import visionpulse as vp
 from visionpulse.backends import get, names
-from visionpulse.bench import cost
 from visionpulse.bench import rows as rows_
-from visionpulse.bench.ceilings import Ceilings
-from visionpulse.bench.rows import DTYPES, Ceiling, Machine, Row
+from visionpulse.bench.ceilings import Ceilings, Limits
+from visionpulse.bench.rows import DTYPES, Machine, Row
 from visionpulse.bench.timing import Times, interleaved
 
 Variant = Callable[[int], object]
@@ -28,18 +27,6 @@ GRAPHS = 2
 # Pages of 2 MiB where the system grants them, for all that is compared: rows scattered over pages
 # of 4 KiB wait for the page tables too, by as much as the pages that a run happens to get.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read at torch's first allocation
-
-
-class Measured:
-    """The ceilings of one run."""
-
-    def __init__(self, ceilings: Ceilings, times: dict[str, Times]) -> None:
-        self.read: Ceiling = ceilings.read(times)
-        self.gather: Ceiling = ceilings.gather(times)
-        self.compute = ceilings.compute(times)
-
-    def cost(self) -> cost.Ceilings:
-        return cost.Ceilings(self.read.gb_s * 1e9, self.compute, self.gather.gb_s * 1e9)
 
 
 class Bench:
@@ -181,7 +168,7 @@ class Bench:
 
     def time(
         self, variants: Mapping[str, Variant], dtype: torch.dtype, row_bytes: int
-    ) -> tuple[dict[str, Times], Measured]:
+    ) -> tuple[dict[str, Times], Limits]:
         """Time all variants in one interleaved run, the ceilings among them."""
         self.machine = Machine.here(self.device)  # with the load of now
         ceilings = Ceilings(self.device, dtype, row_bytes)
@@ -196,7 +183,7 @@ class Bench:
         )
         if not self.options.quiet and sys.stderr.isatty():
             print("\r\033[K", end="", file=sys.stderr)
-        return times, Measured(ceilings, times)
+        return times, ceilings.limits(times)
 
     def add(
         self,
@@ -204,7 +191,7 @@ class Bench:
         shape: str,
         dtype: torch.dtype,
         times: Mapping[str, Times],
-        ceilings: Measured,
+        ceilings: Limits,
         *,
         baseline: str = PLAIN,
         **more: Any,

@@ -42,9 +42,9 @@ CHIPS = {
 }
 
 
-def step(rows: int, visual: int) -> cost.Shape:
+def step(rows: int, visual: int) -> cost.OpShape:
     """One decode step of the shape that the pages speak of."""
-    return cost.Shape(rows, HEADS, KV_HEADS, HEAD_DIM, TEXT, visual, ITEMSIZE)
+    return cost.OpShape(rows, HEADS, KV_HEADS, HEAD_DIM, TEXT, visual, ITEMSIZE)
 
 
 def kept_of(visual: int) -> int:

@@ -200,7 +200,7 @@ def test_plots_say_what_they_need(monkeypatch, tmp_path):
 def test_every_plot_draws(tmp_path):
     pytest.importorskip("matplotlib")
     points = [plots.Point("ours", "8k", 4e6, 1e6, 1e-3)]
-    plots.roofline(points, plots.Roof(1e10, 1e12), tmp_path / "r.svg", title="r")
+    plots.roofline(points, cost.Roof(1e10, 1e12), tmp_path / "r.svg", title="r")
     series = {"8k": {0.05: 0.1, 0.5: 0.9}}
     plots.by_retention(series, tmp_path / "s.svg", title="s")
     plots.by_context({"ours": {1024: 1e-3, 5000: 2e-3}}, tmp_path / "c.svg", title="c")

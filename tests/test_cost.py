@@ -15,7 +15,7 @@ PUBLISHED = cost.KNOWN["qwen3-vl-4b"]
 
 
 def shape_of(visual, rows=1, text=256, itemsize=2):
-    return cost.Shape(rows, 32, 8, 128, text, visual, itemsize)
+    return cost.OpShape(rows, 32, 8, 128, text, visual, itemsize)
 
 
 def tiny_config():
@@ -105,9 +105,9 @@ def test_a_step_is_the_sum_of_its_roles():
 
 def test_prediction_takes_the_longer_of_memory_and_compute():
     work = cost.Work(streamed=100, gathered=40, flops=90)
-    assert cost.predict(work, cost.Ceilings(10, 1000)) == pytest.approx(14)
-    assert cost.predict(work, cost.Ceilings(10, 1000, gather=4)) == pytest.approx(20)
-    assert cost.predict(work, cost.Ceilings(1000, 10)) == pytest.approx(9)
+    assert cost.predict(work, cost.Roof(10, 1000)) == pytest.approx(14)
+    assert cost.predict(work, cost.Roof(10, 1000, gather=4)) == pytest.approx(20)
+    assert cost.predict(work, cost.Roof(1000, 10)) == pytest.approx(9)
 
 
 def test_a_decoder_comes_from_a_config_file_or_a_name(tmp_path):

@@ -6,15 +6,30 @@ noisy neighbour lowered would flatter whoever runs below it.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .cost import Roof
 from .rows import Ceiling
 from .timing import Times, interleaved
 
 _READ_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
 _SIDE = {"cpu": 1024, "cuda": 8192}
+
+
+class Limits(NamedTuple):
+    """What was measured in one run."""
+
+    read: Ceiling
+    gather: Ceiling
+    compute: float  # operations per second of a large product
+
+    @property
+    def roof(self) -> Roof:
+        """The same limits for the cost model."""
+        return Roof(self.read.gb_s * 1e9, self.compute, self.gather.gb_s * 1e9)
 
 
 class Ceilings:
@@ -48,27 +63,27 @@ class Ceilings:
             return self._data[:half].copy_(self._data[half:])
         return self._data.sum()
 
-    def read(self, times: dict[str, Times]) -> Ceiling:
-        """The bytes that can be streamed per second."""
+    def limits(self, times: dict[str, Times]) -> Limits:
+        """What the timed variants say: bytes streamed, bytes gathered, operations per second."""
         kind = "copy" if self.device.type == "cuda" else "read"
-        name = f"{kind} of {self._bytes >> 20} MiB"
-        return Ceiling(name, self._bytes / times["ceiling:read"].best / 1e9)
-
-    def gather(self, times: dict[str, Times]) -> Ceiling:
-        """The bytes of rows at random places that can be read per second."""
-        moved = self._places.numel() * self._rows.shape[1] * 4
-        name = f"gather of {self.row_bytes}-byte rows"
-        return Ceiling(name, moved / times["ceiling:gather"].best / 1e9)
-
-    def compute(self, times: dict[str, Times]) -> float:
-        """Operations per second of a large product."""
-        return 2 * self._matrix.shape[0] ** 3 / times["ceiling:compute"].best
+        gathered = self._places.numel() * self._rows.shape[1] * 4
+        return Limits(
+            Ceiling(
+                f"{kind} of {self._bytes >> 20} MiB",
+                self._bytes / times["ceiling:read"].best / 1e9,
+            ),
+            Ceiling(
+                f"gather of {self.row_bytes}-byte rows",
+                gathered / times["ceiling:gather"].best / 1e9,
+            ),
+            2 * self._matrix.shape[0] ** 3 / times["ceiling:compute"].best,
+        )
 
 
 def measure(
     device: torch.device | str, dtype: torch.dtype, row_bytes: int = 256, rounds: int = 7
-) -> tuple[Ceiling, Ceiling, float]:
-    """Measure the three by themselves: (read, gather, operations per second)."""
+) -> Limits:
+    """Measure the limits by themselves."""
     ceilings = Ceilings(device, dtype, row_bytes)
     times = interleaved(ceilings.variants(), rounds, device=device)
-    return ceilings.read(times), ceilings.gather(times), ceilings.compute(times)
+    return ceilings.limits(times)

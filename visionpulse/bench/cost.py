@@ -155,7 +155,7 @@ def _decoding(linear: int, per_key: int, context: int, generated: int) -> int:
 # --- bytes and operations of one op, of all rows ----------------------------------------------
 
 
-class Shape(NamedTuple):
+class OpShape(NamedTuple):
     """One op's problem: `text` and `visual` keys of each of `rows` rows."""
 
     rows: int
@@ -205,24 +205,24 @@ class Work(NamedTuple):
 NOTHING = Work(0, 0, 0)
 
 
-def dense(shape: Shape) -> Work:
+def dense(shape: OpShape) -> Work:
     """Attention over all keys: K and V once."""
     bytes_ = 2 * shape.keys * shape._key_bytes + 2 * shape._query_bytes
     return Work(bytes_, 0, shape.rows * 4 * shape.heads * shape.head_dim * shape.keys)
 
 
-def score(shape: Shape) -> Work:
+def score(shape: OpShape) -> Work:
     """Scores of all visual tokens and the masses: K once, one float32 score per visual token."""
     bytes_ = shape.keys * shape._key_bytes + shape._query_bytes + 4 * shape.rows * shape.visual
     return Work(bytes_, 0, shape.rows * 2 * shape.heads * shape.head_dim * shape.keys)
 
 
-def select(shape: Shape, kept: int) -> Work:
+def select(shape: OpShape, kept: int) -> Work:
     """The K best of the scores: each score once, each kept index once."""
     return Work(4 * shape.rows * (shape.visual + kept), 0, 0)
 
 
-def attend(shape: Shape, kept: int) -> Work:
+def attend(shape: OpShape, kept: int) -> Work:
     """A follower: K and V of the text in order, of `kept` visual tokens by index."""
     text = 2 * shape.text * shape._key_bytes + 2 * shape._query_bytes + 4 * shape.rows * kept
     keys = shape.text + kept
@@ -230,7 +230,7 @@ def attend(shape: Shape, kept: int) -> Work:
     return Work(text, 2 * kept * shape._key_bytes, operations)
 
 
-def decode(shape: Shape, kept: int, anchor_output: str = "pruned") -> Work:
+def decode(shape: OpShape, kept: int, anchor_output: str = "pruned") -> Work:
     """The anchor, fused: K once; V of text and kept tokens, or of all; the indices written."""
     written = 2 * shape._query_bytes + 4 * shape.rows * kept
     keys = shape.keys if anchor_output == "dense" else shape.text + kept
@@ -243,7 +243,7 @@ def decode(shape: Shape, kept: int, anchor_output: str = "pruned") -> Work:
 # --- one decode step ------------------------------------------------------------------------------
 
 
-class Step(NamedTuple):
+class StepWork(NamedTuple):
     """The work of one decode step of the whole model."""
 
     weights: Work
@@ -278,13 +278,13 @@ def decode_step(
     retention: float | None = None,
     itemsize: int = 2,
     step: int = 1,
-) -> Step:
+) -> StepWork:
     """The work of one step; `config=None` is the dense model.
 
     `retention` is the share of visual tokens kept, by default the largest the config allows.
     Layers with sliding or linear attention are left out: their cost does not grow with the context.
     """
-    shape = Shape(rows, decoder.heads, decoder.kv_heads, decoder.head_dim, text, visual, itemsize)
+    shape = OpShape(rows, decoder.heads, decoder.kv_heads, decoder.head_dim, text, visual, itemsize)
     counts = role_counts(config, decoder.is_full, step)
     attention = dense(shape).times(counts[Role.DENSE])
     if config is not None:
@@ -295,24 +295,24 @@ def decode_step(
         attention = attention.plus(anchors).plus(followers)
     used = decoder.layers * (decoder.projections + decoder.active * decoder.one_ffn)
     operations = 2 * rows * (used + decoder.width * decoder.vocab)
-    return Step(Work(itemsize * decoder.weights(rows), 0, operations), attention)
+    return StepWork(Work(itemsize * decoder.weights(rows), 0, operations), attention)
 
 
-class Ceilings(NamedTuple):
-    """What a machine can do, as measured: bytes/s in order and by index, operations/s."""
+class Roof(NamedTuple):
+    """The measured limits of a machine."""
 
-    read: float
-    compute: float
-    gather: float | None = None  # None: as fast as in order
+    read: float  # bytes/s in order
+    compute: float  # operations/s
+    gather: float | None = None  # bytes/s of rows at random places; None: as fast as in order
 
 
-def predict(work: Work, ceilings: Ceilings) -> float:
+def predict(work: Work, roof: Roof) -> float:
     """The least seconds that an op takes: its memory time or its compute time, the longer one."""
-    gather = ceilings.gather or ceilings.read
-    memory = work.streamed / ceilings.read + work.gathered / gather
-    return max(memory, work.flops / ceilings.compute)
+    gather = roof.gather or roof.read
+    memory = work.streamed / roof.read + work.gathered / gather
+    return max(memory, work.flops / roof.compute)
 
 
-def predict_step(step: Step, ceilings: Ceilings) -> float:
+def predict_step(step: StepWork, roof: Roof) -> float:
     """Seconds of a step: its weights, then its attention."""
-    return predict(step.weights, ceilings) + predict(step.attention, ceilings)
+    return predict(step.weights, roof) + predict(step.attention, roof)

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..cache import KVCache
 from ..config import PulseConfig
 from ..visual import VisualTokens
-from .cost import Shape as CostShape
+from .cost import OpShape
 
 LAST_CACHE = {"cpu": 64 << 20, "cuda": 128 << 20}  # bytes, above any of today's
 
@@ -41,9 +41,9 @@ class Shape:
         """K and V of one layer."""
         return 2 * self.rows * self.kv_heads * self.keys * self.head_dim * dtype.itemsize
 
-    def cost(self, dtype: torch.dtype) -> CostShape:
+    def cost(self, dtype: torch.dtype) -> OpShape:
         """The same problem for the cost model."""
-        return CostShape(
+        return OpShape(
             self.rows,
             self.heads,
             self.kv_heads,

@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..figures import figure
+from .cost import Roof
+
 # Colours that differ in lightness too, for print and for the colour-blind.
 _COLOURS = ("#0b3c5d", "#d1495b", "#edae49", "#2e8b57", "#7a5195", "#8c8c8c", "#00a6a6", "#8b5a2b")
 _MARKERS = "osD^vPX*"
@@ -22,24 +25,9 @@ class Point(NamedTuple):
     seconds: float
 
 
-class Roof(NamedTuple):
-    """The measured limits of a machine."""
-
-    read: float  # bytes/s
-    compute: float  # operations/s
-    gather: float | None = None  # bytes/s of rows at random places
-
-
 def _axes(title: str, x: str, y: str) -> tuple[Any, Any]:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            f"plots need matplotlib ({error}); pip install 'visionpulse[plots]', "
-            "or ask for none with --no-plots"
-        ) from error
-    figure = Figure(figsize=(9.5, 5.2), layout="constrained")
-    axes = figure.add_subplot()
+    drawing = figure(figsize=(9.5, 5.2))
+    axes = drawing.add_subplot()
     axes.set_title(title, loc="left", fontsize=12)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
@@ -48,15 +36,15 @@ def _axes(title: str, x: str, y: str) -> tuple[Any, Any]:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(True, which="major", color="#dddddd", linewidth=0.7)
     axes.set_axisbelow(True)
-    return figure, axes
+    return drawing, axes
 
 
-def _save(figure: Any, axes: Any, path: str | Path, note: str) -> None:
+def _save(drawing: Any, axes: Any, path: str | Path, note: str) -> None:
     axes.figure.legend(loc="outside right center", frameon=False, fontsize=9)
     if note:
-        figure.supxlabel(note, x=0.01, ha="left", fontsize=8, color="#555555")
+        drawing.supxlabel(note, x=0.01, ha="left", fontsize=8, color="#555555")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    drawing.savefig(path, dpi=150)
 
 
 def roofline(
@@ -67,7 +55,7 @@ def roofline(
     The ops of decoding stand at the same few operations per byte, so forms differ in height; the
     size of a mark grows with the context.
     """
-    figure, axes = _axes(title, "operations per byte that must move", "GFLOP/s")
+    drawing, axes = _axes(title, "operations per byte that must move", "GFLOP/s")
     at = [point.flops / point.bytes for point in points]
     end = 2 * max(*at, roof.compute / (roof.gather or roof.read))
     begin = min(at) / 2.5
@@ -92,7 +80,7 @@ def roofline(
     about = "Forms of about equal intensity stand side by side"
     if len(contexts) > 1:
         about += f"; marks grow with the context, {contexts[0]} to {contexts[-1]}"
-    _save(figure, axes, path, f"{note}. {about}." if note else f"{about}.")
+    _save(drawing, axes, path, f"{note}. {about}." if note else f"{about}.")
 
 
 def _roof(
@@ -139,7 +127,7 @@ def by_context(
     unit: str = "milliseconds per step",
 ) -> None:
     """Milliseconds (from seconds) against visual tokens; `weights` is drawn as a level line."""
-    figure, axes = _axes(title, "visual tokens in the context", unit)
+    drawing, axes = _axes(title, "visual tokens in the context", unit)
     lines = {
         name: [(float(n), 1e3 * seconds) for n, seconds in line.items()]
         for name, line in series.items()
@@ -151,7 +139,7 @@ def by_context(
         axes.axhline(
             1e3 * weights, color="#222222", linestyle="--", linewidth=1, label="weights (predicted)"
         )
-    _save(figure, axes, path, note)
+    _save(drawing, axes, path, note)
 
 
 def by_retention(
@@ -162,7 +150,7 @@ def by_retention(
     note: str = "",
 ) -> None:
     """A follower's time, as a share of dense attention's, against the share of tokens kept."""
-    figure, axes = _axes(title, "visual tokens kept, per cent", "time over our dense attention")
+    drawing, axes = _axes(title, "visual tokens kept, per cent", "time over our dense attention")
     lines = {
         name: [(100 * share, ratio) for share, ratio in line.items()]
         for name, line in series.items()
@@ -170,7 +158,7 @@ def by_retention(
     shares = sorted({share for line in series.values() for share in line})
     _lines(axes, lines, {100 * share: f"{100 * share:g}" for share in shares})
     axes.axhline(1.0, color="#222222", linestyle="--", linewidth=1, label="dense: no gain above")
-    _save(figure, axes, path, note)
+    _save(drawing, axes, path, note)
 
 
 def short(tokens: int) -> str:

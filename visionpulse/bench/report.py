@@ -12,6 +12,7 @@ from ..config import PulseConfig
 from ..schedule import Role
 from . import cost, plots
 from . import rows as rows_
+from .ceilings import Limits
 from .layers import Shape
 from .timing import Times
 
@@ -32,15 +33,14 @@ class Measured:
 
     shape: Shape
     times: dict[str, Times]
-    ceilings: cost.Ceilings
-    read: rows_.Ceiling
+    limits: Limits
 
     def best(self, name: str) -> float:
         """Seconds of the fastest round."""
         return self.times[name].best
 
 
-class Report:
+class GainReport:
     """What was measured, added up to steps: as text, data and plots."""
 
     def __init__(
@@ -55,8 +55,8 @@ class Report:
         self.decoder, self.config, self.dtype = decoder, config, dtype
         self.machine, self.measured, self.options = machine, measured, options
         # one machine: the best of all contexts, so that a busy minute does not lower a roof
-        every = [one.ceilings for one in measured]
-        self.roof = cost.Ceilings(
+        every = [one.limits.roof for one in measured]
+        self.roof = cost.Roof(
             max(c.read for c in every),
             max(c.compute for c in every),
             max(c.gather or 0.0 for c in every),
@@ -120,7 +120,7 @@ class Report:
             f"{options.dtype}, {options.text} text tokens, schedule {schedule!r}\n"
             f"{machine.device}, {machine.isa}, {machine.threads} thread(s), "
             f"load {machine.load:g} before the run; {machine.clock_note.split(',')[0]}\n"
-            f"ceilings: {self.measured[0].read.name} {roof.read / 1e9:.1f} GB/s, "
+            f"ceilings: {self.measured[0].limits.read.name} {roof.read / 1e9:.1f} GB/s, "
             f"torch's gather {(roof.gather or 0) / 1e9:.1f} GB/s, "
             f"product {roof.compute / 1e9:,.0f} GFLOP/s\n\n"
             f"Attention of one decode step, bests of {min(rounds)} to {max(rounds)} rounds; the "
@@ -141,7 +141,7 @@ class Report:
             }  # fmt: skip
             made += rows_.rows_of(
                 "layer", shape.name, self.dtype, {name: one.times[name] for name in work},
-                self.machine, baseline=PLAIN, ceiling=one.read,
+                self.machine, baseline=PLAIN, ceiling=one.limits.read,
                 bytes_={name: w.bytes for name, w in work.items()},
                 facts={n: {"visual": shape.visual, "flops": w.flops} for n, w in work.items()},
             )  # fmt: skip
@@ -170,7 +170,6 @@ class Report:
             )
             for row in self.rows()
         ]  # fmt: skip
-        roof = plots.Roof(*self.roof)
         names = {**TITLES, self.config.schedule: f"ours, {self.config.schedule!r}"}
         series = {
             names[name]: {step["visual"]: step["attention"][name] for step in self.steps}
@@ -180,7 +179,7 @@ class Report:
         for ending in ("png", "svg"):
             path = folder / f"roofline.{ending}"
             plots.roofline(
-                points, roof, path, title="One layer of decoding, under the roofs", note=where
+                points, self.roof, path, title="One layer of decoding, under the roofs", note=where
             )
             written.append(path)
             path = folder / f"latency.{ending}"

@@ -19,7 +19,7 @@ from ..bench import rows as rows_
 from ..bench.ceilings import Ceilings
 from ..bench.layers import Layers, Shape
 from ..bench.progress import Tick, progress_bar
-from ..bench.report import PLAIN, TODAY, Measured, Report
+from ..bench.report import PLAIN, TODAY, GainReport, Measured
 from ..bench.timing import interleaved
 from ..config import PulseConfig
 from ..config import resolve as resolve_config
@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
     for shape in shapes:
         seconds = options.seconds / len(shapes)
         measured.append(_measure(shape, dtype, device, config, seconds, tick))
-    report = Report(decoder, config, dtype, machine, measured, options)
+    report = GainReport(decoder, config, dtype, machine, measured, options)
     print(report.text())
     folder = Path(options.out)
     folder.mkdir(parents=True, exist_ok=True)
@@ -141,9 +141,7 @@ def _measure(
     times = interleaved(
         variants, rounds, device=device, on_round=lambda n: tick(what, n + 1, rounds + 1)
     )
-    read, gather = ceilings.read(times), ceilings.gather(times)
-    found = cost.Ceilings(read.gb_s * 1e9, ceilings.compute(times), gather.gb_s * 1e9)
-    return Measured(shape, times, found, read)
+    return Measured(shape, times, ceilings.limits(times))
 
 
 def _variants(

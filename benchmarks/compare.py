@@ -4,8 +4,9 @@
     python benchmarks/compare.py results/cpu.jsonl new.jsonl --gate 0.6
     python benchmarks/compare.py results/cpu.jsonl --gate 0.6 --attempts 3 --run "bench_layers.py"
 
-The gate holds each row's ratio to its baseline, both bests of one interleaved run, against the
-committed one. Times themselves are not gated: another machine, or a neighbour, changes them.
+The gate checks each row's ratio to its baseline, both bests of one interleaved run, against the one
+committed for the same model of CPU. On another the baseline has other kernels, so its ratios say
+nothing here. Times themselves are not gated: a neighbour changes them.
 """
 
 import argparse
@@ -59,18 +60,13 @@ def columns(lines: list[tuple[str, ...]]) -> str:
     )
 
 
-def gated(row: Row, isa: str) -> bool:
-    """Ours, on a CPU of this instruction set, faster than its baseline: what a gate can hold."""
+def gated(row: Row, machine: Machine) -> bool:
+    """Ours, beside a baseline, on this model of CPU and its instruction set, and long enough."""
     if row.us_best < SHORTEST_US:
         return False
-    on_cpu = not row.machine["isa"].startswith("sm_")
     has_ratio = row.ratio is not None and bool(row.baseline) and row.backend != row.baseline
-    return (
-        on_cpu
-        and has_ratio
-        and row.machine["isa"] == isa
-        and row.backend.startswith(("cpu", "ours"))
-    )
+    same = (row.machine["device"], row.machine["isa"]) == (machine.device, machine.isa)
+    return has_ratio and same and row.backend.startswith(("cpu", "ours"))
 
 
 def fallen(old: list[Row], best: dict[tuple[str, ...], float], share: float) -> list[str]:
@@ -98,10 +94,15 @@ def fresh_rows(command: str) -> list[Row]:
 
 def gate(old: list[Row], share: float, attempts: int, give: "list[Row] | str") -> int:
     """Hold the best of up to `attempts` runs against the committed ratios."""
-    isa = Machine.here().isa
-    held = [row for row in old if gated(row, isa)]
+    machine = Machine.here()
+    held = [row for row in old if gated(row, machine)]
     if not held:
-        print(f"no committed row is of this instruction set ({isa}): nothing to hold it against")
+        others = {f"{row.machine['device']} ({row.machine['isa']})" for row in old}
+        print(
+            f"no gate: no committed row of {SHORTEST_US:g} us or more is of this CPU, "
+            f"{machine.device} ({machine.isa}); "
+            f"the committed ones are of {'; '.join(sorted(others))}"
+        )
         return 0
     best: dict[tuple[str, ...], float] = {}
     for attempt in range(1, attempts + 1):

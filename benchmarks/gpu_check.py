@@ -71,7 +71,7 @@ def tests(backends: list[str]) -> list[Command]:
         for one in backends
     ]
     graphs = [
-        pytest("tests/test_gpu.py", "-k", one, "--require-backends", one, spread=False)
+        pytest("tests/test_gpu.py", "--backends", one, "--require-backends", one, spread=False)
         for one in backends
     ]
     info = Command(python("-m", "visionpulse", "info"), 60)

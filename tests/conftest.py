@@ -1,4 +1,6 @@
-"""Options and fixtures of the whole suite."""
+"""Options and fixtures of the whole suite, and which tests have a place on this machine."""
+
+from collections import Counter
 
 import pytest
 import torch
@@ -15,14 +17,19 @@ from visionpulse.testing import (
 )
 from visionpulse.testing.compare import Exact, assert_counts
 
+GPU_BACKENDS = ("cuda", "triton")
+# {why tests are left out: how many}
+NOT_HERE = pytest.StashKey[Counter]()
+
 
 def pytest_addoption(parser):
     parser.addoption("--backends", default="", help="test these backends only, by comma")
     parser.addoption(
         "--require-backends",
         default="",
-        help="fail where one of these cannot run, so that a skip hides nothing",
+        help="fail where one of these cannot run, so that a missing one hides nothing",
     )
+    parser.addoption("--examples", type=int, default=25, help="random problems that a test draws")
     parser.addoption(
         "--worst-ratios",
         action="store_true",
@@ -31,6 +38,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    config.stash[NOT_HERE] = Counter()
     if config.getoption("--worst-ratios"):
         config.pluginmanager.register(WorstRatios())
 
@@ -85,14 +93,54 @@ def pytest_sessionstart(session):
 
 
 def pytest_generate_tests(metafunc):
-    if "backend" in metafunc.fixturenames:
-        chosen = _listed(metafunc.config, "--backends") or names()
-        marks = []
-        for name in chosen:
-            reason = get(name).unavailable()
-            skip = [pytest.mark.skip(reason=f"backend {name}: {reason}")] if reason else []
-            marks.append(pytest.param(name, id=name, marks=skip))
-        metafunc.parametrize("backend", marks)
+    """`backend` is every one in turn, `on` every one of a GPU."""
+    for argument, every in (("backend", names()), ("on", GPU_BACKENDS)):
+        if argument in metafunc.fixturenames:
+            each = [pytest.param(name, id=name, marks=pytest.mark.backend(name)) for name in every]
+            metafunc.parametrize(argument, each)
+
+
+def _why_not_here(item, chosen, missing):
+    """What keeps a test from running on this machine; "" for one that nobody asked for."""
+    for mark in item.iter_markers("backend"):
+        (name,) = mark.args
+        if chosen and name not in chosen:
+            return ""
+        if missing[name]:
+            reason, *_ = missing[name].split(";")
+            return f"{name} ({reason})"
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        return "tests of a device (no GPU)"
+    return None
+
+
+@pytest.hookimpl(trylast=True)  # behind -k and -m: what they leave out is nobody's loss
+def pytest_collection_modifyitems(config, items):
+    chosen, kept, left_out = _listed(config, "--backends"), [], []
+    missing = {name: get(name).unavailable() for name in names()}
+    for item in items:
+        why = _why_not_here(item, chosen, missing)
+        (kept if why is None else left_out).append(item)
+        if why:
+            config.stash[NOT_HERE][why] += 1
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = kept
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):  # a process of pytest-xdist
+        session.config.workeroutput["not_here"] = dict(session.config.stash[NOT_HERE])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    """Every process of pytest-xdist has collected all tests: the counts of one are those of all."""
+    node.config.stash[NOT_HERE] = Counter(getattr(node, "workeroutput", {}).get("not_here", {}))
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    for why, count in sorted(config.stash[NOT_HERE].items()):
+        terminalreporter.write_line(f"not here: {why}: {count} tests")
 
 
 @pytest.fixture(scope="session", autouse=True)

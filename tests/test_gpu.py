@@ -4,26 +4,14 @@ import pytest
 import torch
 
 import visionpulse as vp
-from visionpulse.backends import cuda, get
+from visionpulse.backends import cuda
 from visionpulse.testing.cases import CASES, Case
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
-]
+pytestmark = pytest.mark.gpu
 
 SPANS = (((20, 700), (730, 1400)), ((5, 300),))
 LONG = Case("", SPANS, size=1500, heads=32, kv_heads=8, head_dim=128, lengths=(1500, 611))
-GPU_BACKENDS = ("cuda", "triton")
 COUNTERS = ("counters", "arrived", "histogram")  # kept at zero by their kernels
-
-
-@pytest.fixture(params=GPU_BACKENDS)
-def on(request):
-    reason = get(request.param).unavailable()
-    if reason:
-        pytest.skip(f"backend {request.param}: {reason}")
-    return request.param
 
 
 class Step:
@@ -209,11 +197,10 @@ def test_offsets_beyond_32_bits(on):
     assert torch.equal(out[-1:], alone)
 
 
+@pytest.mark.backend("cuda")
 @pytest.mark.parametrize("name", ("grouped", "paged-hnd", "long"))
 def test_both_ways_to_copy_a_tile_give_the_same_bits(monkeypatch, name):
     """Whole float32 tiles come by the copy engine or by threads; the engine's waits are its own."""
-    if reason := cuda.CudaBackend().unavailable():
-        pytest.skip(f"backend cuda: {reason}")
     if torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("this GPU has no bulk copies")
     monkeypatch.setattr(cuda, "_copies", 0)

@@ -1,8 +1,10 @@
 """The runner of the GPU checks: it goes on after a failure, ends in time, and says what it left."""
 
+import fcntl
+import importlib.util
+import inspect
 import json
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -38,14 +40,19 @@ def test_a_failure_is_logged_and_the_backends_run_alone(gpu_check, check):
 
 
 def test_what_hangs_is_ended_with_all_that_it_started(gpu_check, check, tmp_path):
-    mark = tmp_path / "mark"
-    child = f"import time, pathlib; time.sleep(3); pathlib.Path({str(mark)!r}).touch()"
+    lock, mark = tmp_path / "lock", tmp_path / "mark"
+    lock.touch()
+    child = (
+        "import fcntl, time, pathlib\n"
+        f"held = open({str(lock)!r}); fcntl.flock(held, fcntl.LOCK_EX)\n"
+        f"time.sleep(60); pathlib.Path({str(mark)!r}).touch()"
+    )
     code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
-    began = time.monotonic()
-    check.run("tests", gpu_check.Command([sys.executable, "-c", code], 1))
-    assert time.monotonic() - began < 3 and "TOO LONG (over 1 s)" in summary(check)
-    time.sleep(3)
-    assert not mark.exists() and check.failed == 1
+    check.run("tests", gpu_check.Command([sys.executable, "-c", code], 3))
+    assert "TOO LONG (over 3 s)" in summary(check) and check.failed == 1
+    with lock.open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)  # as soon as the child has ended
+        assert not mark.exists()
 
 
 def test_what_has_no_time_left_is_named(gpu_check, tmp_path):
@@ -69,6 +76,19 @@ def test_every_command_names_a_file_that_is_there(gpu_check, tmp_path):
         for word in command.words:
             if word.startswith(("tests/", "benchmarks/")):
                 assert (gpu_check.ROOT / word).is_file(), word
+
+
+def test_every_test_of_a_device_follows_the_backend_that_is_asked_for():
+    """So that a run with `--backends` leaves none out."""
+    path = Path(__file__).with_name("test_gpu.py")
+    spec = importlib.util.spec_from_file_location("tests_of_a_device", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    tests = [one for name, one in vars(module).items() if name.startswith("test_")]
+    assert len(tests) > 8
+    for test in tests:
+        marks = {mark.name for mark in getattr(test, "pytestmark", ())}
+        assert "on" in inspect.signature(test).parameters or "backend" in marks, test.__name__
 
 
 def test_rows_without_a_commit_are_given_one(gpu_check, tmp_path):

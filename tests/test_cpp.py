@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.alone
-
 ROOT = Path(__file__).parents[1]
 STRESS_SECONDS = "30"
 ARM = "aarch64-linux-gnu"
@@ -59,22 +57,24 @@ def ctest(tree, **environment):
     run("ctest", "--test-dir", tree, "--output-on-failure", "--no-tests=error", **environment)
 
 
+@pytest.mark.deep
 def test_units_and_random_problems(built):
     ctest(built("plain"))
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_memory_under_random_stress(built):
     tree = built("address")
     ctest(tree)
     run(tree / "test_random", STRESS_SECONDS, "1000")
 
 
+@pytest.mark.deep
 def test_threads_do_not_race(built):
     ctest(built("thread"))
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_neon_under_an_emulator(built):
     for tool in (f"{ARM}-g++", "qemu-aarch64"):
         if shutil.which(tool) is None:

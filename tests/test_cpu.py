@@ -58,7 +58,7 @@ def python(code, **environment):
     )  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 @pytest.mark.parametrize("name", OTHER_SETS)
 def test_every_instruction_set_passes_the_shared_tests(name):
     command = [sys.executable, "-m", "pytest", "-q", "-x", "--backends", "cpu"]

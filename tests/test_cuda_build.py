@@ -51,8 +51,7 @@ PACKAGED = Path(sysconfig.get_path("purelib")) / "nvidia" / "cu13" / "bin" / "nv
 NVCC = shutil.which("nvcc") or shutil.which(PACKAGED)
 
 pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.alone,
+    pytest.mark.deep,
     pytest.mark.skipif(NVCC is None, reason="no nvcc, on PATH or among Python's packages"),
 ]
 

@@ -9,13 +9,10 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "cusim"))
-from build import load
+from build import FEW, build, load
 
 NO_COMPILER = shutil.which(os.environ.get("CXX", "g++")) is None
-pytestmark = [
-    pytest.mark.alone,
-    pytest.mark.skipif(NO_COMPILER, reason="no C++ compiler"),
-]
+pytestmark = pytest.mark.skipif(NO_COMPILER, reason="no C++ compiler")
 
 # (compute capability, multiprocessors, shared memory that a block may ask for)
 CHIPS = {
@@ -36,6 +33,11 @@ by_chip = pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS.keys())
 
 @pytest.fixture(scope="module")
 def engine():
+    return load(build(kernels=FEW))
+
+
+@pytest.fixture(scope="module")
+def whole_engine():
     return load()
 
 
@@ -43,14 +45,15 @@ def shape(dtype="bfloat16", rows=1, group=4, kv_heads=8, head_dim=128, capacity=
     return (DTYPES[dtype], rows, group * kv_heads, kv_heads, head_dim, capacity)
 
 
+@pytest.mark.deep
 @by_chip
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_shape_fits_with_stages_to_spare(engine, chip, dtype):
+def test_every_shape_fits_with_stages_to_spare(whole_engine, chip, dtype):
     for head_dim in HEAD_DIMS:
         for group in GROUPS:
             for keys, values in STREAMS:
                 of = shape(dtype, group=group, head_dim=head_dim)
-                plan = engine.plan(keys, chip, of, keys, values)
+                plan = whole_engine.plan(keys, chip, of, keys, values)
                 assert plan["shared_bytes"] <= chip[2]
                 assert plan["stages"] >= 2 and plan["warps"] in (1, 2, 4)
                 assert plan["warps"] % plan["team"] == 0
@@ -135,7 +138,8 @@ def test_a_head_dim_without_kernel_is_refused_by_name(engine):
         engine.plan(False, CHIPS["h200"], shape(head_dim=257), True, True)
 
 
-def test_the_page_of_bounds_is_what_plans_and_registers_imply(engine):
+@pytest.mark.deep
+def test_the_page_of_bounds_is_what_plans_and_registers_imply():
     """Bytes and occupancy in the documentation are the output of a script, not typed."""
     script = Path(__file__).parent / "cusim" / "bounds.py"
     made = subprocess.run([sys.executable, script], check=True, text=True, stdout=subprocess.PIPE)

@@ -17,8 +17,7 @@ from build import HERE, ROOT, Edit, build
 
 COMPILER = os.environ.get("CXX", "g++")
 pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.alone,
+    pytest.mark.deep,
     pytest.mark.skipif(shutil.which(COMPILER) is None, reason="no C++ compiler"),
 ]
 

@@ -19,7 +19,7 @@ COMPILER = os.environ.get("CXX", "g++")
 OF_GPU = "cuda and (reads_nothing or follows_lengths or outlives or two_graphs)"
 QUIET = ("-q", "-x", "--no-header", "-p", "no:cacheprovider", "-p", "plugin")
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.deep
 
 
 def run(*arguments, **more):

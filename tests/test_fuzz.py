@@ -8,8 +8,6 @@ from hypothesis import strategies as st
 import visionpulse as vp
 from visionpulse.testing import Case
 
-EXAMPLES = 120
-
 
 @st.composite
 def spans(draw, size):
@@ -65,9 +63,9 @@ def cases(draw):
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
-def test_random_problems(backend, device, check_decode, dtype):
+def test_random_problems(backend, device, check_decode, dtype, pytestconfig):
     @settings(
-        max_examples=EXAMPLES,
+        max_examples=pytestconfig.getoption("--examples"),
         deadline=None,
         derandomize=True,
         suppress_health_check=list(HealthCheck),

@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.alone
-
 ROOT = Path(__file__).resolve().parent.parent
 # site-packages with torch, for environments that get everything but visionpulse from here
 OUTER = next(p for p in sys.path if p.endswith("site-packages"))
@@ -76,7 +74,7 @@ def archives(tmp_path_factory):
     return next(dist.glob("*.whl")), next(dist.glob("*.tar.gz"))
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_the_wheel_holds_the_package_and_nothing_else(archives):
     names = zipfile.ZipFile(archives[0]).namelist()
     tops = {name.split("/")[0] for name in names}
@@ -92,7 +90,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(archives):
     assert licences
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_the_source_archive_holds_every_source(archives):
     with tarfile.open(archives[1]) as archive:
         members = archive.getnames()
@@ -102,7 +100,7 @@ def test_the_source_archive_holds_every_source(archives):
             assert name in inside, name
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_the_wheel_works_in_a_clean_environment(archives, tmp_path):
     bin_ = clean_venv(tmp_path / "env")
     run(bin_ / "python", "-m", "pip", "install", "--quiet", "--no-deps", archives[0])
@@ -112,7 +110,7 @@ def test_the_wheel_works_in_a_clean_environment(archives, tmp_path):
     assert "visionpulse" in run(bin_ / "python", "-m", "visionpulse", "--help", cwd=tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_an_editable_install_works_without_a_network(tmp_path, monkeypatch):
     """As on a machine that is offline and has no nvcc: no isolation, no dependencies, no index."""
     tree = clone(tmp_path / "tree")

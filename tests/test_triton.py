@@ -16,8 +16,6 @@ import pytest
 
 from visionpulse.backends import get
 
-pytestmark = pytest.mark.alone
-
 HERE = Path(__file__).resolve().parent / "triton"
 RUNS = {
     "compile 1 of 2": ("compile.py", "--share", "0/2"),
@@ -69,7 +67,7 @@ def results(request):
         yield started
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 @pytest.mark.parametrize("name", RUNS)
 def test_without_a_gpu(results, name, record_property):
     done = results[name].result()
@@ -79,7 +77,7 @@ def test_without_a_gpu(results, name, record_property):
     assert done.returncode == 0, done.stdout[-8000:]
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 @pytest.mark.parametrize("name", PLANTED)
 def test_a_planted_fault_is_seen(results, name):
     done = results[name].result()

@@ -16,8 +16,11 @@ from uuid import uuid4
 ROOT = Path(__file__).resolve().parents[2]
 HERE = ROOT / "tests" / "cusim"
 KERNELS = ("kernels/cuda/attend.cu", "kernels/cuda/score.cu", "kernels/cuda/select.cu")
+STREAM_KERNELS = KERNELS[:2]  # those with rows
 HOST = ("csrc/cuda/plan.cpp", "csrc/cuda/launch.cpp", "csrc/cuda/engine.cpp")
 BINDINGS = "tests/cusim/module.cpp"  # the longest to compile, and nothing there is watched
+# Rows of entries.cuh that tell most in least time: both row tiles, and two head dims.
+FEW = tuple(f"bf16, BFloat16, {d}, {heads}" for d in (64, 128) for heads in (8, 32))
 PRELUDE = ("builtins.h", "warp_matrix.h")  # what every kernel includes, and no bug changes
 ASAN = ("-fsanitize=address", "-fno-omit-frame-pointer", "-g1")
 
@@ -120,6 +123,7 @@ def _prelude(folder: Path, mode: tuple[str, ...]) -> tuple[str, ...]:
     header, compiled = folder / "prelude.h", folder / "prelude.h.gch"
     with _one_prelude:
         if not compiled.exists():
+            folder.mkdir(parents=True, exist_ok=True)
             header.write_text("".join(f'#include "{name}"\n' for name in PRELUDE))
             _compile(str(header), compiled, mode, (ROOT,))
     return ("-include", str(header))
@@ -128,22 +132,24 @@ def _prelude(folder: Path, mode: tuple[str, ...]) -> tuple[str, ...]:
 def build(
     asan: bool = False, edits: tuple[Edit, ...] = (), kernels: tuple[str, ...] | None = None
 ) -> Path:
-    """The module `_cusim`.
+    """The module `_cusim`, of those rows of entries.cuh alone that `kernels` names.
 
-    What `edits` reach is compiled anew, with those rows of entries.cuh alone that `kernels` names;
-    the rest is that of the build without edits.
+    What `edits` reach is compiled anew; the rest is that of the build without edits.
     """
     mode = ASAN if asan else ()
     sources, place = _sources(), ROOT / "build" / "cusim"
     whole = place / _digest(sources, "objects", *mode)
     bindings = place / _digest(sources, "objects")
     rows = " ".join(f"X({row})" for row in kernels or ())
-    folder = place / _digest(sources, *mode, rows, *map(repr, edits)) if edits else whole
+    part = edits or kernels
+    folder = place / _digest(sources, *mode, rows, *map(repr, edits)) if part else whole
     module = folder / "_cusim.so"
     if module.exists():
         return module
     every = (*KERNELS, *HOST)
     changed = tuple(source for source in every if _touched(source, edits))
+    if kernels and not edits:
+        changed = STREAM_KERNELS
     objects = []
     if changed:
         roots = (_overlay(folder / "overlay", edits), ROOT)

@@ -23,6 +23,13 @@ RUNS = {
     "interpreter 1 of 2": ("interpret.py", "--share", "0/2"),
     "interpreter 2 of 2": ("interpret.py", "--share", "1/2"),
 }
+# A telling few of both, in seconds.
+FEW = {
+    "compile": ("compile.py", "-k", "sm_90 and (dense-bfloat16 or follow-bfloat16)"),
+    "interpreter": (
+        "interpret.py", "-k", "(grouped or paged-hnd) and float32 and (stages or dense_decode)"
+    ),
+}  # fmt: skip
 # A fault, the test that must see it, and what it says.
 FILES = {
     "interpret.py": (str(HERE.parent / "test_backends.py"), "--backends", "triton"),
@@ -65,6 +72,12 @@ def results(request):
                 options = (*FILES[script], "-k", test, "--plant", name)
                 started[name] = pool.submit(_run, script, *options)
         yield started
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_a_few_without_a_gpu(name):
+    done = _run(*FEW[name])
+    assert done.returncode == 0, done.stdout[-8000:]
 
 
 @pytest.mark.deep

@@ -23,7 +23,7 @@ test: $(READY)
 # The same models on the newest transformers that is held up, beside the pinned torch.
 NEWEST := build/transformers-newest
 $(NEWEST)/.ready: $(READY)
-	$(BIN)/python -m pip install --quiet --no-deps --target $(NEWEST) transformers==5.23.0
+	$(BIN)/python -m pip install --quiet --no-deps --target $(NEWEST) transformers==5.24.0
 	touch $@
 
 test-newest: $(NEWEST)/.ready

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..cache import KVCache
+from ..models.arguments import Arguments, cache_of_output
 from ..models.families import Anatomy, UnsupportedModelError, anatomy
 from ..models.session import session_of
 from .prompt import Prompt
@@ -67,6 +68,7 @@ class Run:
         self.shares: list[Tensor] = []  # [B] per decode step, of the visual tokens
         self._undo: list[Any] = []
         self._ids: Tensor | None = None
+        self._arguments = Arguments(self.parts.decoder)
         method.needs(self)
         self.take_attention(self.parts.config, self._attention)
         for module, before in (
@@ -130,7 +132,7 @@ class Run:
         return args, kwargs
 
     def _prompt_of(self, kwargs: dict[str, Any], batch: int, size: int) -> Prompt:
-        cache, ids = kwargs.get("past_key_values"), self._ids
+        cache, ids = self._arguments.cache((), kwargs), self._ids
         if cache is not None and cache.get_seq_length():
             raise ValueError(
                 "the cache already holds a prompt; a baseline chooses its tokens once, "
@@ -157,7 +159,7 @@ class Run:
         if prompt.step < 0:
             padding = (~prompt.present).sum(1).to(torch.int32)
             prompt.starts = dict.fromkeys(range(len(self.parts.full)), padding)
-            self.method.finish(prompt, output.past_key_values)
+            self.method.finish(prompt, cache_of_output(output))
             return
         kept = self.method.kept(prompt)
         if kept is not None:

@@ -4,7 +4,6 @@ The base model sees the token ids, its decoder sees the cache. What the first fi
 thread-local storage for the second, which follows in the same thread within the same forward.
 """
 
-import inspect
 import re
 import threading
 import warnings
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .arguments import Arguments, cache_of_output
 from .attention import CONTEXT
 from .cache import attach, has_layers, state_of, swap_layers
 from .state import CacheState, visual_of
@@ -45,8 +45,8 @@ class Hooks:
     def __init__(self, session: "Session") -> None:
         self.session = session
         anatomy = session.anatomy
-        self._base = _Arguments(anatomy.base)
-        self._decoder = _Arguments(anatomy.decoder)
+        self._base = Arguments(anatomy.base)
+        self._decoder = Arguments(anatomy.decoder)
         self._layer = anatomy.first_full
         self._waiting = _Waiting()
         # a prefill reads the device; disabled here, not by decorators, which would import dynamo
@@ -126,7 +126,7 @@ class Hooks:
         inputs = self._decoder.get("inputs_embeds", args, kwargs)
         if inputs is None:
             inputs = self._decoder.get("input_ids", args, kwargs)
-        cache = self._decoder.get("past_key_values", args, kwargs)
+        cache = self._decoder.cache(args, kwargs)
         if inputs.shape[1] == 1:
             state = None if cache is None else state_of(cache, self._layer)
             if state is not None:
@@ -222,26 +222,9 @@ class Hooks:
         if torch.compiler.is_compiling() or self._waiting.state is None:
             return
         state, self._waiting.state = self._waiting.state, None
-        cache = getattr(output, "past_key_values", None)
-        if cache is None and isinstance(output, tuple):
-            cache = next((part for part in output if has_layers(part)), None)
-        if has_layers(cache):
+        cache = cache_of_output(output)
+        if cache is not None:
             attach(cache, self._layer, state)
-
-
-class _Arguments:
-    """Finds an argument of a module's forward, given by name or by place."""
-
-    def __init__(self, module: nn.Module) -> None:
-        names = list(inspect.signature(module.forward).parameters)
-        self.place = {name: i for i, name in enumerate(names)}
-
-    def get(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The value, or None."""
-        if name in kwargs:
-            return kwargs[name]
-        place = self.place.get(name)
-        return args[place] if place is not None and place < len(args) else None
 
 
 def _holds_something(value: Any) -> bool:

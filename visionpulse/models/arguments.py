@@ -1,0 +1,49 @@
+"""Finds the arguments of a module's forward, however they are spelt and wherever they are given."""
+
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from .cache import has_layers
+
+# transformers 5.24 renamed the first to the second; it still takes the first, and translates it
+# inside the forward, behind our hooks.
+_CACHE_NAMES = ("past_key_values", "cache")
+
+
+class Arguments:
+    """The arguments of a module's forward, given by name or by place."""
+
+    def __init__(self, module: nn.Module) -> None:
+        parameters = inspect.signature(module.forward).parameters
+        self._places = {name: i for i, name in enumerate(parameters)}
+        declared = (name for name, p in parameters.items() if "Cache" in str(p.annotation))
+        self._cache_names = tuple(dict.fromkeys((*declared, *_CACHE_NAMES)))
+
+    def get(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The value, or None."""
+        if name in kwargs:
+            return kwargs[name]
+        place = self._places.get(name)
+        return args[place] if place is not None and place < len(args) else None
+
+    def cache(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The cache: what has its name or its type in the signature, else what looks like one."""
+        for name in self._cache_names:
+            value = self.get(name, args, kwargs)
+            if value is not None:
+                return value
+        return _cache_among((*args, *kwargs.values()))
+
+
+def cache_of_output(output: Any) -> Any:
+    """The cache that a forward returned, in a tuple or a record; None without one."""
+    if isinstance(output, dict):  # outputs of transformers are dicts without what is None
+        return _cache_among(output.values())
+    return _cache_among(output) if isinstance(output, tuple) else None
+
+
+def _cache_among(values: Iterable[Any]) -> Any:
+    return next((value for value in values if has_layers(value)), None)

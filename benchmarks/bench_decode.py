@@ -23,10 +23,9 @@ from shapes import SHAPES, Layers, Shape
 import visionpulse as vp
 from visionpulse.backends import get
 from visionpulse.bench import cost, torch_forms
+from visionpulse.bench.check import check_output, check_selection
 from visionpulse.bench.timing import Times
 from visionpulse.schedule import Role, roles
-from visionpulse.testing import assert_output, assert_valid_selection
-from visionpulse.testing.compare import Exact
 
 SCHEDULES: dict[str, dict[str, object] | None] = {
     "dense": None,
@@ -89,16 +88,21 @@ class Step:
         selection = self.decode(0) if role is Role.FOLLOWER else None
         return lambda turn: self.attend(turn, selection)
 
+    def work(self, problem: cost.OpShape) -> cost.Work:
+        """What the step must move and compute."""
+        output = self.config.anchor_output if self.config else "pruned"
+        return cost.attention(Counter(self.roles), problem, self.layers.shape.kept, output)
+
     def check(self) -> None:
         """Hold a dense layer, an anchor and a follower against float64, one KV head of each."""
-        assert_heads(self.layers, 0, self.attend(0, None), None, self.backend)
+        check_output(self.layers, 0, self.attend(0, None), None, self.backend)
         if self.config is None or Role.ANCHOR not in self.roles:
             return
         selection = self.decode(0)
-        assert_selection(self.layers, selection, self.config, self.backend)
+        check_selection(self.layers, selection, self.config, self.backend)
         pruned = self.config.anchor_output == "pruned"
-        assert_heads(self.layers, 0, self.outs[0], selection if pruned else None, self.backend)
-        assert_heads(self.layers, 1, self.attend(1, selection), selection, self.backend)
+        check_output(self.layers, 0, self.outs[0], selection if pruned else None, self.backend)
+        check_output(self.layers, 1, self.attend(1, selection), selection, self.backend)
 
 
 def _fit(changes: dict[str, object], count: int) -> dict[str, object]:
@@ -107,30 +111,6 @@ def _fit(changes: dict[str, object], count: int) -> dict[str, object]:
     if not isinstance(anchor, tuple):
         return changes
     return changes | {"anchor": tuple(place * count // 36 for place in anchor)}
-
-
-def assert_heads(
-    layers: Layers, layer: int, out: torch.Tensor, selection: vp.Selection | None, backend: str
-) -> None:
-    """The last KV head alone: float64 of all of them would not fit at long contexts."""
-    (q, kv), group = layers.at(layer), layers.shape.heads // layers.shape.kv_heads
-    alone = vp.KVCache(kv.k[:, -1:], kv.v[:, -1:])
-    q = q[:, -group:]
-    exact = Exact(q, alone, layers.visual, vp.ops.numbers(q, None, None, None))
-    rounds_weights = get(backend).rounds_weights(out.dtype)
-    assert_output(out[:, -group:], exact, selection, rounds_weights=rounds_weights)
-
-
-def assert_selection(
-    layers: Layers, selection: vp.Selection, config: vp.PulseConfig, backend: str
-) -> None:
-    q, kv = layers.at(0)
-    scores = torch.empty(kv.batch, kv.capacity, device=q.device)
-    _, again = vp.decode(q, kv, layers.visual, config, scores=scores, backend=backend)
-    assert torch.equal(again.indices, selection.indices)
-    assert_valid_selection(selection, scores, layers.visual.mask(kv.capacity))
-    kept = int(selection.counts[0])
-    assert kept == layers.shape.kept, f"kept {kept}, wanted {layers.shape.kept}"
 
 
 def torch_anchor(layers: Layers) -> Callable[[int], object]:
@@ -269,12 +249,12 @@ def run(bench: Bench, shape: Shape, dtype: torch.dtype, options: argparse.Namesp
     whole = {name: composed(times, parts) for name, parts in made.items()}
     problem = shape.cost(dtype)
     work = {name: cost.dense(problem).times(count) for name in made}
-    paper = work_of(roles(chosen, (True,) * count, 1), problem, shape.kept, chosen)
+    paper = cost.attention(Counter(roles(chosen, (True,) * count, 1)), problem, shape.kept)
     work |= {name: paper for name in (PUBLISHED, IN_TORCH) if name in made}
     facts = {}
     for name in whole:
         if name in ours:
-            work[name] = work_of(ours[name].roles, problem, shape.kept, ours[name].config)
+            work[name] = ours[name].work(problem)
         facts[name] = {
             "layers": count,
             "distinct_layers": len(layers),
@@ -294,22 +274,6 @@ def run(bench: Bench, shape: Shape, dtype: torch.dtype, options: argparse.Namesp
         bytes_={name: work[name].bytes for name in whole},
         launches={name: launches_of(step, device) for name, step in ours.items()},
     )  # fmt: skip
-
-
-def work_of(
-    layer_roles: tuple[Role, ...], shape: cost.OpShape, kept: int, config: vp.PulseConfig | None
-) -> cost.Work:
-    """What a step must move and compute."""
-    output = config.anchor_output if config else "pruned"
-    each = {
-        Role.DENSE: cost.dense(shape),
-        Role.ANCHOR: cost.decode(shape, kept, output),
-        Role.FOLLOWER: cost.attend(shape, kept),
-    }
-    total = cost.NOTHING
-    for role in layer_roles:
-        total = total.plus(each[role])
-    return total
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """Each stage by itself, on cold layers: dense, score, select, anchor, follower.
 
     python benchmarks/bench_layers.py --shapes b1-8k,b1-32k --dtypes bf16,fp32 --out rows.jsonl
+    python benchmarks/bench_layers.py --goals --dtypes bf16,fp32     # exit 1 where a ratio is short
 
 `follower` is the stage attend over text and kept tokens; `anchor` is the fused score, select and
 attend. Every stage has its own baseline, the best plain torch form of the same work, and all
@@ -8,7 +9,8 @@ stages of a shape are one interleaved run.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache
 
 import baselines
@@ -16,17 +18,19 @@ import torch
 from baselines import PLAIN, Form, attended_positions
 from bench_decode import (
     PUBLISHED,
-    assert_heads,
-    assert_selection,
     published_layers,
     torch_anchor,
 )
 from harness import Bench, launches_of
-from shapes import SHAPES, Layers, Shape
+from shapes import GOAL_SHAPES, SHAPES, Layers, Shape
 from torch import Tensor
 
 import visionpulse as vp
+from visionpulse._native import module
 from visionpulse.bench import cost
+from visionpulse.bench.check import check_output, check_selection
+from visionpulse.bench.rows import dtype_name
+from visionpulse.bench.timing import Times
 
 # stage: (its baseline, what that is)
 BASELINES = {
@@ -36,7 +40,72 @@ BASELINES = {
     "anchor": ("torch-visionpulse", "the three stages in torch"),
     "follower": (PLAIN, "copy the kept rows, then torch's attention"),
 }
+READ = "stream-read"
 Variants = dict[str, Callable[[int], object]]
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A ratio of bests that the CPU engine must hold, and the one to aim at, on one dtype."""
+
+    name: str
+    over: str  # stage/variant: its time over that of `under`
+    under: str
+    must: float
+    aim: float
+    shapes: tuple[str, ...] = tuple(GOAL_SHAPES)
+    dtypes: tuple[str, ...] = ("bf16", "fp32")
+
+    @property
+    def at_least(self) -> bool:
+        return self.aim > self.must
+
+    def holds(self, ratio: float, margin: float) -> bool:
+        if self.at_least:
+            return ratio >= self.must * (1 - margin)
+        return ratio <= self.must * (1 + margin)
+
+
+_32K, _128K = ("b1-32k-t512",), ("b1-128k-t512",)
+_DENSE, _ANCHOR, _SDPA = "dense/cpu", "anchor/cpu:dense-output", f"dense/{PLAIN}"
+GOALS = (
+    Goal("bytes per second of dense over a plain read", f"dense/{READ}", _DENSE, 0.65, 0.80),
+    Goal("dense anchor over dense", _ANCHOR, _DENSE, 1.25, 1.10),
+    Goal("pruned anchor over dense", "anchor/cpu", _DENSE, 0.72, 0.60, _32K),
+    Goal("SDPA over dense anchor", _SDPA, _ANCHOR, 3.6, 6, _32K, ("bf16",)),
+    Goal("SDPA over dense anchor", _SDPA, _ANCHOR, 2.0, 3, _32K, ("fp32",)),
+    Goal("SDPA over follower", _SDPA, "follower/cpu", 27, 45, _32K, ("bf16",)),
+    Goal("SDPA over follower", _SDPA, "follower/cpu", 16, 25, _32K, ("fp32",)),
+    Goal("dense over follower", _DENSE, "follower/cpu", 6.7, 10, _128K),
+    Goal("torch.topk over select", "select/torch-topk", "select/cpu", 5, 8, _32K, ("bf16",)),
+)
+
+
+def judged(
+    times: Mapping[str, Times], shape: str, dtype: torch.dtype, margin: float
+) -> Iterator[tuple[bool, str]]:
+    """Whether each goal of this shape and dtype holds, and the line that says so."""
+    for goal in GOALS:
+        if shape not in goal.shapes or dtype_name(dtype) not in goal.dtypes:
+            continue
+        if goal.over not in times or goal.under not in times:
+            continue
+        ratio = times[goal.over].best / times[goal.under].best
+        holds, sign = goal.holds(ratio, margin), ">=" if goal.at_least else "<="
+        line = f"{goal.name}: {ratio:.3g}, must {sign} {goal.must:g}, aim {goal.aim:g}"
+        yield holds, f"{'holds' if holds else 'SHORT'}  {shape} {dtype_name(dtype)}  {line}"
+
+
+def stream_read(layers: Layers) -> Callable[[int], object]:
+    """K and V of the turn's layer read once by the widest loads there are."""
+    read = module().cpu.read_bytes
+
+    def run(turn: int) -> None:
+        kv = layers.at(turn)[1]
+        for tensor in (kv.k, kv.v):
+            read(tensor.data_ptr(), tensor.numel() * tensor.itemsize)
+
+    return run
 
 
 class Ours:
@@ -47,10 +116,10 @@ class Ours:
         self.common = {"workspace": vp.Workspace(), "backend": backend}
         self.scored = [self.score(turn) for turn in range(len(layers))]
         out, self.selection = vp.decode(*layers.at(0), layers.visual, self.config, **self.common)
-        assert_selection(layers, self.selection, self.config, backend)
-        assert_heads(layers, 0, out, self.selection, backend)
-        assert_heads(layers, 1, self.follower(1), self.selection, backend)
-        assert_heads(layers, 1, self.dense(1), None, backend)
+        check_selection(layers, self.selection, self.config, backend)
+        check_output(layers, 0, out, self.selection, backend)
+        check_output(layers, 1, self.follower(1), self.selection, backend)
+        check_output(layers, 1, self.dense(1), None, backend)
         staged = self.select(0)
         assert torch.equal(staged.indices, self.selection.indices), "the stages select otherwise"
 
@@ -125,7 +194,8 @@ def theirs(bench: Bench, layers: Layers, forms: list[Form], ours: Ours) -> dict[
     graphs("anchor", "torch-visionpulse", lambda: torch_anchor(layers))
     # never a graph: the published scheme reads the device, and that is part of its cost
     scheme = cache(lambda: published_layers(bench, layers))
-    for stage in ("dense", "anchor", "follower"):
+    published = ("dense", "anchor", "follower") if bench.options.goals is None else ()
+    for stage in published:  # its copies of K and V for every head are large at the goals' shapes
         wanted[f"{stage}/{PUBLISHED}"] = lambda stage=stage: scheme()[stage]
     made: dict[str, Variants] = {stage: {} for stage in BASELINES}
     for key, variant in bench.baselines(wanted)[0].items():
@@ -138,6 +208,7 @@ def works(shape: Shape, dtype: torch.dtype) -> dict[str, cost.Work]:
     """What each stage must move."""
     problem = shape.cost(dtype)
     return {
+        READ: cost.Work(problem.cache_bytes, 0, 0),
         "dense": cost.dense(problem),
         "score": cost.score(problem),
         "select": cost.select(problem, shape.kept),
@@ -147,7 +218,7 @@ def works(shape: Shape, dtype: torch.dtype) -> dict[str, cost.Work]:
     }
 
 
-def run(bench: Bench, shape: Shape, dtype: torch.dtype) -> None:
+def run(bench: Bench, shape: Shape, dtype: torch.dtype) -> Mapping[str, Times]:
     layers = Layers.make(shape, dtype, bench.device, 36, bench.options.budget << 20)
     forms = baselines.usable(bench.options.baselines, bench.device, dtype, bench.say)
     forms = bench.usable(forms, dtype)
@@ -165,17 +236,19 @@ def run(bench: Bench, shape: Shape, dtype: torch.dtype) -> None:
                 stage, name = key.split("/")
                 stages[stage][name] = layer
     if ours is None:
-        return
+        return {}
     for stage, variants in theirs(bench, layers, forms, ours).items() if forms else ():
         stages[stage] |= variants
+    if bench.options.goals is not None and "cpu" in stages["dense"]:
+        stages["dense"][READ] = stream_read(layers)
     flat = {f"{stage}/{name}": v for stage, made in stages.items() for name, v in made.items()}
     times, ceilings = bench.time(flat, dtype, shape.head_dim * dtype.itemsize)
     work = works(shape, dtype)
     for stage, made in stages.items():
-        of = {
-            name: work["anchor-dense-output" if name.endswith(":dense-output") else stage]
-            for name in made
+        kinds = {READ: READ} | {
+            name: "anchor-dense-output" for name in made if name.endswith(":dense-output")
         }
+        of = {name: work[kinds.get(name, stage)] for name in made}
         facts = {
             name: {
                 "visual": shape.visual,
@@ -195,15 +268,29 @@ def run(bench: Bench, shape: Shape, dtype: torch.dtype) -> None:
             baseline=BASELINES[stage][0], facts=facts, launches=launches,
             bytes_={name: w.bytes for name, w in of.items()},
         )  # fmt: skip
+    return times
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    bench = Bench(parser, shapes="b1-8k", dtypes="bf16")
-    for name in bench.options.shapes.split(","):
+    parser.add_argument(
+        "--goals", nargs="?", type=float, const=0.0, metavar="SHARE",
+        help="hold the CPU engine to its ratios, but for this share of each; exit 1 where one is "
+        f"short; shapes are {', '.join(GOAL_SHAPES)} unless named",
+    )  # fmt: skip
+    bench = Bench(parser, shapes="", dtypes="bf16")
+    margin, lines = bench.options.goals, []
+    usual = "b1-8k" if margin is None else ",".join(GOAL_SHAPES)
+    for name in (bench.options.shapes or usual).split(","):
         for dtype in bench.dtypes:
             with bench.part(name):
-                run(bench, SHAPES[name], dtype)
+                times = run(bench, SHAPES[name], dtype)
+                lines += [] if margin is None else judged(times, name, dtype, margin)
+    for _, line in lines:
+        print(line)
+    bench.failed += [line for holds, line in lines if not holds]
+    if margin is not None and not lines:
+        bench.failed.append("no goal is stated for these shapes, dtypes and variants")
     bench.finish()
 
 

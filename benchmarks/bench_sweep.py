@@ -17,11 +17,9 @@ from harness import Bench
 from shapes import BATCHES, CONTEXTS, SHAPES, Layers, Shape
 
 import visionpulse as vp
-from visionpulse.backends import get
 from visionpulse.bench import cost, plots, torch_forms
-from visionpulse.bench.rows import Row, dtype_name
-from visionpulse.testing import assert_output
-from visionpulse.testing.compare import Exact
+from visionpulse.bench.check import check_output
+from visionpulse.bench.rows import Row, dtype_name, read
 
 RETENTIONS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
@@ -47,7 +45,8 @@ def run(bench: Bench, shape: Shape, dtype: torch.dtype, retentions: tuple[float,
             variants[name] = follower(layers, kept, common)
             work[name] = cost.attend(problem, int(kept.counts[0]))
             shares[name] = share
-            check(layers, kept, backend)
+            out = vp.attend(*layers.at(1), visual, kept, backend=backend)
+            check_output(layers, 1, out, kept, backend)
     variants = {
         name: bench.captured_layers(layer, len(layers), name) for name, layer in variants.items()
     }
@@ -79,18 +78,6 @@ def anchor(layers: Layers, config: vp.PulseConfig, common: dict):
 
 def follower(layers: Layers, kept: vp.Selection, common: dict):
     return lambda turn: vp.attend(*layers.at(turn), layers.visual, kept, **common)
-
-
-def check(layers: Layers, kept: vp.Selection, backend: str) -> None:
-    """The follower against float64, on one row and one KV head: all would not fit."""
-    (q, kv), group = layers.at(1), layers.shape.heads // layers.shape.kv_heads
-    out = vp.attend(q, kv, layers.visual, kept, backend=backend)
-    one = torch.tensor([kv.batch - 1], device=q.device)
-    alone = vp.KVCache(kv.k[one, -1:], kv.v[one, -1:])
-    q, visual = q[one, -group:], layers.visual.rows(one)
-    exact = Exact(q, alone, visual, vp.ops.numbers(q, None, None, None))
-    rounds_weights = get(backend).rounds_weights(out.dtype)
-    assert_output(out[one, -group:], exact, kept.rows(one), rounds_weights=rounds_weights)
 
 
 def crossover(rows: list[Row]) -> dict[str, float | None]:
@@ -157,8 +144,6 @@ def main() -> None:
     options = bench.options
     retentions = RETENTIONS if options.sweep == "retention" else (0.05,)
     if options.from_rows:
-        from visionpulse.bench.rows import read
-
         bench.rows = [row for row in read(options.from_rows) if row.bench == "sweep"]
     else:
         for dtype in bench.dtypes:

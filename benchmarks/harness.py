@@ -16,6 +16,7 @@ import visionpulse as vp
 from visionpulse.backends import get, names
 from visionpulse.bench import rows as rows_
 from visionpulse.bench.ceilings import Ceilings, Limits
+from visionpulse.bench.progress import progress_bar
 from visionpulse.bench.rows import DTYPES, Machine, Row
 from visionpulse.bench.timing import Times, interleaved
 
@@ -174,15 +175,11 @@ class Bench:
         ceilings = Ceilings(self.device, dtype, row_bytes)
         rounds = self.options.rounds
 
-        def progress(played: int) -> None:
-            if not self.options.quiet and sys.stderr.isatty():
-                print(f"\rround {played} of {rounds}", end="", file=sys.stderr)
-
+        tick = progress_bar(not self.options.quiet)
         times = interleaved(
-            {**ceilings.variants(), **variants}, rounds, device=self.device, on_round=progress
-        )
-        if not self.options.quiet and sys.stderr.isatty():
-            print("\r\033[K", end="", file=sys.stderr)
+            {**ceilings.variants(), **variants}, rounds, device=self.device,
+            on_round=lambda played: tick("rounds", played, rounds),
+        )  # fmt: skip
         return times, ceilings.limits(times)
 
     def add(

@@ -7,6 +7,7 @@ CONTEXTS = {
     "128k": 131072,
 }  # fmt: skip
 BATCHES = (1, 2, 4, 8, 16, 32)
+GOAL_TEXT = 512  # of the shapes whose ratios the CPU engine must hold
 
 SHAPES = {
     shape.name: shape
@@ -16,5 +17,13 @@ SHAPES = {
         for name, visual in CONTEXTS.items()
     )
 }
+GOAL_SHAPES = {
+    shape.name: shape
+    for shape in (
+        Shape(f"b1-{name}-t{GOAL_TEXT}", 1, CONTEXTS[name] - GOAL_TEXT, GOAL_TEXT)
+        for name in ("8k", "32k", "128k")
+    )
+}
+SHAPES |= GOAL_SHAPES
 
-__all__ = ["BATCHES", "CONTEXTS", "SHAPES", "Layers", "Shape"]
+__all__ = ["BATCHES", "CONTEXTS", "GOAL_SHAPES", "SHAPES", "Layers", "Shape"]

@@ -44,7 +44,7 @@ ALLOWED = {
     },
     "data": set(),
     "calibration": {"config", "figures", "models", "ops", *RECORDS},
-    "bench": {"backends.cpu", "config", "figures", "schedule", *RECORDS},
+    "bench": {"backends", "config", "figures", "ops", "schedule", "testing", *RECORDS},
     "testing": {"budgets", "config", "reference", *RECORDS},
     "__init__": {"backends", "budgets", "config", "models", "ops", *RECORDS},
     "integrations": {"models"},

@@ -111,6 +111,40 @@ def test_every_stage_is_timed_against_a_baseline_of_its_own(run, tmp_path):
     assert ours["score"].bytes < ours["anchor"].bytes < ours["dense"].bytes
 
 
+GOAL_SHAPE = "b1-32k-t512"
+
+
+def test_the_goals_are_ratios_of_what_was_timed(run, tmp_path, monkeypatch):
+    import shapes
+
+    monkeypatch.setitem(shapes.SHAPES, GOAL_SHAPE, shapes.Shape(GOAL_SHAPE, 1, 1000, 24))
+    out = tmp_path / "rows.jsonl"
+    small = ("--device", "cpu", "--rounds", "1", "--budget", "32", "--quiet", "--out", out)
+    sdpa = ("--baselines", "torch-sdpa-grouped")
+    # a share of 100 lets any ratio pass: this is no place for a clock
+    said = run("bench_layers.py", "--goals", "100", "--shapes", GOAL_SHAPE, *small, *sdpa)
+    assert len(re.findall(f"^holds  {GOAL_SHAPE} bf16  ", said, re.M)) == 6, said
+    found = {row.backend: row for row in rows.read(out) if row.bench == "dense"}
+    assert 0.9 * found["cpu"].bytes < found["stream-read"].bytes < found["cpu"].bytes
+    run("bench_layers.py", "--goals", "--shapes", "b1-1k", *small, *sdpa, ok=False)  # states none
+
+
+def test_a_goal_is_short_on_its_own_side(run):
+    import bench_layers
+    import torch
+
+    def lines(**best):
+        times = {name: Times((1.0,)) for name in ("dense/stream-read", "dense/cpu")}
+        times["anchor/cpu:dense-output"] = Times((1.2,))
+        times |= {f"dense/{name.replace('_', '-')}": Times((t,)) for name, t in best.items()}
+        return list(bench_layers.judged(times, GOAL_SHAPE, torch.float32, 0.0))
+
+    assert [holds for holds, _ in lines()] == [True, True]
+    short = lines(stream_read=0.6, cpu=1.0)
+    assert [holds for holds, _ in short] == [False, True] and short[0][1].startswith("SHORT")
+    assert [holds for holds, _ in lines(cpu=0.9)] == [True, False]
+
+
 @pytest.mark.parametrize("sweep", ["retention", "batch"])
 def test_a_sweep_says_from_where_a_follower_pays(run, tmp_path, sweep):
     out, drawn = tmp_path / "rows.jsonl", tmp_path / "plots"

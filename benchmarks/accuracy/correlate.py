@@ -5,13 +5,13 @@ Also how similar the layers are, what is never active, and what the mass is in e
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from table import SEED, about
 
+from visionpulse.bench.progress import progress_bar
 from visionpulse.calibration.correlation import (
     correlations,
     pearson,
@@ -93,9 +93,10 @@ def main() -> None:
     torch.set_num_threads(1)
     drawn = trail.test_set(SEED, args.n, tiny.SIDE, "crowded")
     inputs = [tiny.inputs_of(drawn[i : i + BATCH]) for i in range(0, args.n, BATCH)]
+    tick = progress_bar()
     seen = observe(
         tiny.load(args.weights), inputs, thresholds=LIMITS,
-        tick=lambda done: print(f"\r{done}/{len(inputs)}", end="", file=sys.stderr),
+        tick=lambda done: tick("batches", done, len(inputs)),
     )  # fmt: skip
     cosine = np.round(similarity(seen), 4).tolist()
     rows = [{"bench": "accuracy-correlation", **row._asdict()} for row in correlations(seen)]

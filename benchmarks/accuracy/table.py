@@ -9,7 +9,6 @@ import hashlib
 import json
 import platform
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from multiprocessing import get_context
@@ -20,6 +19,7 @@ import rows as table
 import torch
 from measure import Answers, answer, summary
 
+from visionpulse.bench.progress import progress_bar
 from visionpulse.data import tiny, trail
 
 SEED = 90_000  # training draws from another stream of seeds, see train.Trainer
@@ -200,6 +200,7 @@ def main() -> None:
     is_kept = args.keep and args.out and args.out.exists()
     before = read(args.out) if is_kept else []
     known, begun, made = about(args.weights), time.monotonic(), Made()
+    tick = progress_bar()
     with get_context("spawn").Pool(args.jobs) as pool:
         for done, part in enumerate(pool.imap_unordered(run, jobs), 1):
             made.add(part)
@@ -208,10 +209,7 @@ def main() -> None:
                 rows = merged(before, [known | row for row in new])
                 args.out.parent.mkdir(parents=True, exist_ok=True)
                 args.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            spent, share = time.monotonic() - begun, done / len(jobs)
-            print(f"\r[{'#' * round(30 * share):<30}] {done}/{len(jobs)} batches, {spent:.0f} s, "
-                  f"{spent / share - spent:.0f} s to go ", end="", file=sys.stderr)  # fmt: skip
-    print(file=sys.stderr)
+            tick("batches", done, len(jobs))
     print(printed(made.rows(groups)))
     print(f"\n{(time.monotonic() - begun) / 60:.1f} minutes, --jobs {args.jobs}")
 

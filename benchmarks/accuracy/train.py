@@ -26,6 +26,7 @@ from model import WIDTH, make
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+from visionpulse.bench.progress import progress_bar
 from visionpulse.data import trail
 
 
@@ -287,6 +288,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(args.seed, args.steps, args.decay_from, args.penalty)
     first, begun = trainer.resume(args.resume) if args.resume else 0, time.monotonic()
+    tick = progress_bar()
     with open(args.out / "log.jsonl", "w") as log:
         for number in range(first, args.steps):
             row = trainer.step(number)
@@ -296,7 +298,7 @@ def main() -> None:
                 print(
                     json.dumps(dict(step=number + 1, seconds=seconds, **row)), file=log, flush=True
                 )
-                print(f"\r{number + 1}/{args.steps} {seconds} s {row}", end="", flush=True)
+                tick("steps", number + 1, args.steps)
             if number % 250 == 249:
                 trainer.save(args.out, number + 1)
     trainer.save(args.out, args.steps)
@@ -305,7 +307,6 @@ def main() -> None:
     seconds = round(time.monotonic() - begun)
     about = asked | {"resumed": args.resume is not None, "seconds": seconds}
     (args.out / "train.json").write_text(json.dumps(about) + "\n")
-    print()
 
 
 if __name__ == "__main__":

@@ -172,6 +172,11 @@ class OpShape(NamedTuple):
         return self.text + self.visual
 
     @property
+    def cache_bytes(self) -> int:
+        """K and V of all rows."""
+        return 2 * self.keys * self._key_bytes
+
+    @property
     def _key_bytes(self) -> int:
         """Bytes of one token's keys (or values), all KV heads of all rows."""
         return self.rows * self.kv_heads * self.head_dim * self.itemsize
@@ -207,7 +212,7 @@ NOTHING = Work(0, 0, 0)
 
 def dense(shape: OpShape) -> Work:
     """Attention over all keys: K and V once."""
-    bytes_ = 2 * shape.keys * shape._key_bytes + 2 * shape._query_bytes
+    bytes_ = shape.cache_bytes + 2 * shape._query_bytes
     return Work(bytes_, 0, shape.rows * 4 * shape.heads * shape.head_dim * shape.keys)
 
 
@@ -260,6 +265,15 @@ class StepWork(NamedTuple):
         return self.weights.flops + self.attention.flops
 
 
+def attention(
+    counts: Mapping[Role, int], shape: OpShape, kept: int, anchor_output: str = "pruned"
+) -> Work:
+    """All attention layers of a step, by how many there are of each role; not the model's own."""
+    anchors = decode(shape, kept, anchor_output).times(counts.get(Role.ANCHOR, 0))
+    followers = attend(shape, kept).times(counts.get(Role.FOLLOWER, 0))
+    return dense(shape).times(counts.get(Role.DENSE, 0)).plus(anchors).plus(followers)
+
+
 def role_counts(config: PulseConfig | None, full: Sequence[bool], step: int = 1) -> dict[Role, int]:
     """How many layers of each role a decode step has; without a config all are dense."""
     if config is None:
@@ -286,16 +300,13 @@ def decode_step(
     """
     shape = OpShape(rows, decoder.heads, decoder.kv_heads, decoder.head_dim, text, visual, itemsize)
     counts = role_counts(config, decoder.is_full, step)
-    attention = dense(shape).times(counts[Role.DENSE])
-    if config is not None:
-        share = config.ratio[1] if retention is None else retention
-        kept = min(visual, max(1, int(share * visual))) if visual else 0
-        anchors = decode(shape, kept, config.anchor_output).times(counts[Role.ANCHOR])
-        followers = attend(shape, kept).times(counts[Role.FOLLOWER])
-        attention = attention.plus(anchors).plus(followers)
+    config = config or PulseConfig()  # counts have no sparse layer where there is none
+    share = config.ratio[1] if retention is None else retention
+    kept = min(visual, max(1, int(share * visual))) if visual else 0
     used = decoder.layers * (decoder.projections + decoder.active * decoder.one_ffn)
     operations = 2 * rows * (used + decoder.width * decoder.vocab)
-    return StepWork(Work(itemsize * decoder.weights(rows), 0, operations), attention)
+    weights = Work(itemsize * decoder.weights(rows), 0, operations)
+    return StepWork(weights, attention(counts, shape, kept, config.anchor_output))
 
 
 class Roof(NamedTuple):

@@ -39,19 +39,12 @@ class Shape:
 
     def cache_bytes(self, dtype: torch.dtype) -> int:
         """K and V of one layer."""
-        return 2 * self.rows * self.kv_heads * self.keys * self.head_dim * dtype.itemsize
+        return self.cost(dtype).cache_bytes
 
     def cost(self, dtype: torch.dtype) -> OpShape:
         """The same problem for the cost model."""
-        return OpShape(
-            self.rows,
-            self.heads,
-            self.kv_heads,
-            self.head_dim,
-            self.text,
-            self.visual,
-            dtype.itemsize,
-        )
+        sizes = self.rows, self.heads, self.kv_heads, self.head_dim, self.text, self.visual
+        return OpShape(*sizes, dtype.itemsize)
 
     def config(self, **changes: Any) -> PulseConfig:
         """Keep exactly `retention` of the visual tokens, whatever the mass of random keys."""

@@ -17,13 +17,14 @@ import torch
 from ..bench import cost, plots, torch_forms
 from ..bench import rows as rows_
 from ..bench.ceilings import Ceilings
+from ..bench.check import check_output
 from ..bench.layers import Layers, Shape
 from ..bench.progress import Tick, progress_bar
 from ..bench.report import PLAIN, TODAY, GainReport, Measured
 from ..bench.timing import interleaved
 from ..config import PulseConfig
 from ..config import resolve as resolve_config
-from ..ops import attend, decode
+from ..ops import attend, decode, explain
 from ..selection import Selection
 
 MOST_ROUNDS, LEAST_ROUNDS = 15, 3
@@ -159,22 +160,15 @@ def _variants(
 
 
 def _check(layers: Layers, selection: Selection) -> None:
-    """Ours, dense and as a follower, near torch's own form before anything is timed."""
+    """Check our dense layer and a follower before anything is timed."""
     q, kv = layers.at(1)
-    count = int(selection.counts[0])
-    keep = ~layers.visual.mask(kv.capacity)
-    for b in range(kv.batch):
-        keep[b, selection.indices[b, :count].long()] = True
-    kept = keep.nonzero()[:, 1].view(kv.batch, -1)
-    pairs = {
-        "dense": (attend(q, kv), torch_forms.grouped(q, kv)),
-        "follower": (attend(q, kv, layers.visual, selection), torch_forms.gathered(q, kv, kept)),
-    }
-    for name, (ours, torchs) in pairs.items():
-        error = (ours.float() - torchs.float()).abs().max().item()
-        allowed = 16 * torch.finfo(q.dtype).eps * torchs.float().abs().max().item()
-        if not error <= allowed:
+    backend = str(explain(q, kv, layers.visual).name)
+    follower = attend(q, kv, layers.visual, selection)
+    for kind, out, chosen in (("dense", attend(q, kv), None), ("follower", follower, selection)):
+        try:
+            check_output(layers, 1, out, chosen, backend)
+        except AssertionError as error:
             raise RuntimeError(
-                f"our {name} output differs from torch's by {error:.2e}, allowed {allowed:.2e}; "
-                "timings of a wrong answer are worth nothing: please report this"
-            )
+                f"our {kind} {error}; timings of a wrong answer are worth nothing: "
+                "please report this"
+            ) from error

@@ -1,8 +1,9 @@
 """From a profile to one table: how often each stage ran, and the time that it took.
 
 `stages(path)` reads what `nsys export --type sqlite` writes, and the Chrome trace of torch's own
-profiler. A kernel belongs to the innermost range `visionpulse::<stage>` that its launch lies in;
-where a CUDA graph launched it, its name says the stage: `vp_<stage>_...`, `_<stage>_kernel`.
+profiler. A kernel belongs to the innermost range `visionpulse::<stage>` around its launch. One that
+a CUDA graph launched has no such range; its name says the stage: `vp_<stage>_...` in CUDA,
+`_<stage>_kernel` in Triton.
 """
 
 import gzip
@@ -17,9 +18,7 @@ from typing import Any, NamedTuple
 
 PREFIX = "visionpulse::"
 OTHER = "(other)"
-_BY_NAME = re.compile(r"\b_?(?:vp_)?(dense|score|select|attend|merge|anchor|follower)(?:_|\b)")
-# Kernels whose names are not their stage's.
-_OWN_NAMES = {"_scan_kernel": "score", "_rank_kernel": "select", "vp_rank": "score"}
+_STAGE = re.compile(r"\b(?:vp)?_(score|select|attend)(?:_|\b)")
 _SQLITE = b"SQLite format 3\x00"
 _PUSH_POP = 59  # NVTX_EVENTS.eventType of a range that one thread pushed and popped
 
@@ -34,7 +33,7 @@ class Range(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """One kernel: its name, device time in microseconds, and where and when it was launched."""
+    """One kernel: its name, device time in microseconds, and the thread and time of its launch."""
 
     name: str
     duration: float
@@ -48,23 +47,23 @@ class Stage:
 
     name: str
     calls: int = 0
-    host_us: float = 0.0  # in the range, without the ranges inside it
+    host_us: float = 0.0  # in the range, less the ranges inside it
     kernels: int = 0
     device_us: float = 0.0
     kernel_names: set[str] = field(default_factory=set)
 
 
 def stages(path: str | Path) -> list[Stage]:
-    """Read a profile into stages, the one with the longest device (else host) time first."""
+    """Read a profile into stages, longest device (else host) time first."""
     path = Path(path)
-    with path.open("rb") as opened:
-        head = opened.read(len(_SQLITE))
+    with path.open("rb") as file:
+        head = file.read(len(_SQLITE))
     read = _from_nsys if head == _SQLITE else _from_torch
     return summed(*read(path))
 
 
 def summed(ranges: Sequence[Range], kernels: Iterable[Kernel]) -> list[Stage]:
-    """Give every kernel and every microsecond of the host to one stage."""
+    """Assign every kernel and every microsecond of the host to one stage."""
     table: dict[str, Stage] = {}
 
     def stage(name: str) -> Stage:
@@ -114,10 +113,10 @@ def table(lines: Sequence[Stage], steps: int = 1) -> str:
 
 
 def _own_times(ranges: Sequence[Range]) -> Iterable[tuple[Range, float]]:
-    """Each range with its time less that of the ranges right inside it."""
+    """Each range with its own time: less that of the ranges directly inside it."""
     inside: dict[int, float] = defaultdict(float)
     order = sorted(range(len(ranges)), key=lambda i: (ranges[i].begin, -ranges[i].end))
-    open_: dict[int, list[int]] = defaultdict(list)  # of each thread, the outermost first
+    open_: dict[int, list[int]] = defaultdict(list)  # per thread, the outermost first
     for i in order:
         stack = open_[ranges[i].thread]
         while stack and ranges[stack[-1]].end <= ranges[i].begin:
@@ -137,11 +136,8 @@ def _stage_of(kernel: Kernel, by_thread: dict[int, list[Range]]) -> str:
                 best = one
     if best is not None and best.name != "step":
         return best.name
-    for begin, stage in _OWN_NAMES.items():
-        if kernel.name.startswith(begin):
-            return stage
-    found = _BY_NAME.search(kernel.name)
-    return found.group(1) if found else OTHER
+    named = _STAGE.search(kernel.name)
+    return named.group(1) if named else OTHER
 
 
 def _from_nsys(path: Path) -> tuple[list[Range], list[Kernel]]:
@@ -201,9 +197,9 @@ def _process(global_id: int) -> int:
 
 def _from_torch(path: Path) -> tuple[list[Range], list[Kernel]]:
     open_ = gzip.open if path.suffix == ".gz" else open
-    with open_(path, "rt") as opened:
+    with open_(path, "rt") as file:
         try:
-            trace: Any = json.load(opened)
+            trace: Any = json.load(file)
         except ValueError as error:
             raise ValueError(
                 f"{path} is neither an nsys sqlite export nor a torch trace ({error}); "

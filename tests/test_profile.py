@@ -104,10 +104,10 @@ def test_host_time_is_counted_once(tmp_path):
     assert sum(host.values()) == 100
 
 
-def test_kernels_of_a_graph_are_told_by_name(tmp_path):
+def test_the_name_of_a_kernel_in_a_graph_says_its_stage(tmp_path):
     graph = [
-        ("vp_attend_bf16_d128_r8", 30), ("_scan_kernel", 20), ("vp_select_cluster", 5), ("gemm", 3),
-        ("_attend_kernel", 7), ("_rank_kernel", 1), ("vp_rank", 2),
+        ("vp_attend_bf16_d128_r8", 30), ("_score_kernel", 20), ("vp_select_cluster", 5),
+        ("_attend_kernel", 7), ("_select_kernel", 1), ("vp_score_finish", 2), ("select_scatter", 3),
     ]  # fmt: skip
     path = write_nsys(tmp_path / "a.sqlite", [("visionpulse::step", 0, 9)], [], graph)
     device = {line.name: line.device_us for line in profile.stages(path)}

@@ -1,4 +1,4 @@
-"""What the launchers share: strides in provable units, span search depth, scratch buffers."""
+"""What the launchers share: the keyword groups of a kernel call, and scratch buffers."""
 
 from math import gcd
 from typing import Any, NamedTuple
@@ -12,10 +12,11 @@ from . import tuning
 # Arguments that Triton must not specialise on: a kernel that differed for N = 16 or B = 1 would
 # be compiled again for each, and could add in another order.
 PLAIN = [
-    "n_slots", "window", "n_pages", "n_spans", "k_max", "heads", "n_tiles", "rows",
+    "n_slots", "window", "n_pages", "n_spans", "k_max", "n_heads", "n_tiles", "n_stored",
     "stride_qb", "stride_qh", "stride_ob", "stride_oh", "stride_tb",
     "stride_kb", "stride_kg", "stride_kn", "stride_vb", "stride_vg", "stride_vn",
 ]  # fmt: skip
+NO_PAGES: dict[str, Any] = {"table_ptr": None, "stride_tb": 0, "n_pages": 0, "PAGE": 0}
 
 
 class Strides(NamedTuple):
@@ -33,26 +34,85 @@ def strides_of(kv: Any) -> Strides:
     """
     k, v = kv.k_strides, kv.v_strides
     if not kv.is_paged:
-        # an axis of one has an arbitrary stride that nobody walks
-        alive = (kv.batch > 1, kv.kv_heads > 1, kv.capacity > 1)
-        k, v = (tuple(s * a for s, a in zip(t, alive, strict=True)) for t in (k, v))
+        # the stride of an axis of length one is arbitrary, and unused
+        used = (kv.batch > 1, kv.kv_heads > 1, kv.capacity > 1)
+        k, v = (tuple(s * u for s, u in zip(t, used, strict=True)) for t in (k, v))
     unit = gcd(16 // kv.k_data.element_size(), *k, *v)
     return Strides(tuple(s // unit for s in k), tuple(s // unit for s in v), unit)
 
 
-def slot_tiles(n_slots: int, device: torch.device) -> tuple[int, int]:
-    """Tiles, and slots of a tile, that a row of kept logits or keys is padded to.
+def query_args(q: Tensor, out: Tensor | None) -> dict[str, Any]:
+    """The query and the output, both [B, H, D]."""
+    stride_ob, stride_oh, _ = out.stride() if out is not None else (0, 0, 1)
+    return {
+        "q_ptr": q, "stride_qb": q.stride(0), "stride_qh": q.stride(1),
+        "out_ptr": out, "stride_ob": stride_ob, "stride_oh": stride_oh,
+    }  # fmt: skip
 
-    The slots are a constant of the kernels, so the rows are provably aligned whatever N is.
-    """
-    tile = tuning.TABLE[tuning.target_of(device)[0]].rank_tile
-    return triton.cdiv(n_slots, tile), tile
+
+def cache_args(kv: Any) -> dict[str, Any]:
+    """K, V and the block table."""
+    (kb, kg, kn), (vb, vg, vn), unit = strides_of(kv)
+    return {
+        "k_ptr": kv.k_data, "stride_kb": kb, "stride_kg": kg, "stride_kn": kn,
+        "v_ptr": kv.v_data, "stride_vb": vb, "stride_vg": vg, "stride_vn": vn,
+        "UNIT": unit, **page_args(kv),
+    }  # fmt: skip
 
 
-def span_steps(n_spans: int) -> int:
+def page_args(kv: Any) -> dict[str, Any]:
+    """The block table; a contiguous cache has none."""
+    if not kv.is_paged:
+        return NO_PAGES
+    table = kv.block_table
+    return {
+        "table_ptr": table, "stride_tb": table.stride(0), "n_pages": kv.k_data.shape[0],
+        "PAGE": kv.page_size,
+    }  # fmt: skip
+
+
+def visible_args(
+    starts: Tensor | None, lengths: Tensor | None, n_slots: int, window: int
+) -> dict[str, Any]:
+    """What bounds the visible keys of a row."""
+    return {"starts_ptr": starts, "lengths_ptr": lengths, "n_slots": n_slots, "window": window}
+
+
+def span_args(visual: Any) -> dict[str, Any]:
+    """The visual spans; None has none."""
+    if visual is None:
+        return {"spans_ptr": None, "n_spans": 0, "STEPS": 0}
+    n_spans = visual.spans.shape[1]
+    return {"spans_ptr": visual.spans, "n_spans": n_spans, "STEPS": _search_steps(n_spans)}
+
+
+def _search_steps(n_spans: int) -> int:
     """Steps of the binary search over spans, in coarse grades so that few kernels are compiled."""
     needed = n_spans.bit_length()
     return next((grade for grade in (1, 4, 8, 12) if needed <= grade), needed)
+
+
+def padded_args(n_slots: int, device: torch.device) -> dict[str, int]:
+    """Tiles that a row of stored logits or sort codes is padded to, and slots of a tile.
+
+    The slots are a constant of the kernels, so every row is provably aligned whatever N is.
+    """
+    tile = tuning.table_of(device).select_tile
+    return {"n_tiles": triton.cdiv(n_slots, tile), "TILE": tile}
+
+
+def padded_slots(n_slots: int, device: torch.device) -> int:
+    """Slots of a padded row."""
+    padded = padded_args(n_slots, device)
+    return padded["n_tiles"] * padded["TILE"]
+
+
+def logit_args(params: Any, *, capped: bool = True) -> dict[str, Any]:
+    """What turns q @ k into a logit; stored logits are `capped` no second time."""
+    return {
+        "scale": params.scale, "softcap": params.softcap,
+        "SOFTCAP": capped and params.softcap > 0,
+    }  # fmt: skip
 
 
 def plan_of(q: Tensor, kv: Any, gather: bool) -> tuning.Plan:
@@ -64,9 +124,15 @@ def plan_of(q: Tensor, kv: Any, gather: bool) -> tuning.Plan:
     )  # fmt: skip
 
 
-def splits_of(plan: tuning.Plan, capacity: int) -> int:
-    """Programs along a row: enough for the longest row there can be."""
-    return min(plan.max_splits, triton.cdiv(capacity, plan.min_split))
+def plan_args(plan: tuning.Plan, q: Tensor, kv: Any) -> dict[str, Any]:
+    """Tiles and splits of a launch over keys, and the compiler's options."""
+    return {
+        "GROUP": q.shape[1] // kv.kv_heads, "BLOCK_H": plan.block_h,
+        "D": q.shape[2], "BLOCK_D": plan.block_d, "BLOCK_N": plan.block_n, "STAGES": plan.stages,
+        "MIN_SPLIT": plan.min_split, "MAX_SPLITS": plan.max_splits,
+        "SPLITS": triton.next_power_of_2(plan.max_splits),
+        "num_warps": plan.warps, "num_stages": plan.stages, **register_cap(plan.registers),
+    }  # fmt: skip
 
 
 def register_cap(registers: int) -> dict[str, int]:
@@ -74,24 +140,21 @@ def register_cap(registers: int) -> dict[str, int]:
     return {"maxnreg": registers} if registers else {}
 
 
-def scratch(
-    workspace: Any, kind: str, plan: tuning.Plan, rows: int, splits: int, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Partial sums, partial values and arrival counters for rows x splits programs."""
-    numel = rows * splits * plan.rows
-    return (
-        workspace.take(f"triton.{kind}.stats", numel * 4, torch.float32, device),
-        workspace.take(f"triton.{kind}.values", numel * plan.block_d, torch.float32, device),
-        workspace.zeroed(f"triton.{kind}.arrived", rows, torch.int32, device),
-    )
+def splits_of(plan: tuning.Plan, n_keys: int) -> int:
+    """Programs along a row of at most `n_keys` keys."""
+    return min(plan.max_splits, triton.cdiv(n_keys, plan.min_split))
 
 
-def page_args(kv: Any) -> dict[str, Any]:
-    """Block table arguments of a kernel; a contiguous cache has none."""
-    paged = kv.is_paged
+def split_args(
+    workspace: Any, stage: str, plan: tuning.Plan, pairs: int, splits: int, device: torch.device
+) -> dict[str, Any]:
+    """Partial sums, partial values and arrival counters of `pairs` of a row and a KV head."""
+    numel = pairs * splits * plan.block_h
+    take = workspace.take
     return {
-        "table_ptr": kv.block_table if paged else None,
-        "stride_tb": kv.block_table.stride(0) if paged else 0,
-        "n_pages": kv.k_data.shape[0] if paged else 0,
-        "PAGE": kv.page_size,
+        "split_stats_ptr": take(f"triton.{stage}.stats", numel * 4, torch.float32, device),
+        "split_values_ptr": take(
+            f"triton.{stage}.values", numel * plan.block_d, torch.float32, device
+        ),
+        "arrived_ptr": workspace.zeroed(f"triton.{stage}.arrived", pairs, torch.int32, device),
     }

@@ -1,4 +1,4 @@
-"""What the kernels share: visible range, span search, page lookup, softmax state, arrival count."""
+"""What the kernels share: visible range, span search, page lookup, softmax, arrival, merge."""
 
 import triton
 import triton.language as tl
@@ -20,100 +20,100 @@ def visible_range(starts_ptr, lengths_ptr, b, n_slots, window):
 
 
 @triton.jit
-def span_rank(n, spans_ptr, n_spans, STEPS: tl.constexpr):
+def spans_begun(n, spans_ptr, n_spans, STEPS: tl.constexpr):
     """How many spans of the row begin at or before n; any shape. 2**STEPS must exceed n_spans."""
-    found = tl.zeros_like(n)
+    count = tl.zeros_like(n)
     for i in tl.static_range(STEPS):
-        tried = found + (1 << (STEPS - 1 - i))
-        inside = tried <= n_spans
-        begin = tl.load(spans_ptr + 2 * (tried - 1).to(tl.int64), mask=inside, other=0)
-        found = tl.where(inside & (begin <= n), tried, found)
-    return found
+        probe = count + (1 << (STEPS - 1 - i))
+        inside = probe <= n_spans
+        begin = tl.load(spans_ptr + 2 * (probe - 1).to(tl.int64), mask=inside, other=0)
+        count = tl.where(inside & (begin <= n), probe, count)
+    return count
 
 
 @triton.jit
 def is_visual(n, spans_ptr, n_spans, STEPS: tl.constexpr):
     """Whether positions n lie in a span of the row."""
-    rank = span_rank(n, spans_ptr, n_spans, STEPS)
-    end = tl.load(spans_ptr + 2 * (rank - 1).to(tl.int64) + 1, mask=rank > 0, other=0)
+    count = spans_begun(n, spans_ptr, n_spans, STEPS)
+    end = tl.load(spans_ptr + 2 * (count - 1).to(tl.int64) + 1, mask=count > 0, other=0)
     return n < end
 
 
 @triton.jit
 def visual_before(n, spans_ptr, offsets_ptr, n_spans, STEPS: tl.constexpr):
     """How many visual tokens of the row lie before position n."""
-    rank = span_rank(n, spans_ptr, n_spans, STEPS)
-    some = rank > 0
-    last = (rank - 1).to(tl.int64)
-    begin = tl.load(spans_ptr + 2 * last, mask=some, other=0)
-    end = tl.load(spans_ptr + 2 * last + 1, mask=some, other=0)
-    before = tl.load(offsets_ptr + last, mask=some, other=0)
+    count = spans_begun(n, spans_ptr, n_spans, STEPS)
+    any_span = count > 0
+    last = (count - 1).to(tl.int64)
+    begin = tl.load(spans_ptr + 2 * last, mask=any_span, other=0)
+    end = tl.load(spans_ptr + 2 * last + 1, mask=any_span, other=0)
+    before = tl.load(offsets_ptr + last, mask=any_span, other=0)
     return before + tl.minimum(n, end) - begin
 
 
 @triton.jit
 def text_position(t, spans_ptr, offsets_ptr, n_spans, STEPS: tl.constexpr):
     """Position of the t-th text token of the row, counted from slot 0."""
-    found = tl.zeros_like(t)
+    count = tl.zeros_like(t)
     for i in tl.static_range(STEPS):
-        tried = found + (1 << (STEPS - 1 - i))
-        inside = tried <= n_spans
-        last = (tried - 1).to(tl.int64)
+        probe = count + (1 << (STEPS - 1 - i))
+        inside = probe <= n_spans
+        last = (probe - 1).to(tl.int64)
         begin = tl.load(spans_ptr + 2 * last, mask=inside, other=0)
         before = tl.load(offsets_ptr + last, mask=inside, other=0)
-        # text tokens before that span: its begin less the visual tokens before it
-        found = tl.where(inside & (begin - before <= t), tried, found)
-    return t + tl.load(offsets_ptr + found.to(tl.int64))
+        # text tokens before the span: its begin less the visual tokens before it
+        count = tl.where(inside & (begin - before <= t), probe, count)
+    return t + tl.load(offsets_ptr + count.to(tl.int64))
 
 
 @triton.jit
 def locate(pos, mask, table_ptr, n_pages, PAGE: tl.constexpr):
-    """Page, slot and existence of positions; a page id out of range is skipped.
+    """Page and slot of positions, and which are valid: not those whose page id is out of range.
 
     In a contiguous cache the page is 0 and the slot the position.
     """
     if PAGE == 0:
         page = tl.zeros_like(pos)
         slot = pos
-        known = mask
+        valid = mask
     else:
         page = tl.load(table_ptr + pos // PAGE, mask=mask, other=-1)
         slot = pos % PAGE
-        known = mask & (page >= 0) & (page < n_pages)
-        page = tl.where(known, page, 0)
-    return page.to(tl.int64), slot.to(tl.int64), known
+        valid = mask & (page >= 0) & (page < n_pages)
+        page = tl.where(valid, page, 0)
+    return page.to(tl.int64), slot.to(tl.int64), valid
 
 
 @triton.jit
-def finish_logits(z, seen, scale, softcap, SOFTCAP: tl.constexpr):
-    """Scale, cap, and hide what is not visible; `seen` broadcasts against z."""
+def finish_logits(z, valid, scale, softcap, SOFTCAP: tl.constexpr):
+    """Scale, cap, and mask; `valid` broadcasts against z."""
     z = z * scale
     if SOFTCAP:
-        # tanh from one exp, right at both ends where exp gives infinity; near 0, where that form
-        # cancels, its series, whose first term left out is below half an ulp
+        # tanh from one exp, correct where exp overflows or underflows; near 0 that form cancels,
+        # so there the series, whose first omitted term is below half an ulp
         x = z / softcap
         t = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(x)) + 1.0)
         y = x * x
         near = x + x * y * (-1.0 / 3.0 + y * (2.0 / 15.0 - y * (17.0 / 315.0)))
         z = softcap * tl.where(tl.abs(x) < 0.2, near, tl.where(x < 0, -t, t))
-    return tl.where(seen, z, float("-inf"))
+    return tl.where(valid, z, float("-inf"))
 
 
 @triton.jit
 def block_max(m, z):
-    """Running maximum [ROWS], blind to NaN: the sums carry it."""
+    """Running maximum [BLOCK_H] that ignores NaN: the sums propagate it."""
     return tl.maximum(m, tl.max(tl.where(z == z, z, float("-inf")), axis=1))
 
 
 @triton.jit
 def shift(m):
-    """The maximum to subtract: 0 where nothing was seen, so that exp(-inf - 0) is 0, not NaN."""
+    """The maximum to subtract: 0 where no key was valid, so that exp(-inf - 0) is 0, not NaN."""
     return tl.where(m == float("-inf"), 0.0, m)
 
 
 @triton.jit
 def split_of(total, MIN_SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Keys per split and splits of a row, from its own number of keys alone."""
+    """Keys per split, and splits of a row: by the row's own number of keys alone."""
     per_split = (total + MAX_SPLITS - 1) // MAX_SPLITS
     per_split = tl.maximum((per_split + BLOCK_N - 1) // BLOCK_N * BLOCK_N, MIN_SPLIT)
     return per_split, tl.maximum((total + per_split - 1) // per_split, 1)
@@ -121,8 +121,8 @@ def split_of(total, MIN_SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr, BLOCK_N: 
 
 @triton.jit
 def is_last(counter_ptr, expected):
-    """Whether this program arrives last of `expected`; the last one re-arms the counter."""
-    # all stores of this program must be issued before its one releasing increment
+    """Whether this program arrives last of `expected`; the last resets the counter."""
+    # the stores of all threads must be issued before the program's one releasing increment
     tl.debug_barrier()
     last = tl.atomic_add(counter_ptr, 1, sem="acq_rel") == expected - 1
     if last:
@@ -133,45 +133,45 @@ def is_last(counter_ptr, expected):
 @triton.jit
 def merge_sums(
     stats_ptr, n_splits, inv_tau, stride_split,
-    ROWS: tl.constexpr, SPLITS: tl.constexpr, MASS: tl.constexpr,
+    BLOCK_H: tl.constexpr, SPLITS: tl.constexpr, MASS: tl.constexpr,
 ):  # fmt: skip
-    """Merge maximum and sums over the splits: m, sum at 1, sum at tau, visual mass, all [ROWS]."""
-    offs_r = tl.arange(0, ROWS)
+    """Merge maximum and sums over the splits: m, sum at 1, sum at tau, mass, all [BLOCK_H]."""
+    offs_h = tl.arange(0, BLOCK_H)
     offs_s = tl.arange(0, SPLITS)
-    # [SPLITS, ROWS]
-    at = stats_ptr + offs_s[:, None].to(tl.int64) * stride_split + offs_r[None, :]
+    # [SPLITS, BLOCK_H]
+    at = stats_ptr + offs_s[:, None].to(tl.int64) * stride_split + offs_h[None, :]
     inside = (offs_s < n_splits)[:, None]
     m_all = tl.load(at, mask=inside, other=float("-inf"))
     m = tl.max(m_all, axis=0)
     away = m_all - shift(m)[None, :]
-    total = tl.sum(tl.exp(away) * tl.load(at + ROWS, mask=inside, other=0.0), axis=0)
+    total = tl.sum(tl.exp(away) * tl.load(at + BLOCK_H, mask=inside, other=0.0), axis=0)
     total_tau = total
     mass = total
     if MASS:
         w = tl.exp(away * inv_tau)
-        total_tau = tl.sum(w * tl.load(at + 2 * ROWS, mask=inside, other=0.0), axis=0)
-        seen = tl.sum(w * tl.load(at + 3 * ROWS, mask=inside, other=0.0), axis=0)
-        mass = tl.where(total_tau == 0, 0.0, seen / total_tau)
+        total_tau = tl.sum(w * tl.load(at + 2 * BLOCK_H, mask=inside, other=0.0), axis=0)
+        visual = tl.sum(w * tl.load(at + 3 * BLOCK_H, mask=inside, other=0.0), axis=0)
+        mass = tl.where(total_tau == 0, 0.0, visual / total_tau)
     return m, total, total_tau, mass
 
 
 @triton.jit
 def merge_values(
     stats_ptr, acc_ptr, m, n_splits, stride_split,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Merge the weighted values over the splits, in their order: [ROWS, BLOCK_D]."""
-    offs_r = tl.arange(0, ROWS)
+    """Merge the weighted values over the splits, in their order: [BLOCK_H, BLOCK_D]."""
+    offs_h = tl.arange(0, BLOCK_H)
     offs_d = tl.arange(0, BLOCK_D)
-    real = (offs_r < GROUP)[:, None]
-    acc = tl.zeros([ROWS, BLOCK_D], dtype=tl.float32)
-    # the loads of several splits are in flight at once, in less shared memory than the keys took
-    STAGES: tl.constexpr = 4 if ROWS * BLOCK_D <= 2048 else 2 if ROWS * BLOCK_D <= 4096 else 1
+    is_head = (offs_h < GROUP)[:, None]
+    acc = tl.zeros([BLOCK_H, BLOCK_D], dtype=tl.float32)
+    # loads of several splits in flight, in less shared memory than the key tiles take
+    STAGES: tl.constexpr = 4 if BLOCK_H * BLOCK_D <= 2048 else 2 if BLOCK_H * BLOCK_D <= 4096 else 1
     for s in tl.range(0, n_splits, num_stages=STAGES):
-        m_s = tl.load(stats_ptr + s * stride_split + offs_r)
-        # [ROWS, BLOCK_D]
-        at = acc_ptr + (s * ROWS + offs_r[:, None]) * BLOCK_D + offs_d[None, :]
-        part = tl.load(at, mask=real, other=0.0)
+        m_s = tl.load(stats_ptr + s * stride_split + offs_h)
+        # [BLOCK_H, BLOCK_D]
+        at = acc_ptr + (s * BLOCK_H + offs_h[:, None]) * BLOCK_D + offs_d[None, :]
+        part = tl.load(at, mask=is_head, other=0.0)
         acc += tl.exp(m_s - shift(m))[:, None] * part
     return acc
 
@@ -179,12 +179,12 @@ def merge_values(
 @triton.jit
 def store_out(
     out_ptr, acc, total, b, g, stride_ob, stride_oh,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Divide by the sum and store the heads of one KV head; nothing seen gives zeros."""
-    offs_r = tl.arange(0, ROWS)
+    """Divide by the sum and store the heads of one KV head; zeros where no key was valid."""
+    offs_h = tl.arange(0, BLOCK_H)
     offs_d = tl.arange(0, BLOCK_D)
     out = acc / tl.where(total == 0, 1.0, total)[:, None]
-    at = out_ptr + b * stride_ob + (g * GROUP + offs_r)[:, None] * stride_oh + offs_d[None, :]
-    inside = (offs_r < GROUP)[:, None] & (offs_d < D)[None, :]
+    at = out_ptr + b * stride_ob + (g * GROUP + offs_h)[:, None] * stride_oh + offs_d[None, :]
+    inside = (offs_h < GROUP)[:, None] & (offs_d < D)[None, :]
     tl.store(at, out.to(out_ptr.dtype.element_ty), mask=inside)

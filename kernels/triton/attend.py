@@ -1,9 +1,9 @@
-"""Attention over text and kept visual tokens, or the output of a pruned anchor.
+"""Attention over text and kept visual tokens, in a follower or for a pruned anchor's output.
 
-A row's keys form one list: its text tokens, whose positions follow from the spans, then its kept
-positions. Grid (split, KV head, row); a split gathers a stretch of that list, with the positions of
-the next tile fetched before the arithmetic of this one, and the last split to arrive merges.
-The anchor's own output uses the logits that were kept, so K is not read again.
+The attended keys of a row form one list: its text tokens, whose positions follow from the spans,
+then its kept tokens. Grid (split, KV head, row). A split gathers a part of the list, loading the
+positions of the next tile before the arithmetic of the current one; the last split to arrive
+merges. An anchor uses its stored logits, so K is not read again.
 """
 
 from typing import Any
@@ -39,14 +39,14 @@ def _positions(
     j, stop, n_text, first_text, spans_ptr, offsets_ptr, indices_ptr, n_spans, begin, end,
     STEPS: tl.constexpr,
 ):  # fmt: skip
-    """Positions of list entries j, -1 where nothing is attended; j < n_text is text."""
+    """Positions of list entries j, -1 where none is attended; j < n_text is text."""
     inside = j < stop
     is_text = inside & (j < n_text)
-    rank = tl.where(is_text, j, 0) + first_text
-    text = text_position(rank, spans_ptr, offsets_ptr, n_spans, STEPS)
+    t = tl.where(is_text, j, 0) + first_text
+    text = text_position(t, spans_ptr, offsets_ptr, n_spans, STEPS)
     is_kept = inside & (j >= n_text)
     kept = tl.load(indices_ptr + (j - n_text), mask=is_kept, other=-1)
-    # an index out of range or outside the window is skipped; one that points at text is in already
+    # skip an index out of range or outside the window, and one of a text token: it is listed above
     is_kept = is_kept & (kept >= begin) & (kept < end)
     is_kept = is_kept & is_visual(kept, spans_ptr, n_spans, STEPS)
     return tl.where(is_text, text, tl.where(is_kept, kept, -1))
@@ -54,13 +54,13 @@ def _positions(
 
 @triton.jit(do_not_specialize=_host.PLAIN)
 def _attend_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, z_ptr, stats_ptr, values_ptr, arrived_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, logits_ptr, split_stats_ptr, split_values_ptr, arrived_ptr,
     indices_ptr, counts_ptr, list_ptr, table_ptr, starts_ptr, lengths_ptr, spans_ptr,
     offsets_ptr, scale, softcap, n_slots, n_tiles, window, n_pages, n_spans, k_max,
     stride_qb, stride_qh, stride_ob, stride_oh, stride_tb,
     stride_kb, stride_kg, stride_kn, stride_vb, stride_vg, stride_vn,
-    KEPT: tl.constexpr, SOFTCAP: tl.constexpr, PAGE: tl.constexpr, STEPS: tl.constexpr,
-    UNIT: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
+    STORED_LOGITS: tl.constexpr, SOFTCAP: tl.constexpr, PAGE: tl.constexpr, STEPS: tl.constexpr,
+    UNIT: tl.constexpr, GROUP: tl.constexpr, BLOCK_H: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     MIN_SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -78,30 +78,30 @@ def _attend_kernel(
     start = split * per_split
     stop = tl.minimum(start + per_split, n_list)
 
-    offs_r = tl.arange(0, ROWS)
+    offs_h = tl.arange(0, BLOCK_H)
     offs_d = tl.arange(0, BLOCK_D)
     offs_n = tl.arange(0, BLOCK_N)
-    real = offs_r < GROUP
+    is_head = offs_h < GROUP
     mask_d = offs_d < D
-    heads = g * GROUP + offs_r
-    if not KEPT:
-        # [ROWS, BLOCK_D]
+    head = g * GROUP + offs_h
+    if not STORED_LOGITS:
+        # [BLOCK_H, BLOCK_D]
         q = tl.load(
-            q_ptr + b * stride_qb + heads[:, None] * stride_qh + offs_d[None, :],
-            mask=real[:, None] & mask_d[None, :], other=0.0,
+            q_ptr + b * stride_qb + head[:, None] * stride_qh + offs_d[None, :],
+            mask=is_head[:, None] & mask_d[None, :], other=0.0,
         )  # fmt: skip
         k_ptr += g * stride_kg.to(tl.int64) * UNIT
     v_ptr += g * stride_vg.to(tl.int64) * UNIT
     stride_kb, stride_vb = stride_kb.to(tl.int64) * UNIT, stride_vb.to(tl.int64) * UNIT
     stride_kn, stride_vn = stride_kn.to(tl.int64) * UNIT, stride_vn.to(tl.int64) * UNIT
-    row_of = b
+    outer = b
     if PAGE > 0:
-        # pages take the place of rows
-        row_of = b * 0
+        # the outer axis of a paged cache is the page
+        outer = b * 0
         table_ptr += b * stride_tb
-    row_g = b * tl.num_programs(1) + g
-    # looked up once, apart from the keys: in the loop every thread of a key would repeat it
-    list_ptr += row_g * (n_slots + k_max)
+    pair = b * tl.num_programs(1) + g  # of row and KV head
+    # looked up once, ahead of the loop over keys: there every thread of a key would repeat it
+    list_ptr += pair * (n_slots + k_max)
     for j in range(start, stop, _WIDE):
         entry = j + tl.arange(0, _WIDE)
         pos = _positions(
@@ -111,49 +111,52 @@ def _attend_kernel(
         tl.store(list_ptr + entry, pos, mask=entry < stop)
     tl.debug_barrier()
 
-    m = tl.full([ROWS], float("-inf"), dtype=tl.float32)
-    total = tl.zeros([ROWS], dtype=tl.float32)
-    acc = tl.zeros([ROWS, BLOCK_D], dtype=tl.float32)
+    m = tl.full([BLOCK_H], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([BLOCK_H], dtype=tl.float32)
+    acc = tl.zeros([BLOCK_H, BLOCK_D], dtype=tl.float32)
     pos = tl.load(list_ptr + start + offs_n, mask=start + offs_n < stop, other=-1)
     for j in tl.range(start, stop, BLOCK_N, num_stages=STAGES):
-        page, slot, seen = locate(pos, pos >= 0, table_ptr, n_pages, PAGE)
-        page += row_of
-        tile = seen[:, None] & mask_d[None, :]
-        if KEPT:
-            # [ROWS, BLOCK_N]
-            at = (row_g * GROUP + offs_r)[:, None] * (n_tiles * TILE) + pos[None, :]
-            z = tl.load(z_ptr + at, mask=real[:, None] & seen[None, :], other=float("-inf"))
+        page, slot, valid = locate(pos, pos >= 0, table_ptr, n_pages, PAGE)
+        page += outer
+        tile = valid[:, None] & mask_d[None, :]
+        if STORED_LOGITS:
+            # [BLOCK_H, BLOCK_N]
+            at = (pair * GROUP + offs_h)[:, None] * (n_tiles * TILE) + pos[None, :]
+            stored = is_head[:, None] & valid[None, :]
+            z = tl.load(logits_ptr + at, mask=stored, other=float("-inf"))
         else:
             # [BLOCK_N, BLOCK_D]
             at = (page * stride_kb + slot * stride_kn)[:, None] + offs_d[None, :]
             k = tl.load(k_ptr + at, mask=tile, other=0.0)
         at = (page * stride_vb + slot * stride_vn)[:, None] + offs_d[None, :]
         v = tl.load(v_ptr + at, mask=tile, other=0.0)
-        # the next tile's positions travel while this tile is added
+        # load the next tile's positions ahead of this tile's arithmetic
         ahead = j + BLOCK_N + offs_n
         pos = tl.load(list_ptr + ahead, mask=ahead < stop, other=-1)
-        if not KEPT:
+        if not STORED_LOGITS:
             z = tl.dot(q, tl.trans(k), input_precision="ieee")
-            z = finish_logits(z, seen[None, :], scale, softcap, SOFTCAP)
+            z = finish_logits(z, valid[None, :], scale, softcap, SOFTCAP)
         m_new = block_max(m, z)
-        fade = tl.exp(m - shift(m_new))
+        rescale = tl.exp(m - shift(m_new))
         p = tl.exp(z - shift(m_new)[:, None])
-        total = total * fade + tl.sum(p, axis=1)
-        acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
+        total = total * rescale + tl.sum(p, axis=1)
+        acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
         m = m_new
 
     slots = tl.num_programs(0)
-    STRIDE: tl.constexpr = 4 * ROWS
-    stats_ptr += row_g * slots * STRIDE
-    values_ptr += row_g * slots * (ROWS * BLOCK_D)
-    tl.store(stats_ptr + split * STRIDE + offs_r, m)
-    tl.store(stats_ptr + split * STRIDE + ROWS + offs_r, total)
-    at = (split * ROWS + offs_r[:, None]) * BLOCK_D + offs_d[None, :]
-    tl.store(values_ptr + at, acc, mask=real[:, None])
-    if is_last(arrived_ptr + row_g, n_splits):
-        m, total, _, _ = merge_sums(stats_ptr, n_splits, 1.0, STRIDE, ROWS, SPLITS, False)
-        acc = merge_values(stats_ptr, values_ptr, m, n_splits, STRIDE, GROUP, ROWS, BLOCK_D)
-        store_out(out_ptr, acc, total, b, g, stride_ob, stride_oh, GROUP, ROWS, D, BLOCK_D)
+    STRIDE: tl.constexpr = 4 * BLOCK_H
+    split_stats_ptr += pair * slots * STRIDE
+    split_values_ptr += pair * slots * (BLOCK_H * BLOCK_D)
+    tl.store(split_stats_ptr + split * STRIDE + offs_h, m)
+    tl.store(split_stats_ptr + split * STRIDE + BLOCK_H + offs_h, total)
+    at = (split * BLOCK_H + offs_h[:, None]) * BLOCK_D + offs_d[None, :]
+    tl.store(split_values_ptr + at, acc, mask=is_head[:, None])
+    if is_last(arrived_ptr + pair, n_splits):
+        m, total, _, _ = merge_sums(split_stats_ptr, n_splits, 1.0, STRIDE, BLOCK_H, SPLITS, False)
+        acc = merge_values(
+            split_stats_ptr, split_values_ptr, m, n_splits, STRIDE, GROUP, BLOCK_H, BLOCK_D
+        )
+        store_out(out_ptr, acc, total, b, g, stride_ob, stride_oh, GROUP, BLOCK_H, D, BLOCK_D)
 
 
 def attend(
@@ -164,41 +167,29 @@ def attend(
     counts: Tensor,
     params: Any,
     *,
-    logits: Tensor | None,
+    stored_logits: Tensor | None,
     out: Tensor,
     workspace: Any,
 ) -> Tensor:
-    """Attend to text and to `indices` [B, K_max]; `logits` [B, H, N] stand in for q and K."""
-    d = q.shape[2]
+    """Attend to text and to `indices` [B, K_max]; `stored_logits` [B, H, N] replace q and K."""
     plan = _host.plan_of(q, kv, gather=True)
-    n_spans, k_max = visual.spans.shape[1], indices.shape[1]
-    # unique positions fit the slots; a list from elsewhere may not, and must still be merged
-    splits = _host.splits_of(plan, kv.capacity + k_max)
-    rows = kv.batch * kv.kv_heads
-    stats, values, arrived = _host.scratch(workspace, "attend", plan, rows, splits, q.device)
-    strides = _host.strides_of(kv)
-    n_tiles, tile = _host.slot_tiles(kv.capacity, q.device)
-    listed = workspace.take(
-        "triton.attend.list", rows * (kv.capacity + k_max), torch.int32, q.device
-    )
-    kept = logits is not None
+    k_max = indices.shape[1]
+    # unique positions fit the slots; an index list of a caller's own may not, and must be merged
+    n_listed = kv.capacity + k_max
+    splits = _host.splits_of(plan, n_listed)
+    pairs = kv.batch * kv.kv_heads
+    listed = workspace.take("triton.attend.list", pairs * n_listed, torch.int32, q.device)
+    stored = stored_logits is not None
     _attend_kernel[(splits, kv.kv_heads, kv.batch)](
-        q, kv.k_data, kv.v_data, out, logits, stats, values, arrived, indices, counts,
-        list_ptr=listed, starts_ptr=kv.starts, lengths_ptr=kv.lengths,
-        spans_ptr=visual.spans, offsets_ptr=visual.offsets,
-        scale=params.scale, softcap=params.softcap,
-        n_slots=kv.capacity, n_tiles=n_tiles, window=params.window, n_spans=n_spans, k_max=k_max,
-        stride_qb=q.stride(0), stride_qh=q.stride(1),
-        stride_ob=out.stride(0), stride_oh=out.stride(1),
-        stride_kb=strides.k[0], stride_kg=strides.k[1], stride_kn=strides.k[2],
-        stride_vb=strides.v[0], stride_vg=strides.v[1], stride_vn=strides.v[2],
-        **_host.page_args(kv),
-        KEPT=kept, SOFTCAP=params.softcap > 0 and not kept,
-        STEPS=_host.span_steps(n_spans), UNIT=strides.unit,
-        GROUP=q.shape[1] // kv.kv_heads, ROWS=plan.rows, D=d, BLOCK_D=plan.block_d,
-        BLOCK_N=plan.block_n, STAGES=plan.stages,
-        MIN_SPLIT=plan.min_split, MAX_SPLITS=plan.max_splits,
-        SPLITS=triton.next_power_of_2(plan.max_splits), TILE=tile,
-        num_warps=plan.warps, num_stages=plan.stages, **_host.register_cap(plan.registers),
+        **_host.query_args(q, out),
+        **_host.cache_args(kv),
+        **_host.visible_args(kv.starts, kv.lengths, kv.capacity, params.window),
+        **_host.span_args(visual), offsets_ptr=visual.offsets,
+        indices_ptr=indices, counts_ptr=counts, k_max=k_max, list_ptr=listed,
+        **_host.logit_args(params, capped=not stored),
+        logits_ptr=stored_logits, STORED_LOGITS=stored,
+        **_host.padded_args(kv.capacity, q.device),
+        **_host.split_args(workspace, "attend", plan, pairs, splits, q.device),
+        **_host.plan_args(plan, q, kv),
     )  # fmt: skip
     return out

@@ -1,8 +1,8 @@
-"""One pass over the keys of a row: logits, softmax sums, and the dense output where it is wanted.
+"""One pass over the keys of a row: logits, softmax sums, and the dense output if asked for.
 
-Grid (split, KV head, row). A split keeps its maximum, its sums at temperature 1 and tau, and its
-weighted values; the last split of a KV head to arrive merges them in split order. So there is no
-second launch, and the bits are the same whichever split arrives last.
+Grid (split, KV head, row). A split stores its maximum, its sums at temperature 1 and tau, and its
+weighted values; the last split of a KV head to arrive merges them in split order. That saves a
+second launch, and the bits do not depend on which split arrives last.
 """
 
 from typing import Any
@@ -27,22 +27,21 @@ from ._math import (
     visible_range,
 )
 
-# What is kept of the logits: nothing, [B, H, N], or their sum over a group [B, G, N].
-KEEP_NONE, KEEP_HEADS, KEEP_SUMS = 0, 1, 2
 # Positions looked up at a time.
 _WIDE: tl.constexpr = tl.constexpr(256)
 
 
 @triton.jit(do_not_specialize=_host.PLAIN)
-def _scan_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, z_ptr, final_ptr, stats_ptr, values_ptr, arrived_ptr,
-    table_ptr, starts_ptr, lengths_ptr, spans_ptr, flags_ptr,
+def _score_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, logits_ptr, head_stats_ptr, split_stats_ptr, split_values_ptr,
+    arrived_ptr, table_ptr, starts_ptr, lengths_ptr, spans_ptr, visual_ptr,
     scale, softcap, inv_tau, n_slots, n_tiles, window, n_pages, n_spans,
     stride_qb, stride_qh, stride_ob, stride_oh, stride_tb,
     stride_kb, stride_kg, stride_kn, stride_vb, stride_vg, stride_vn,
-    KEEP: tl.constexpr, MASS: tl.constexpr, OUT: tl.constexpr, RANK_TAU: tl.constexpr,
+    STORE_HEADS: tl.constexpr, STORE_SUMS: tl.constexpr,
+    MASS: tl.constexpr, OUT: tl.constexpr, SCORE_AT_TAU: tl.constexpr,
     SOFTCAP: tl.constexpr, PAGE: tl.constexpr, STEPS: tl.constexpr, UNIT: tl.constexpr,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     MIN_SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -55,106 +54,108 @@ def _scan_kernel(
     begin += split * per_split
     end = tl.minimum(begin + per_split, end)
 
-    offs_r = tl.arange(0, ROWS)
+    offs_h = tl.arange(0, BLOCK_H)
     offs_d = tl.arange(0, BLOCK_D)
     offs_n = tl.arange(0, BLOCK_N)
-    real = offs_r < GROUP
+    is_head = offs_h < GROUP
     mask_d = offs_d < D
-    heads = g * GROUP + offs_r
-    # [ROWS, BLOCK_D]
+    head = g * GROUP + offs_h
+    # [BLOCK_H, BLOCK_D]
     q = tl.load(
-        q_ptr + b * stride_qb + heads[:, None] * stride_qh + offs_d[None, :],
-        mask=real[:, None] & mask_d[None, :], other=0.0,
+        q_ptr + b * stride_qb + head[:, None] * stride_qh + offs_d[None, :],
+        mask=is_head[:, None] & mask_d[None, :], other=0.0,
     )  # fmt: skip
     stride_kb, stride_vb = stride_kb.to(tl.int64) * UNIT, stride_vb.to(tl.int64) * UNIT
     stride_kn, stride_vn = stride_kn.to(tl.int64) * UNIT, stride_vn.to(tl.int64) * UNIT
     k_ptr += g * stride_kg.to(tl.int64) * UNIT
     if OUT:
         v_ptr += g * stride_vg.to(tl.int64) * UNIT
-    row_of = b
+    outer = b
     if PAGE > 0:
-        # pages take the place of rows
-        row_of = b * 0
+        # the outer axis of a paged cache is the page
+        outer = b * 0
         table_ptr += b * stride_tb
-    row_g = b * tl.num_programs(1) + g
+    pair = b * tl.num_programs(1) + g  # of row and KV head
     if MASS:
-        # searched once, apart from the keys: in the loop every thread of a key would repeat it
-        flags_ptr += row_g * n_slots
+        # searched once, ahead of the loop over keys: there every thread of a key would repeat it
+        visual_ptr += pair * n_slots
         for n0 in range(begin, end, _WIDE):
             n = n0 + tl.arange(0, _WIDE)
             visual = is_visual(n, spans_ptr + b * n_spans * 2, n_spans, STEPS)
-            tl.store(flags_ptr + n, visual.to(tl.int8), mask=n < end)
+            tl.store(visual_ptr + n, visual.to(tl.int8), mask=n < end)
         tl.debug_barrier()
 
-    m = tl.full([ROWS], float("-inf"), dtype=tl.float32)
-    total = tl.zeros([ROWS], dtype=tl.float32)
-    total_tau = tl.zeros([ROWS], dtype=tl.float32)
-    seen_tau = tl.zeros([ROWS], dtype=tl.float32)
-    acc = tl.zeros([ROWS, BLOCK_D], dtype=tl.float32)
+    m = tl.full([BLOCK_H], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([BLOCK_H], dtype=tl.float32)
+    total_tau = tl.zeros([BLOCK_H], dtype=tl.float32)
+    visual_tau = tl.zeros([BLOCK_H], dtype=tl.float32)
+    acc = tl.zeros([BLOCK_H, BLOCK_D], dtype=tl.float32)
     for n0 in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         n = n0 + offs_n
         inside = n < end
-        page, slot, seen = locate(n, inside, table_ptr, n_pages, PAGE)
-        page += row_of
-        tile = seen[:, None] & mask_d[None, :]
+        page, slot, valid = locate(n, inside, table_ptr, n_pages, PAGE)
+        page += outer
+        tile = valid[:, None] & mask_d[None, :]
         # [BLOCK_N, BLOCK_D]
         at = (page * stride_kb + slot * stride_kn)[:, None] + offs_d[None, :]
         k = tl.load(k_ptr + at, mask=tile, other=0.0)
-        # [ROWS, BLOCK_N]
+        # [BLOCK_H, BLOCK_N]
         z = tl.dot(q, tl.trans(k), input_precision="ieee")
-        z = finish_logits(z, seen[None, :], scale, softcap, SOFTCAP)
-        if KEEP == 1:
-            at = (row_g * GROUP + offs_r)[:, None] * (n_tiles * TILE) + n[None, :]
-            tl.store(z_ptr + at, z, mask=real[:, None] & inside[None, :])
-        if KEEP == 2:
-            z_sum = tl.sum(tl.where(real[:, None], z, 0.0), axis=0)
-            tl.store(z_ptr + row_g * (n_tiles * TILE) + n, z_sum, mask=inside)
+        z = finish_logits(z, valid[None, :], scale, softcap, SOFTCAP)
+        if STORE_HEADS:
+            at = (pair * GROUP + offs_h)[:, None] * (n_tiles * TILE) + n[None, :]
+            tl.store(logits_ptr + at, z, mask=is_head[:, None] & inside[None, :])
+        if STORE_SUMS:
+            z_sum = tl.sum(tl.where(is_head[:, None], z, 0.0), axis=0)
+            tl.store(logits_ptr + pair * (n_tiles * TILE) + n, z_sum, mask=inside)
         m_new = block_max(m, z)
         away = z - shift(m_new)[:, None]
-        fade = m - shift(m_new)
+        moved = m - shift(m_new)
         p = tl.exp(away)
-        total = total * tl.exp(fade) + tl.sum(p, axis=1)
+        total = total * tl.exp(moved) + tl.sum(p, axis=1)
         if MASS:
             p_tau = tl.exp(away * inv_tau)
-            fade_tau = tl.exp(fade * inv_tau)
-            visual = tl.load(flags_ptr + n, mask=inside, other=0) != 0
-            total_tau = total_tau * fade_tau + tl.sum(p_tau, axis=1)
+            rescale_tau = tl.exp(moved * inv_tau)
+            visual = tl.load(visual_ptr + n, mask=inside, other=0) != 0
+            total_tau = total_tau * rescale_tau + tl.sum(p_tau, axis=1)
             # the same order of addition, so a row of visual tokens alone has mass 1 exactly
-            seen_tau = seen_tau * fade_tau + tl.sum(tl.where(visual[None, :], p_tau, 0.0), axis=1)
+            p_visual = tl.where(visual[None, :], p_tau, 0.0)
+            visual_tau = visual_tau * rescale_tau + tl.sum(p_visual, axis=1)
         if OUT:
             at = (page * stride_vb + slot * stride_vn)[:, None] + offs_d[None, :]
             v = tl.load(v_ptr + at, mask=tile, other=0.0)
-            acc = acc * tl.exp(fade)[:, None]
+            acc = acc * tl.exp(moved)[:, None]
             acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
         m = m_new
 
     slots = tl.num_programs(0)
-    STRIDE: tl.constexpr = 4 * ROWS
-    stats_ptr += row_g * slots * STRIDE
-    at = stats_ptr + split * STRIDE + offs_r
+    STRIDE: tl.constexpr = 4 * BLOCK_H
+    split_stats_ptr += pair * slots * STRIDE
+    at = split_stats_ptr + split * STRIDE + offs_h
     tl.store(at, m)
-    tl.store(at + ROWS, total)
+    tl.store(at + BLOCK_H, total)
     if MASS:
-        tl.store(at + 2 * ROWS, total_tau)
-        tl.store(at + 3 * ROWS, seen_tau)
+        tl.store(at + 2 * BLOCK_H, total_tau)
+        tl.store(at + 3 * BLOCK_H, visual_tau)
     if OUT:
-        values_ptr += row_g * slots * (ROWS * BLOCK_D)
-        at = (split * ROWS + offs_r[:, None]) * BLOCK_D + offs_d[None, :]
-        tl.store(values_ptr + at, acc, mask=real[:, None])
-    if is_last(arrived_ptr + row_g, n_splits):
+        split_values_ptr += pair * slots * (BLOCK_H * BLOCK_D)
+        at = (split * BLOCK_H + offs_h[:, None]) * BLOCK_D + offs_d[None, :]
+        tl.store(split_values_ptr + at, acc, mask=is_head[:, None])
+    if is_last(arrived_ptr + pair, n_splits):
         m, total, total_tau, mass = merge_sums(
-            stats_ptr, n_splits, inv_tau, STRIDE, ROWS, SPLITS, MASS
+            split_stats_ptr, n_splits, inv_tau, STRIDE, BLOCK_H, SPLITS, MASS
         )
         if MASS:
-            # per head: maximum, one over the sum at the temperature of the ranking, mass
-            rank_sum = total_tau if RANK_TAU else total
-            to = final_ptr + (row_g * GROUP + offs_r) * 3
-            tl.store(to, shift(m), mask=real)
-            tl.store(to + 1, tl.where(rank_sum == 0, 0.0, 1.0 / rank_sum), mask=real)
-            tl.store(to + 2, mass, mask=real)
+            score_sum = total_tau if SCORE_AT_TAU else total
+            to = head_stats_ptr + (pair * GROUP + offs_h) * 3
+            tl.store(to, shift(m), mask=is_head)
+            tl.store(to + 1, tl.where(score_sum == 0, 0.0, 1.0 / score_sum), mask=is_head)
+            tl.store(to + 2, mass, mask=is_head)
         if OUT:
-            acc = merge_values(stats_ptr, values_ptr, m, n_splits, STRIDE, GROUP, ROWS, BLOCK_D)
-            store_out(out_ptr, acc, total, b, g, stride_ob, stride_oh, GROUP, ROWS, D, BLOCK_D)
+            acc = merge_values(
+                split_stats_ptr, split_values_ptr, m, n_splits, STRIDE, GROUP, BLOCK_H, BLOCK_D
+            )
+            store_out(out_ptr, acc, total, b, g, stride_ob, stride_oh, GROUP, BLOCK_H, D, BLOCK_D)
 
 
 def _launch(
@@ -163,47 +164,37 @@ def _launch(
     visual: Any,
     params: Any,
     *,
-    keep: int,
-    z: Tensor | None,
-    final: Tensor | None,
+    stored_logits: Tensor | None,
+    sums_only: bool,
+    head_stats: Tensor | None,
     out: Tensor | None,
     workspace: Any,
 ) -> None:
-    heads, d = q.shape[1:]
     plan = _host.plan_of(q, kv, gather=False)
     splits = _host.splits_of(plan, kv.capacity)
-    rows = kv.batch * kv.kv_heads
-    stats, values, arrived = _host.scratch(workspace, "scan", plan, rows, splits, q.device)
-    strides = _host.strides_of(kv)
-    n_tiles, tile = _host.slot_tiles(kv.capacity, q.device)
-    flags = None
+    pairs = kv.batch * kv.kv_heads
+    is_visual_key = None
     if visual is not None:
-        flags = workspace.take("triton.scan.flags", rows * kv.capacity, torch.int8, q.device)
-    stride_out = out.stride() if out is not None else (0, 0)
-    n_spans = visual.spans.shape[1] if visual is not None else 0
-    _scan_kernel[(splits, kv.kv_heads, kv.batch)](
-        q, kv.k_data, kv.v_data, out, z, final, stats, values, arrived,
-        starts_ptr=kv.starts, lengths_ptr=kv.lengths,
-        spans_ptr=visual.spans if visual is not None else None, flags_ptr=flags,
-        scale=params.scale, softcap=params.softcap, inv_tau=1.0 / params.tau,
-        n_slots=kv.capacity, n_tiles=n_tiles, window=params.window, n_spans=n_spans,
-        stride_qb=q.stride(0), stride_qh=q.stride(1),
-        stride_ob=stride_out[0], stride_oh=stride_out[1],
-        stride_kb=strides.k[0], stride_kg=strides.k[1], stride_kn=strides.k[2],
-        stride_vb=strides.v[0], stride_vg=strides.v[1], stride_vn=strides.v[2],
-        **_host.page_args(kv),
-        KEEP=keep, MASS=visual is not None, OUT=out is not None,
-        RANK_TAU=params.score == "prob_tau", SOFTCAP=params.softcap > 0,
-        STEPS=_host.span_steps(n_spans), UNIT=strides.unit,
-        GROUP=heads // kv.kv_heads, ROWS=plan.rows, D=d, BLOCK_D=plan.block_d,
-        BLOCK_N=plan.block_n, STAGES=plan.stages,
-        MIN_SPLIT=plan.min_split, MAX_SPLITS=plan.max_splits,
-        SPLITS=triton.next_power_of_2(plan.max_splits), TILE=tile,
-        num_warps=plan.warps, num_stages=plan.stages, **_host.register_cap(plan.registers),
+        is_visual_key = workspace.take(
+            "triton.score.visual", pairs * kv.capacity, torch.int8, q.device
+        )
+    _score_kernel[(splits, kv.kv_heads, kv.batch)](
+        **_host.query_args(q, out),
+        **_host.cache_args(kv),
+        **_host.visible_args(kv.starts, kv.lengths, kv.capacity, params.window),
+        **_host.span_args(visual), visual_ptr=is_visual_key,
+        **_host.logit_args(params), inv_tau=1.0 / params.tau,
+        SCORE_AT_TAU=params.score == "prob_tau", MASS=visual is not None, OUT=out is not None,
+        logits_ptr=stored_logits, head_stats_ptr=head_stats,
+        STORE_HEADS=stored_logits is not None and not sums_only,
+        STORE_SUMS=stored_logits is not None and sums_only,
+        **_host.padded_args(kv.capacity, q.device),
+        **_host.split_args(workspace, "score", plan, pairs, splits, q.device),
+        **_host.plan_args(plan, q, kv),
     )  # fmt: skip
 
 
-def scan(
+def score(
     q: Tensor,
     kv: Any,
     visual: Any,
@@ -213,22 +204,28 @@ def scan(
     out: Tensor | None,
     workspace: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Read K once: give kept logits and, per head, (maximum, 1 / sum, visual mass) [B, H, 3].
+    """Read K once; return the stored logits, and (maximum, 1 / sum, mass) per head [B, H, 3].
 
-    The logits are float32 [B, H, N], or with `sums_only` their sums over each group [B, G, N], with
-    N padded to whole tiles; only visible slots are written. `out`, if given, is filled with dense
-    attention.
+    The logits are float32 [B, H, N], or with `sums_only` their sums over each group [B, G, N], N
+    padded to whole tiles; only visible slots are written. The sum is at the temperature of the
+    scores. `out` is filled with dense attention, unless it is None.
     """
-    kept = kv.kv_heads if sums_only else q.shape[1]
-    n_tiles, tile = _host.slot_tiles(kv.capacity, q.device)
-    z = workspace.take("triton.logits", kv.batch * kept * n_tiles * tile, torch.float32, q.device)
-    final = workspace.take("triton.final", kv.batch * q.shape[1] * 3, torch.float32, q.device)
-    keep = KEEP_SUMS if sums_only else KEEP_HEADS
-    _launch(q, kv, visual, params, keep=keep, z=z, final=final, out=out, workspace=workspace)
-    return z, final
+    n_stored = kv.batch * (kv.kv_heads if sums_only else q.shape[1])
+    numel = n_stored * _host.padded_slots(kv.capacity, q.device)
+    stored_logits = workspace.take("triton.logits", numel, torch.float32, q.device)
+    numel = kv.batch * q.shape[1] * 3
+    head_stats = workspace.take("triton.head_stats", numel, torch.float32, q.device)
+    _launch(
+        q, kv, visual, params, stored_logits=stored_logits, sums_only=sums_only,
+        head_stats=head_stats, out=out, workspace=workspace,
+    )  # fmt: skip
+    return stored_logits, head_stats
 
 
 def dense(q: Tensor, kv: Any, params: Any, *, out: Tensor, workspace: Any) -> Tensor:
     """Attend to all visible keys: softmax(scale * q @ k.T) @ v, in one launch."""
-    _launch(q, kv, None, params, keep=KEEP_NONE, z=None, final=None, out=out, workspace=workspace)
+    _launch(
+        q, kv, None, params, stored_logits=None, sums_only=False, head_stats=None,
+        out=out, workspace=workspace,
+    )  # fmt: skip
     return out

@@ -1,10 +1,9 @@
-"""Scores, budget and exact top-K: ranked by many programs of a row, chosen by its last one.
+"""Scores, budget and exact top-K: scored by many programs of a row, selected by its last one.
 
-Grid (chunk, row). Every program turns its chunk of logits into ordered int32 keys, adds them to the
-row's histogram of the top 11 bits, and notes that histogram of its own chunk, summed from the top
-down, and a short list of the chunk's largest keys. The last program of a row to arrive then has the
-mass, N_v and K, knows the bucket that holds the K-th key, lists the keys in it and above, most of
-them from the short lists, finds the other 21 bits, and writes the kept positions, ascending.
+Grid (chunk, row). Every program turns the stored logits of its chunk into scores and sort codes,
+and prepares the selection: it adds to the row's histogram of the top 11 bits, and stores the counts
+of its own chunk and a list of the chunk's largest codes. The last program of a row to arrive knows
+the mass, N_v and K, and selects (`_radix.py`).
 
 All sums are of integers, so the order of arrival changes nothing.
 """
@@ -18,51 +17,51 @@ from torch import Tensor
 
 from . import _host, tuning
 from ._math import is_last, is_visual, locate, visible_range
-from ._radix import ABSENT, BUCKETS, LOW_BITS, keep_largest, ordered_key, shorten, take_counts
-
-# What the keys are made of, for `SOURCE`.
-PROB, LOGIT, SUMS, SCORES = 0, 1, 2, 3
+from ._radix import ABSENT, BUCKETS, LOW_BITS, list_top, select_largest, sort_code, take_counts
 
 
 @triton.jit
 def _scores_of(
-    z_ptr, final_ptr, b, n, candidate, rows, heads, n_slots, z_slots, z_scale,
-    SOURCE: tl.constexpr, CHUNK: tl.constexpr,
+    logits_ptr, head_stats_ptr, b, n, candidate, n_stored, n_heads, n_slots, padded_slots, inv_tau,
+    FROM_SCORES: tl.constexpr, PROB: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Score of positions n from what was kept: the final statistics of the row, nothing else."""
-    if SOURCE == 3:
-        score = tl.load(z_ptr + b * n_slots + n, mask=candidate, other=0.0)
+    """Scores of positions n from the stored logits and the heads' statistics, or as they came."""
+    if FROM_SCORES:
+        score = tl.load(logits_ptr + b * n_slots + n, mask=candidate, other=0.0)
     else:
         score = tl.zeros([CHUNK], dtype=tl.float32)
-        # rows of kept logits, one per head or one per KV head; eight loads of each are in flight
-        for first in range(0, rows, 8):
-            row = first + tl.arange(0, 8)
-            real = row < rows
-            row += b * rows
+        # stored per query head or per KV head; eight loads of each thread are in flight
+        for first in range(0, n_stored, 8):
+            head = first + tl.arange(0, 8)
+            is_head = head < n_stored
+            head += b * n_stored
             # [8, CHUNK], read whole: a mask per slot would make the loads narrow
-            z = tl.load(z_ptr + row[:, None] * z_slots + n[None, :], mask=real[:, None], other=0.0)
-            if SOURCE == 0:
-                m = tl.load(final_ptr + row * 3, mask=real, other=0.0)
-                share = tl.load(final_ptr + row * 3 + 1, mask=real, other=0.0)
-                z = tl.exp((z - m[:, None]) * z_scale) * share[:, None]
+            z = tl.load(
+                logits_ptr + head[:, None] * padded_slots + n[None, :],
+                mask=is_head[:, None], other=0.0,
+            )  # fmt: skip
+            if PROB:
+                m = tl.load(head_stats_ptr + head * 3, mask=is_head, other=0.0)
+                inv_sum = tl.load(head_stats_ptr + head * 3 + 1, mask=is_head, other=0.0)
+                z = tl.exp((z - m[:, None]) * inv_tau) * inv_sum[:, None]
             score += tl.sum(z, axis=0)
-        score = score / heads
+        score = score / n_heads
     return score
 
 
 @triton.jit
-def _masses(final_ptr, b, heads, HEADS: tl.constexpr):
-    """Largest and mean visual mass of the heads; a NaN in any makes both NaN."""
-    h = tl.arange(0, HEADS)
-    mass = tl.load(final_ptr + (b * heads + h) * 3 + 2, mask=h < heads, other=0.0)
-    mean = tl.sum(mass) / heads
+def _masses(head_stats_ptr, b, n_heads, BLOCK_H: tl.constexpr):
+    """Largest and mean mass of the heads; a NaN in any makes both NaN."""
+    h = tl.arange(0, BLOCK_H)
+    mass = tl.load(head_stats_ptr + (b * n_heads + h) * 3 + 2, mask=h < n_heads, other=0.0)
+    mean = tl.sum(mass) / n_heads
     largest = tl.max(tl.where(mass == mass, mass, 0.0))
     return tl.where(mean == mean, largest, mean), mean
 
 
 @triton.jit
 def _count(b, n_visual, ratio, r_min, r_max, wanted_ptr, k_max):
-    """K of the row from the ratio, or from the wanted count where one is given."""
+    """K of the row, from the ratio or from the caller's own wanted count."""
     if wanted_ptr is not None:
         k = tl.minimum(tl.maximum(tl.load(wanted_ptr + b), 0), n_visual)
     else:
@@ -74,31 +73,31 @@ def _count(b, n_visual, ratio, r_min, r_max, wanted_ptr, k_max):
 
 @triton.jit
 def _chunks_of(begin, end, CHUNK: tl.constexpr):
-    """First chunk of a row and the one past its last; a row without keys has its chunk 0."""
-    some = end > begin
-    first = tl.where(some, begin // CHUNK, 0)
-    return first, tl.where(some, (end + CHUNK - 1) // CHUNK, 1)
+    """First chunk of a row and the one past its last; a row without visible keys has chunk 0."""
+    any_key = end > begin
+    first = tl.where(any_key, begin // CHUNK, 0)
+    return first, tl.where(any_key, (end + CHUNK - 1) // CHUNK, 1)
 
 
 @triton.jit(do_not_specialize=_host.PLAIN)
-def _rank_kernel(
-    z_ptr, final_ptr, scores_ptr, mass_ptr, mean_ptr, keys_ptr, short_ptr, cut_ptr,
-    from_ptr, place_ptr, ids_ptr, list_ptr, candidates_ptr, histogram_ptr, arrived_ptr,
+def _select_kernel(
+    logits_ptr, head_stats_ptr, scores_ptr, mass_ptr, mean_ptr, codes_ptr, top_ptr, top_bin_ptr,
+    counts_from_ptr, offset_ptr, chunks_ptr, list_ptr, low_ptr, histogram_ptr, arrived_ptr,
     indices_ptr, counts_ptr, ratio_ptr, wanted_ptr, table_ptr, starts_ptr, lengths_ptr, spans_ptr,
-    z_scale, r_min, r_max, n_slots, n_tiles, window, n_pages, n_spans, rows, heads, k_max,
+    inv_tau, r_min, r_max, n_slots, n_tiles, window, n_pages, n_spans, n_stored, n_heads, k_max,
     stride_tb,
-    SOURCE: tl.constexpr, SELECT: tl.constexpr, MEAN: tl.constexpr,
-    PAGE: tl.constexpr, STEPS: tl.constexpr, HEADS: tl.constexpr, CHUNK: tl.constexpr,
-    SHORT: tl.constexpr, LINES: tl.constexpr, TILE: tl.constexpr,
+    FROM_SCORES: tl.constexpr, PROB: tl.constexpr, SELECT: tl.constexpr, MEAN: tl.constexpr,
+    PAGE: tl.constexpr, STEPS: tl.constexpr, BLOCK_H: tl.constexpr, CHUNK: tl.constexpr,
+    TOP: tl.constexpr, LINES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     chunk, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    n_keys = n_tiles * TILE
+    padded_slots = n_tiles * TILE
     begin, end = visible_range(starts_ptr, lengths_ptr, b, n_slots, window)
     first, last = _chunks_of(begin, end, CHUNK)
     takes_part = (chunk >= first) & (chunk < last)
-    if SOURCE != 3:  # noqa: SIM102 - the first is known when compiling, the second is not
+    if not FROM_SCORES:  # noqa: SIM102 - known when compiled, the other at run time; so below
         if chunk == 0:
-            largest, mean = _masses(final_ptr, b, heads, HEADS)
+            largest, mean = _masses(head_stats_ptr, b, n_heads, BLOCK_H)
             tl.store(mass_ptr + b, largest)
             tl.store(mean_ptr + b, mean)
     if scores_ptr is None:  # noqa: SIM102
@@ -110,142 +109,200 @@ def _rank_kernel(
     _, _, candidate = locate(n, (n >= begin) & (n < end), table_ptr, n_pages, PAGE)
     candidate = candidate & is_visual(n, spans_ptr + b * n_spans * 2, n_spans, STEPS)
     score = _scores_of(
-        z_ptr, final_ptr, b, n, candidate, rows, heads, n_slots, n_tiles * TILE, z_scale,
-        SOURCE, CHUNK,
+        logits_ptr, head_stats_ptr, b, n, candidate, n_stored, n_heads, n_slots, n_tiles * TILE,
+        inv_tau, FROM_SCORES, PROB, CHUNK,
     )  # fmt: skip
     if scores_ptr is not None:
-        given = tl.where(candidate, score, float("-inf"))
-        tl.store(scores_ptr + b * n_slots + n, given, mask=n < n_slots)
+        masked = tl.where(candidate, score, float("-inf"))
+        tl.store(scores_ptr + b * n_slots + n, masked, mask=n < n_slots)
     if SELECT:  # noqa: SIM102
         if takes_part:
-            keys_ptr += b * n_keys
+            codes_ptr += b * padded_slots
             histogram_ptr += b * BUCKETS
-            key = tl.where(candidate, ordered_key(score), ABSENT)
-            tl.store(keys_ptr + n, key)
+            code = tl.where(candidate, sort_code(score), ABSENT)
+            tl.store(codes_ptr + n, code)
             bins = tl.arange(0, BUCKETS)
-            counts = tl.histogram((key >> LOW_BITS) + BUCKETS // 2, BUCKETS, mask=candidate)
+            counts = tl.histogram((code >> LOW_BITS) + BUCKETS // 2, BUCKETS, mask=candidate)
             tl.atomic_add(histogram_ptr + bins, counts, mask=counts > 0, sem="relaxed")
             n_chunks = tl.num_programs(0)
-            from_ptr += b * n_chunks * BUCKETS
-            tl.store(from_ptr + chunk * BUCKETS + bins, tl.cumsum(counts, 0, reverse=True))
-            short_ptr += b * n_chunks * SHORT
-            cut_ptr += b * n_chunks
+            counts_from_ptr += b * n_chunks * BUCKETS
+            tl.store(counts_from_ptr + chunk * BUCKETS + bins, tl.cumsum(counts, 0, reverse=True))
+            top_ptr += b * n_chunks * TOP
+            top_bin_ptr += b * n_chunks
             tl.debug_barrier()
-            shorten(
-                keys_ptr, from_ptr + chunk * BUCKETS, short_ptr + chunk * SHORT, cut_ptr + chunk,
-                chunk * CHUNK, CHUNK, SHORT,
+            list_top(
+                codes_ptr, counts_from_ptr + chunk * BUCKETS, top_ptr + chunk * TOP,
+                top_bin_ptr + chunk, chunk * CHUNK, CHUNK, TOP,
             )  # fmt: skip
             if is_last(arrived_ptr + b, last - first):
                 counts = take_counts(histogram_ptr, BUCKETS)
                 if ratio_ptr is not None:
                     ratio = tl.load(ratio_ptr + b)
-                elif SOURCE == 3:
+                elif FROM_SCORES:
                     ratio = tl.load((mean_ptr if MEAN else mass_ptr) + b)
                 else:
-                    largest, mean = _masses(final_ptr, b, heads, HEADS)
+                    largest, mean = _masses(head_stats_ptr, b, n_heads, BLOCK_H)
                     ratio = mean if MEAN else largest
                 k = _count(b, tl.sum(counts), ratio, r_min, r_max, wanted_ptr, k_max)
                 tl.store(counts_ptr + b, k)
-                ids_ptr += b * 2 * n_chunks
-                keep_largest(
-                    keys_ptr, short_ptr, cut_ptr, from_ptr, place_ptr + b * n_chunks,
-                    ids_ptr, ids_ptr + n_chunks, list_ptr + b * n_keys,
-                    candidates_ptr + b * n_keys, histogram_ptr, indices_ptr + b * k_max,
-                    first, last, k, counts, k_max, CHUNK, SHORT, LINES, TILE,
+                chunks_ptr += b * 2 * n_chunks
+                select_largest(
+                    codes_ptr, top_ptr, top_bin_ptr, counts_from_ptr, offset_ptr + b * n_chunks,
+                    chunks_ptr, chunks_ptr + n_chunks, list_ptr + b * padded_slots,
+                    low_ptr + b * padded_slots, histogram_ptr, indices_ptr + b * k_max,
+                    first, last, k, counts, k_max, CHUNK, TOP, LINES, TILE,
                 )  # fmt: skip
 
 
-class Kept(NamedTuple):
-    """What choosing gives: indices [B, K_max], counts [B], mass [B], mass_mean [B]."""
+class Selected(NamedTuple):
+    """A selection: indices [B, K_max], counts [B], mass [B], mass_mean [B]."""
 
-    indices: Tensor | None
-    counts: Tensor | None
+    indices: Tensor
+    counts: Tensor
     mass: Tensor
     mass_mean: Tensor
 
 
+# What the kernel takes in their place where it only scores.
+_NO_SELECTION = dict.fromkeys(
+    (
+        "codes_ptr", "top_ptr", "top_bin_ptr", "counts_from_ptr", "offset_ptr", "chunks_ptr",
+        "list_ptr", "low_ptr", "histogram_ptr", "arrived_ptr", "indices_ptr", "counts_ptr",
+    )
+)  # fmt: skip
+
+
+def _selection_args(
+    workspace: Any, rows: int, n_slots: int, k_max: int, device: torch.device
+) -> dict[str, Tensor]:
+    """The new selection, and the scratch memory that it is made in."""
+    table = tuning.table_of(device)
+    n_chunks = triton.cdiv(n_slots, table.select_chunk)
+    padded = _host.padded_slots(n_slots, device)
+    scratch = (
+        ("codes", padded, torch.int32),
+        ("top", n_chunks * table.select_top, torch.int64), ("top_bin", n_chunks, torch.int32),
+        ("counts_from", n_chunks * BUCKETS.value, torch.int32), ("offset", n_chunks, torch.int32),
+        ("chunks", 2 * n_chunks, torch.int32),
+        ("list", padded, torch.int64), ("low", padded, torch.int32),
+    )  # fmt: skip
+    counters = (("histogram", BUCKETS.value), ("arrived", 1))
+    return {
+        **{
+            f"{name}_ptr": workspace.take(f"triton.select.{name}", rows * numel, dtype, device)
+            for name, numel, dtype in scratch
+        },
+        **{
+            f"{name}_ptr": workspace.zeroed(
+                f"triton.select.{name}", rows * numel, torch.int32, device
+            )
+            for name, numel in counters
+        },
+        "indices_ptr": torch.empty((rows, k_max), dtype=torch.int32, device=device),
+        "counts_ptr": torch.empty(rows, dtype=torch.int32, device=device),
+    }
+
+
 def _launch(
-    z: Tensor,
-    final: Tensor | None,
+    logits: Tensor,
     masses: tuple[Tensor, Tensor],
     visual: Any,
     params: Any,
     *,
-    source: int,
-    select: bool,
+    selection: dict[str, Tensor] | None,
     scores: Tensor | None,
-    shape: tuple[int, int, int, int],
-    cut: tuple[Tensor | None, Tensor | None],
-    page: dict[str, Any],
-    workspace: Any,
-) -> tuple[Tensor | None, Tensor | None]:
-    rows, n_slots, kept_rows, heads = shape
-    device = z.device
-    row = tuning.TABLE[tuning.target_of(device)[0]]
-    chunk, tile = row.rank_chunk, row.rank_tile
-    n_tiles = triton.cdiv(n_slots, tile)
-    n_chunks = triton.cdiv(n_slots, chunk)
-    take = workspace.take
-    starts, lengths = cut
-    indices = counts = histogram = arrived = None
-    scratch: tuple[Tensor | None, ...] = (None,) * 8
-    if select:
-        indices = torch.empty((rows, params.k_max), dtype=torch.int32, device=device)
-        counts = torch.empty(rows, dtype=torch.int32, device=device)
-        scratch = tuple(
-            take(f"triton.rank.{name}", rows * numel, dtype, device)
-            for name, numel, dtype in (
-                ("keys", n_tiles * tile, torch.int32),
-                ("short", n_chunks * row.rank_short, torch.int64), ("cut", n_chunks, torch.int32),
-                ("from_bin", n_chunks * 2048, torch.int32), ("place", n_chunks, torch.int32),
-                ("ids", 2 * n_chunks, torch.int32), ("list", n_tiles * tile, torch.int64),
-                ("candidates", n_tiles * tile, torch.int32),
-            )
-        )  # fmt: skip
-        histogram = workspace.zeroed("triton.rank.histogram", rows * 2048, torch.int32, device)
-        arrived = workspace.zeroed("triton.rank.arrived", rows, torch.int32, device)
-    n_spans = visual.spans.shape[1]
-    _rank_kernel[(n_chunks, rows)](
-        z, final, scores, *masses, *scratch, histogram, arrived, indices, counts,
-        params.ratio, params.wanted,
-        starts_ptr=starts, lengths_ptr=lengths, spans_ptr=visual.spans,
-        z_scale=1.0 / params.tau if params.score == "prob_tau" else 1.0,
-        r_min=float(params.r_min), r_max=float(params.r_max),
-        n_slots=n_slots, n_tiles=n_tiles, window=params.window, n_spans=n_spans,
-        rows=kept_rows, heads=heads, k_max=params.k_max, **page,
-        SOURCE=source, SELECT=select, MEAN=params.mass_of == "mean",
-        STEPS=_host.span_steps(n_spans), HEADS=triton.next_power_of_2(heads),
-        CHUNK=chunk, SHORT=row.rank_short, LINES=row.rank_lines, TILE=tile,
-        num_warps=row.rank_warps, **_host.register_cap(row.rank_registers if select else 0),
+    visible: dict[str, Any],
+    pages: dict[str, Any],
+    from_scores: bool = False,
+    head_stats: Tensor | None = None,
+    n_stored: int = 1,
+    n_heads: int = 1,
+) -> None:
+    table = tuning.table_of(logits.device)
+    rows, n_slots = len(masses[0]), visible["n_slots"]
+    _select_kernel[(triton.cdiv(n_slots, table.select_chunk), rows)](
+        logits_ptr=logits, head_stats_ptr=head_stats, n_stored=n_stored, n_heads=n_heads,
+        BLOCK_H=triton.next_power_of_2(n_heads),
+        FROM_SCORES=from_scores, PROB=not from_scores and params.score != "logit",
+        inv_tau=1.0 / params.tau if params.score == "prob_tau" else 1.0,
+        scores_ptr=scores, mass_ptr=masses[0], mean_ptr=masses[1],
+        **visible, **pages, **_host.span_args(visual),
+        **_host.padded_args(n_slots, logits.device),
+        SELECT=selection is not None, **(selection or _NO_SELECTION),
+        ratio_ptr=params.ratio, wanted_ptr=params.wanted, MEAN=params.mass_of == "mean",
+        r_min=float(params.r_min), r_max=float(params.r_max), k_max=params.k_max,
+        CHUNK=table.select_chunk, TOP=table.select_top, LINES=table.select_lines,
+        num_warps=table.select_warps,
+        **_host.register_cap(table.select_registers if selection else 0),
     )  # fmt: skip
-    return indices, counts
 
 
-def rank(
-    z: Tensor,
-    final: Tensor,
+def _from_logits(
+    stored_logits: Tensor,
+    head_stats: Tensor,
     kv: Any,
-    heads: int,
+    n_heads: int,
     visual: Any,
     params: Any,
     *,
     sums_only: bool,
-    select: bool,
+    selection: dict[str, Tensor] | None,
+    scores: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    mass, mean = (
+        torch.empty(kv.batch, dtype=torch.float32, device=stored_logits.device) for _ in range(2)
+    )
+    _launch(
+        stored_logits, (mass, mean), visual, params, selection=selection, scores=scores,
+        visible=_host.visible_args(kv.starts, kv.lengths, kv.capacity, params.window),
+        pages=_host.page_args(kv), head_stats=head_stats,
+        n_stored=kv.kv_heads if sums_only else n_heads, n_heads=n_heads,
+    )  # fmt: skip
+    return mass, mean
+
+
+def finish_scores(
+    stored_logits: Tensor,
+    head_stats: Tensor,
+    kv: Any,
+    n_heads: int,
+    visual: Any,
+    params: Any,
+    *,
+    sums_only: bool,
+    scores: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Fill `scores` [B, N] from what `score` stored; return the largest and mean mass [B]."""
+    return _from_logits(
+        stored_logits, head_stats, kv, n_heads, visual, params,
+        sums_only=sums_only, selection=None, scores=scores,
+    )  # fmt: skip
+
+
+def select_by_logits(
+    stored_logits: Tensor,
+    head_stats: Tensor,
+    kv: Any,
+    n_heads: int,
+    visual: Any,
+    params: Any,
+    *,
+    sums_only: bool,
     scores: Tensor | None,
     workspace: Any,
-) -> Kept:
-    """Turn what `scan` kept into masses, scores [B, N] if given, and with `select` a selection."""
-    masses = tuple(torch.empty(kv.batch, dtype=torch.float32, device=z.device) for _ in range(2))
-    source = SUMS if sums_only else LOGIT if params.score == "logit" else PROB
-    indices, counts = _launch(
-        z, final, masses, visual, params, source=source, select=select, scores=scores,
-        shape=(kv.batch, kv.capacity, kv.kv_heads if sums_only else heads, heads),
-        cut=(kv.starts, kv.lengths), page=_host.page_args(kv), workspace=workspace,
+) -> Selected:
+    """Select from what `score` stored; fill `scores` [B, N], unless it is None."""
+    selection = _selection_args(
+        workspace, kv.batch, kv.capacity, params.k_max, stored_logits.device
+    )
+    masses = _from_logits(
+        stored_logits, head_stats, kv, n_heads, visual, params,
+        sums_only=sums_only, selection=selection, scores=scores,
     )  # fmt: skip
-    return Kept(indices, counts, *masses)
+    return Selected(selection["indices_ptr"], selection["counts_ptr"], *masses)
 
 
-def choose(
+def select(
     scores: Tensor,
     mass: Tensor,
     mass_mean: Tensor,
@@ -255,12 +312,14 @@ def choose(
     starts: Tensor | None,
     lengths: Tensor | None,
     workspace: Any,
-) -> Kept:
-    """Select from given scores [B, N] and masses [B]."""
-    page = {"table_ptr": None, "stride_tb": 0, "n_pages": 0, "PAGE": 0}
-    indices, counts = _launch(
-        scores, None, (mass.contiguous(), mass_mean.contiguous()), visual, params,
-        source=SCORES, select=True, scores=None, shape=(*scores.shape, 1, 1),
-        cut=(starts, lengths), page=page, workspace=workspace,
+) -> Selected:
+    """Select from scores [B, N] and masses [B]."""
+    rows, n_slots = scores.shape
+    selection = _selection_args(workspace, rows, n_slots, params.k_max, scores.device)
+    _launch(
+        scores, (mass.contiguous(), mass_mean.contiguous()), visual, params,
+        selection=selection, scores=None, from_scores=True,
+        visible=_host.visible_args(starts, lengths, n_slots, params.window),
+        pages=_host.NO_PAGES,
     )  # fmt: skip
-    return Kept(indices, counts, mass, mass_mean)
+    return Selected(selection["indices_ptr"], selection["counts_ptr"], mass, mass_mean)

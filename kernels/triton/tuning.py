@@ -1,7 +1,7 @@
 """Launch tables: data and pure functions of (device, dtype, head dim, group), never of the batch.
 
 A row's bits follow from how its keys are cut, so nothing here may look at B, N, K_max or the page
-size. A new GPU generation is one row in `TABLE`.
+size. A new GPU generation is one entry of `TABLE`.
 """
 
 from functools import cache
@@ -12,7 +12,7 @@ import torch
 # A dot has at least 16 rows. A group of fewer query heads pads it, which costs nothing: the tensor
 # cores idle otherwise, and without a dot the same loop takes more instructions even at group 1
 # (docs/triton-bounds.md). In float32 a dot is the CUDA cores' own (never TF32).
-MIN_ROWS = 16
+MIN_HEADS = 16
 # Output values (padded heads x padded head dim) above which a program has `wide_warps`: with four
 # warps the accumulator alone takes 64 registers of each thread.
 WIDE = 4096
@@ -38,67 +38,66 @@ class Tiles(NamedTuple):
 class Target(NamedTuple):
     """One GPU generation."""
 
-    stream: Tiles  # scan and dense decode
+    stream: Tiles  # score and dense decode
     gather: Tiles  # followers and the anchor's output
     wide_warps: int  # at least, where a program has more than WIDE output values
-    min_split: int  # keys a program gets at least
-    max_splits: int  # programs a row gets at most, per KV head
-    rank_chunk: int  # slots that one program ranks
-    rank_short: int  # of these, the largest that it lists: 32 a line, 8 lines a step
-    rank_tile: int  # keys that the last program looks at in one step
-    rank_warps: int
-    rank_lines: int  # chunks that it passes side by side, one for every 32 threads
-    # Registers that a thread may have; 0 leaves it to the compiler, which may rather spill a few to
-    # fit more blocks. In `rank`; with more than WIDE output values, in a scan, and in a gather of
-    # 16 bits:
-    rank_registers: int = 0
-    wide_stream_registers: int = 0
-    wide_gather_registers: int = 0
+    min_split: int  # keys per program, at least
+    max_splits: int  # programs per row and KV head, at most
+    select_chunk: int  # slots per program
+    select_top: int  # the chunk's largest that it lists: lines of 32, eight lines a step
+    select_tile: int  # entries that the last program reads in one step
+    select_warps: int
+    select_lines: int  # chunks that the last program passes side by side, one per 32 threads
+    # Registers per thread, at most; 0 leaves the number to the compiler, which may spill a few to
+    # fit more blocks.
+    select_registers: int = 0
+    wide_stream_registers: int = 0  # with more than WIDE output values
+    wide_gather_registers: int = 0  # the same, 16 bits
 
 
-# 227 KiB of shared memory: three blocks of three stages a multiprocessor
+# 227 KiB of shared memory: three blocks of three stages per multiprocessor
 _LARGE = Target(
     stream=Tiles(half=Tile(16384, 4, 3), full=Tile(16384, 8, 3)),
     gather=Tiles(half=Tile(16384, 4, 2), full=Tile(16384, 8, 2)),
     wide_warps=8,
     min_split=128,
     max_splits=64,
-    rank_chunk=1024,
-    rank_short=256,
-    rank_tile=4096,
-    rank_warps=16,
-    rank_lines=16,
-    rank_registers=128,
+    select_chunk=1024,
+    select_top=256,
+    select_tile=4096,
+    select_warps=16,
+    select_lines=16,
+    select_registers=128,
 )
 # 99 KiB: two stages, so that two blocks still fit
 _SMALL = _LARGE._replace(
-    rank_tile=2048,
-    rank_warps=8,
-    rank_lines=8,
+    select_tile=2048,
+    select_warps=8,
+    select_lines=8,
     stream=Tiles(half=Tile(16384, 4, 2), full=Tile(16384, 8, 2)),
-    # float32 gathers by eight warps spill there, in tiles of either size
+    # gathers of float32 by eight warps spill, in tiles of either size
     gather=Tiles(half=Tile(16384, 4, 2), full=Tile(8192, 4, 2)),
 )
-# 64 KiB; eight wavefronts leave each half of the registers, which is too few for wide output
+# 64 KiB; with eight wavefronts each has half of the registers, too few for wide output
 _CDNA3 = _SMALL._replace(
     gather=Tiles(half=Tile(16384, 4, 2), full=Tile(8192, 8, 2)),
     wide_warps=4,
-    rank_lines=16,
-    rank_registers=0,
+    select_lines=16,
+    select_registers=0,
 )
 _INTERPRETED = Tiles(half=Tile(16384, 4, 1), full=Tile(16384, 4, 1))
 TABLE = {
-    # sixteen warps spill there with newer compilers, and three stages of wide float32
+    # sixteen warps spill with newer compilers, and so do three stages of wide float32
     "sm_80": _LARGE._replace(
-        rank_tile=2048,
-        rank_warps=8,
-        rank_lines=8,
+        select_tile=2048,
+        select_warps=8,
+        select_lines=8,
         stream=Tiles(half=Tile(16384, 4, 3), full=Tile(16384, 8, 2)),
     ),
     "sm_86": _SMALL,
     "sm_89": _SMALL,
-    # eight warps spill in the output of a wide pruned anchor, and so do four with many images, to
-    # fit a third block
+    # eight warps spill in the output of a wide pruned anchor; so do four with many images, where
+    # the compiler tries to fit a third block
     "sm_90": _LARGE._replace(wide_warps=4, wide_gather_registers=255),
     "sm_100": _LARGE,
     "sm_120": _SMALL._replace(wide_stream_registers=168),
@@ -110,11 +109,11 @@ TABLE = {
         wide_warps=4,
         min_split=64,
         max_splits=8,
-        rank_chunk=64,
-        rank_short=16,
-        rank_tile=256,
-        rank_warps=4,
-        rank_lines=2,
+        select_chunk=64,
+        select_top=16,
+        select_tile=256,
+        select_warps=4,
+        select_lines=2,
     ),
 }
 
@@ -122,12 +121,12 @@ TABLE = {
 class Plan(NamedTuple):
     """The constants of one launch over keys."""
 
-    rows: int  # query heads of a KV head, padded
+    block_h: int  # query heads of a KV head, padded
     block_d: int  # head dim, padded
     block_n: int  # keys per step
     warps: int
     stages: int
-    registers: int  # at most, of a thread; 0 leaves it to the compiler
+    registers: int  # per thread, at most; 0 leaves the number to the compiler
     min_split: int
     max_splits: int
 
@@ -138,7 +137,7 @@ def _pow2(x: int) -> int:
 
 @cache
 def target_of(device: torch.device) -> tuple[str, int]:
-    """Name of the row of `TABLE` for a device, and its multiprocessors."""
+    """Key of `TABLE` for a device, and its multiprocessors."""
     if device.type == "cpu":
         return "interpreter", 4
     properties = torch.cuda.get_device_properties(device)
@@ -146,34 +145,39 @@ def target_of(device: torch.device) -> tuple[str, int]:
         return "gfx942", properties.multi_processor_count
     known = sorted(int(name[3:]) for name in TABLE if name.startswith("sm_"))
     number = properties.major * 10 + properties.minor
-    # an unlisted chip takes the newest row at or below it
+    # an unlisted chip takes the newest entry at or below it
     at_most = [n for n in known if n <= number] or known[:1]
     return f"sm_{at_most[-1]}", properties.multi_processor_count
+
+
+def table_of(device: torch.device) -> Target:
+    """The entry of `TABLE` for a device."""
+    return TABLE[target_of(device)[0]]
 
 
 def plan(
     target: str, sms: int, *, kv_heads: int, group: int, head_dim: int, itemsize: int, gather: bool
 ) -> Plan:
-    """Choose tile, splits and warps from what does not depend on the batch."""
-    row = TABLE[target]
-    tiles = row.gather if gather else row.stream
+    """Tile, splits and warps, from what does not depend on the batch."""
+    table = TABLE[target]
+    tiles = table.gather if gather else table.stream
     tile = tiles.half if itemsize == 2 else tiles.full
-    rows = max(MIN_ROWS, _pow2(group))
+    block_h = max(MIN_HEADS, _pow2(group))
     block_d = max(16, _pow2(head_dim))
     block_n = max(16, min(128, tile.tile_bytes // (block_d * itemsize)))
-    wide = rows * block_d > WIDE
-    registers = row.wide_stream_registers
+    wide = block_h * block_d > WIDE
+    registers = table.wide_stream_registers
     if gather:
-        registers = row.wide_gather_registers if itemsize == 2 else 0
-    # a row alone should fill the chip, but every split is merged: between 8 and the most
+        registers = table.wide_gather_registers if itemsize == 2 else 0
+    # a row alone should fill the chip, but each split adds to the merge: at least 8, at most max
     wanted = -(-PER_SM * sms // kv_heads)
     return Plan(
-        rows=rows,
+        block_h=block_h,
         block_d=block_d,
         block_n=block_n,
-        warps=max(tile.warps, row.wide_warps) if wide else tile.warps,
+        warps=max(tile.warps, table.wide_warps) if wide else tile.warps,
         stages=tile.stages,
         registers=registers if wide else 0,
-        min_split=max(row.min_split, block_n),
-        max_splits=max(8, min(row.max_splits, wanted)),
+        min_split=max(table.min_split, block_n),
+        max_splits=max(8, min(table.max_splits, wanted)),
     )

@@ -1,6 +1,6 @@
 """What the table of limits and the sizes of a step imply: `python tests/triton/bounds.py`.
 
-Prints the tables of docs/triton-bounds.md, which the tests compare with what is printed here.
+Prints the tables of docs/triton-bounds.md; a test compares the two.
 Occupancy follows from limits.json and the launch tables, bytes from the cost model.
 """
 
@@ -35,7 +35,7 @@ SHAPES = {"B1 16k": (1, 16384), "B8 32k": (8, 32768)}  # rows, visual tokens
 
 
 class Use(NamedTuple):
-    """A kernel in a step: its row of limits.json, its loop, the tensors that it stages."""
+    """A kernel in a step: its entry in limits.json, its loop, the tensors that it stages."""
 
     row: str
     kernel: str
@@ -44,21 +44,21 @@ class Use(NamedTuple):
 
 
 KERNELS = {
-    "dense decode": Use("dense-bfloat16", "_scan_kernel", "stream", 2),
-    "scan, pruned": Use("pruned-bfloat16", "_scan_kernel", "stream", 1),
-    "scan, dense output": Use("dense-anchor-bfloat16", "_scan_kernel", "stream", 2),
+    "dense decode": Use("dense-bfloat16", "_score_kernel", "stream", 2),
+    "score, pruned": Use("pruned-bfloat16", "_score_kernel", "stream", 1),
+    "score, dense output": Use("dense-anchor-bfloat16", "_score_kernel", "stream", 2),
     "attend, anchor": Use("pruned-bfloat16", "_attend_kernel", "gather", 1),
     "attend, follower": Use("follow-bfloat16", "_attend_kernel", "gather", 2),
-    "rank": Use("pruned-bfloat16", "_rank_kernel", None, 0),
+    "select": Use("pruned-bfloat16", "_select_kernel", None, 0),
 }
 
 
 def blocks_of(name, target):
-    """Blocks of a kernel that a multiprocessor holds, its threads, registers, shared bytes."""
+    """Blocks of a kernel that fit on a multiprocessor; its threads, registers, shared bytes."""
     row, kernel, loop, _ = KERNELS[name]
     registers, shared, _ = LIMITS[row][kernel][target]
     table, chip = tuning.TABLE[target], CHIPS[target]
-    warps = getattr(table, loop).half.warps if loop else table.rank_warps
+    warps = getattr(table, loop).half.warps if loop else table.select_warps
     threads = warps * chip.warp
     return chip.blocks_of(threads, registers, shared), threads, registers, shared
 
@@ -83,7 +83,7 @@ def programs(name, shape):
 
 
 def occupancy():
-    """On sm_90: what a block holds, how many fit, and the bytes in flight that follow."""
+    """On sm_90: what a block uses, how many fit, and the bytes in flight that follow."""
     yield (
         "| kernel | threads | registers | shared KiB | blocks per multiprocessor | KB in flight: "
         + ", ".join(SHAPES) + " | bound by: " + ", ".join(SHAPES) + " |"
@@ -113,21 +113,21 @@ def everywhere():
 
 
 def moved(name, rows, visual):
-    """Bytes that a kernel moves from and to memory: what it must, and the logits it spills."""
+    """Bytes that a kernel moves from and to memory: inputs, outputs, and stored logits."""
     shape, kept = step(rows, visual), kept_of(visual)
-    one = rows * KV_HEADS * HEAD_DIM * ITEMSIZE  # the keys of one position
+    one = rows * KV_HEADS * HEAD_DIM * ITEMSIZE  # the K of one position
     logits = 4 * rows * HEADS * shape.keys
     return {
         "dense decode": cost.dense(shape).bytes,
-        "scan, pruned": shape.keys * one + logits,
-        "scan, dense output": cost.dense(shape).bytes + logits,
+        "score, pruned": shape.keys * one + logits,
+        "score, dense output": cost.dense(shape).bytes + logits,
         "attend, anchor": (TEXT + kept) * one,
         "attend, follower": cost.attend(shape, kept).bytes,
     }[name]
 
 
 def traffic():
-    """Bytes of each kernel, the time they take at the speed of a copy, and no measured time yet."""
+    """Bytes of each kernel and their time at the speed of a copy; no measured time yet."""
     columns = " | ".join(f"{shape}: MB, us at {BANDWIDTH / 1e12} TB/s" for shape in SHAPES)
     yield f"| kernel | {columns} | measured |"
     yield "|---|" + "---|" * (len(SHAPES) + 1)
@@ -136,14 +136,14 @@ def traffic():
         shown = (f"{bytes_ / 1e6:.1f}, {microseconds(bytes_):.1f}" for bytes_ in cells)
         yield f"| {name} | {' | '.join(shown)} | |"
     rows, visual = SHAPES["B8 32k"]
-    parts = ("scan, pruned", "attend, anchor")
+    parts = ("score, pruned", "attend, anchor")
     pruned = sum(moved(name, rows, visual) for name in parts)
     whole = moved("dense decode", rows, visual)
-    output = moved("scan, dense output", rows, visual)
+    output = moved("score, dense output", rows, visual)
     yield ""
     yield (
-        f"By these bytes a pruned anchor takes {pruned / whole:.2f} of dense at B8 32k before rank "
-        f"and launches, a dense anchor {output / whole:.2f}."
+        f"By these bytes a pruned anchor takes {pruned / whole:.2f} of dense at B8 32k before "
+        f"select and launches, a dense anchor {output / whole:.2f}."
     )
 
 

@@ -1,4 +1,4 @@
-"""Faults planted to see that the checks catch them: text of the kernels exchanged at import."""
+"""Planted faults, to see that the checks catch them: the kernels' text is edited at import."""
 
 import importlib.util
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 
 KERNELS = Path(__file__).resolve().parents[2] / "kernels" / "triton"
 FAULTS = {
-    # of several equal scores the first is passed over
+    # the first of several equal scores is skipped
     "ties": (
         "_radix",
         ("(n_equal_here < ties))", "(n_equal_here >= 1) & (n_equal_here <= ties))"),
@@ -17,7 +17,7 @@ FAULTS = {
     "minus-zero": ("_radix", ("tl.where(size == 0, 0, bits", "tl.where(size < 0, 0, bits")),
     # a row is cut by the capacity of the cache
     "neighbours": ("score", ("split_of(end - begin,", "split_of(n_slots,")),
-    # the last split merges the values of all without fading them
+    # the last split merges the values of all without rescaling them
     "merge": ("_math", ("tl.exp(m_s - shift(m))[:, None] * part", "part")),
     "tf32": (
         "score",
@@ -33,15 +33,15 @@ FAULTS = {
 
 
 def plant(name):
-    """Load the faulty module in the place of the right one."""
+    """Load the faulty module in place of the right one."""
     module, *exchanges = FAULTS[name]
     text = (KERNELS / f"{module}.py").read_text()
     for right, wrong in exchanges:
-        assert text.count(right) == 1, f"{right!r} stands {text.count(right)} times in {module}.py"
+        assert text.count(right) == 1, f"{right!r} is {text.count(right)} times in {module}.py"
         text = text.replace(right, wrong)
     path = Path(tempfile.mkdtemp()) / f"{module}.py"
     path.write_text(text)
-    # the package, but not yet its modules: they import one another by name
+    # the package without its modules: they import one another by name, and must find the fault
     full = "visionpulse._triton"
     spec = importlib.util.find_spec(full)
     package = importlib.util.module_from_spec(spec)

@@ -1,4 +1,4 @@
-"""What the shared suite does not ask: launches, values out of range, offsets past 2**31 elements.
+"""What the shared suite does not test: launches, values out of range, offsets past 2**31 elements.
 
 Run by `interpret.py`, beside the shared suite.
 """
@@ -24,7 +24,7 @@ FAR = 2**31 + 8  # elements
 @contextmanager
 def counted():
     """Names of the kernels launched inside."""
-    names, kept = [], {}
+    names, originals = [], {}
 
     class Counted:
         def __init__(self, name, kernel):
@@ -35,13 +35,13 @@ def counted():
             return self.kernel[grid]
 
     for name, place in launches.PLACES.items():
-        kept[name] = getattr(place, name)
-        setattr(place, name, Counted(name, kept[name]))
+        originals[name] = getattr(place, name)
+        setattr(place, name, Counted(name, originals[name]))
     try:
         yield names
     finally:
         for name, place in launches.PLACES.items():
-            setattr(place, name, kept[name])
+            setattr(place, name, originals[name])
 
 
 @pytest.mark.parametrize(
@@ -66,26 +66,26 @@ def test_a_step_takes_few_launches(name, score, output, most):
         vp.attend(q, kv, visual, selection, backend="triton")
         vp.attend(q, kv, backend="triton")
     assert len(anchor) == most, anchor
-    assert others == ["_attend_kernel", "_scan_kernel"]
+    assert others == ["_attend_kernel", "_score_kernel"]
 
 
-SCAN, RANK, ATTEND = launches.PLACES
+SCORE, SELECT, ATTEND = launches.PLACES
 LONG = 131072  # slots
 
 
 @pytest.mark.parametrize("page", (0, 16))
 @pytest.mark.parametrize("capacity", (4096, LONG))
-def test_launches_are_chosen_without_reading_a_tensor(page, capacity):
-    """Meta tensors hold nothing: a host read raises, a shape taken from values cannot be."""
+def test_a_launch_depends_on_no_value_in_a_tensor(page, capacity):
+    """Meta tensors hold no values: to read one on the host raises, or to take a shape from it."""
     shape = launches.Shape(page=page, capacity=capacity)
     calls = [
-        ([SCAN], launches.dense, {}),
+        ([SCORE], launches.dense, {}),
         ([ATTEND], launches.follow, {}),
-        ([RANK], launches.choose, {}),
-        ([SCAN, RANK], launches.score, {}),
+        ([SELECT], launches.select, {}),
+        ([SCORE, SELECT], launches.score, {}),
     ]
     for score in ("prob", "logit", "prob_tau"):
-        anchor = [SCAN, RANK]
+        anchor = [SCORE, SELECT]
         calls.append((anchor, launches.decode, {"score": score, "output": "dense"}))
         calls.append(([*anchor, ATTEND], launches.decode, {"score": score, "output": "pruned"}))
     for wanted, call, options in calls:
@@ -96,7 +96,7 @@ def test_launches_are_chosen_without_reading_a_tensor(page, capacity):
 
 @pytest.mark.parametrize("output", ("pruned", "dense"))
 def test_scratch_is_written_before_it_is_read(output):
-    """All but the counters, which their kernels leave at zero."""
+    """All but the counters, which their kernels reset to zero."""
     problem = CASES["ragged"].build(torch.bfloat16, "cpu")
     q, kv, visual = problem.q, problem.kv, problem.visual
     config = problem.config.updated(anchor_output=output)
@@ -151,7 +151,7 @@ def test_lengths_and_starts_out_of_range_are_clamped(params_of):
 
 
 def test_selected_positions_out_of_range_are_skipped(params_of):
-    """Also those that point at text, which is attended once anyway."""
+    """And so are positions of text, which is attended once anyway."""
     problem = CASES["grouped"].build(torch.float32, "cpu")
     q, kv, visual, params = problem.q, problem.kv, problem.visual, params_of(problem)
     indices = torch.tensor([[-9, 2, 5, 40, 96, 2**31 - 1], [11, 12, 13, 95, -1, -1]])
@@ -164,8 +164,8 @@ def test_selected_positions_out_of_range_are_skipped(params_of):
     torch.testing.assert_close(out, wanted)
 
 
-def test_a_list_longer_than_the_cache_ends(params_of):
-    """Its programs are more than the slots ask for; none may wait for one that is not there."""
+def test_an_index_list_longer_than_the_cache_is_attended(params_of):
+    """It has more programs than the slots need; no program may wait for one that does not run."""
     problem = CASES["grouped"].build(torch.float32, "cpu")
     q, kv, visual, params = problem.q, problem.kv, problem.visual, params_of(problem)
     indices = torch.full((2, 500), 2**31 - 1, dtype=torch.int32)
@@ -181,7 +181,7 @@ def test_a_list_longer_than_the_cache_ends(params_of):
 
 
 def far_apart(t, axis):
-    """A copy whose `axis` has a stride past 2**31 elements; untouched memory costs nothing."""
+    """A copy whose `axis` has a stride past 2**31 elements; memory never touched costs nothing."""
     memory = torch.from_numpy(np.empty(FAR * (t.shape[axis] - 1) + t.numel(), np.float16))
     strides = list(t.contiguous().stride())
     strides[axis] = FAR

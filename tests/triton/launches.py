@@ -13,15 +13,15 @@ from visionpulse.call import Params
 from visionpulse.visual import VisualTokens
 from visionpulse.workspace import Workspace
 
-# Multiprocessors, on which the most splits of a row depend. No sm_86 has so many: with those of
-# sm_89 the same PTX serves both, see aot.py, and more splits take more registers, if anything.
+# Multiprocessors, by which a row's largest number of splits follows. No sm_86 has as many: with
+# the number of sm_89 one PTX serves both, see aot.py, and more splits take more registers, if any.
 SMS = {"sm_80": 108, "sm_86": 142, "sm_89": 142, "sm_90": 132, "sm_100": 148, "sm_120": 188}
-# the package gives the launchers the names of their modules
+# by module, since the package's own attributes of these names are the launchers
 PLACES = {
     name: import_module(f"visionpulse._triton.{module}")
     for name, module in (
-        ("_scan_kernel", "score"),
-        ("_rank_kernel", "select"),
+        ("_score_kernel", "score"),
+        ("_select_kernel", "select"),
         ("_attend_kernel", "attend"),
     )
 }
@@ -52,22 +52,22 @@ class _Recorder:
 
 @contextmanager
 def recorded(target):
-    """Collect the launches made inside, as they would be on this target."""
-    found, kept, chooser = [], {}, tuning.target_of
+    """Collect the launches made inside, as they would be made for this target."""
+    found, originals, target_of = [], {}, tuning.target_of
     tuning.target_of = lambda device: (target, SMS.get(target, 304))
     for name, place in PLACES.items():
-        kept[name] = getattr(place, name)
-        setattr(place, name, _Recorder(kept[name], found))
+        originals[name] = getattr(place, name)
+        setattr(place, name, _Recorder(originals[name], found))
     try:
         yield found
     finally:
-        tuning.target_of = chooser
+        tuning.target_of = target_of
         for name, place in PLACES.items():
-            setattr(place, name, kept[name])
+            setattr(place, name, originals[name])
 
 
 class Shape(NamedTuple):
-    """What a launch is specialised on."""
+    """What a launch is specialised for."""
 
     group: int = 4
     head_dim: int = 128
@@ -123,19 +123,19 @@ def decode(shape, *, score, output):
 def follow(shape):
     q, kv, visual = _inputs(shape)
     params = Params(scale=0.1, softcap=shape.softcap)
-    chosen = torch.empty(2, 400, dtype=torch.int32, device="meta")
+    indices = torch.empty(2, 400, dtype=torch.int32, device="meta")
     kernels.attend(
-        q, kv, visual, chosen, torch.empty(2, dtype=torch.int32, device="meta"), params,
-        logits=None, out=torch.empty_like(q), workspace=Workspace(),
+        q, kv, visual, indices, torch.empty(2, dtype=torch.int32, device="meta"), params,
+        stored_logits=None, out=torch.empty_like(q), workspace=Workspace(),
     )  # fmt: skip
 
 
-def choose(shape):
+def select(shape):
     scores = torch.empty(2, shape.capacity, device="meta")
     mass = torch.empty(2, device="meta")
     _, _, visual = _inputs(shape)
     params = Params(scale=1.0, k_max=400)
-    kernels.choose(
+    kernels.select(
         scores, mass, mass, visual, params, starts=None, lengths=None, workspace=Workspace()
     )
 

@@ -1,9 +1,9 @@
 """The machine code of every launch on every target: no spill, in its table, wide loads, no TF32.
 
-Run by `compile.py` in a process without the interpreter and without a GPU. All seven targets are
-assembled to the end, none is skipped: the wheel of Triton has ptxas for the six of NVIDIA, whose
-machine code says what it uses and how it is fenced, while PTX says the width of each load and the
-kind of each dot; and the linker for AMD, whose compiler reports registers and spills.
+Run by `compile.py` in a process without the interpreter; it needs no GPU. All seven targets are
+assembled to the end. Triton's wheel has ptxas for the six of NVIDIA: machine code says what a
+kernel uses and how it is fenced, PTX the width of each load and the kind of each dot. It has the
+linker for AMD, whose compiler reports registers and spills.
 """
 
 import functools
@@ -17,15 +17,15 @@ import pytest
 import torch
 import triton
 
-# At most so many registers a thread and bytes of shared memory, at least so many 128-bit loads,
-# per launch, kernel and target, with the pinned Triton. `compile.py --write` makes it.
+# Per launch, kernel and target: most registers per thread, most bytes of shared memory, fewest
+# 128-bit loads, with the pinned Triton. Written by `compile.py --write`.
 LIMITS = json.loads(Path(__file__).with_name("limits.json").read_text())
 PINNED = triton.__version__.startswith("3.6.")
-# Another Triton schedules otherwise: registers and shared memory are its own, within what the chip
-# has, and of the loads it may peel or merge a few; were they narrow, hardly one would be left.
+# Another Triton schedules differently: registers and shared memory need only fit the chip, and it
+# may peel or merge a few loads. Were the loads narrow, hardly one of 128 bits would be left.
 ANY = 512, 1 << 20
 NEARLY_ALL = 3 / 4
-# What a block may have on the chip: registers a thread, bytes of shared memory.
+# What the chip allows: registers per thread, bytes of shared memory per block.
 CHIP = {
     "sm_80": (255, 163 << 10),
     "sm_86": (255, 99 << 10),
@@ -37,11 +37,11 @@ CHIP = {
 }
 Shape = launches.Shape
 PRUNED, DENSE = ({"score": "prob", "output": output} for output in ("pruned", "dense"))
-# more slots than 32 bits count elements of
+# so many slots that offsets in elements pass 32 bits
 FAR = 2**22
 
 # What is compiled: each kernel in each dtype, then each constant that changes the code, where it
-# weighs most. (name: shape, launcher, its options, and the only kernel to look at, if so)
+# costs most. name: (shape, launcher, its options, the one kernel to check if not all)
 PLAIN = {
     f"{name}-{str(dtype).removeprefix('torch.')}": (Shape(dtype=dtype), call, options)
     for dtype in (torch.bfloat16, torch.float16, torch.float32)
@@ -54,22 +54,22 @@ PLAIN = {
 }
 WIDEST = {"group": 32, "head_dim": 256, "page": 16, "softcap": 30.0, "spans": 300}
 SPECIAL = {
-    # logits summed over a group, ranked without an exp: the code of "logit" in both its forms
+    # "logit": sums over a group are stored, and scored without an exp
     "dense-anchor-logit": (Shape(), launches.decode, {"score": "logit", "output": "dense"}),
-    # given scores
-    "choose-long": (Shape(capacity=131072), launches.choose, {}),
-    # the scan of a pruned anchor too: K alone, with what it keeps of every logit
+    # select alone, from scores
+    "select-long": (Shape(capacity=131072), launches.select, {}),
+    # score of a pruned anchor too: K alone, every logit stored
     "score-paged-spans": (Shape(page=16, spans=300), launches.score, {}),
-    "anchor-widest": (Shape(**WIDEST), launches.decode, DENSE, "_scan_kernel"),
+    "anchor-widest": (Shape(**WIDEST), launches.decode, DENSE, "_score_kernel"),
     "anchor-widest-float32": (
-        Shape(**WIDEST, dtype=torch.float32), launches.decode, DENSE, "_scan_kernel",
+        Shape(**WIDEST, dtype=torch.float32), launches.decode, DENSE, "_score_kernel",
     ),
     "pruned-widest": (Shape(**WIDEST), launches.decode, PRUNED, "_attend_kernel"),
     "follow-widest": (Shape(**WIDEST), launches.follow, {}),
     "follow-widest-float32": (Shape(**WIDEST, dtype=torch.float32), launches.follow, {}),
     "follow-g7-d80": (Shape(group=7, head_dim=80), launches.follow, {}),
     "dense-paged-softcap": (Shape(page=16, softcap=30.0), launches.dense, {}),
-    "rank-paged-spans": (Shape(page=16, spans=300), launches.decode, PRUNED, "_rank_kernel"),
+    "select-paged-spans": (Shape(page=16, spans=300), launches.decode, PRUNED, "_select_kernel"),
     "follow-far": (Shape(capacity=FAR, cut=False), launches.follow, {}),
 }  # fmt: skip
 ALL = PLAIN | SPECIAL
@@ -77,7 +77,7 @@ ALL = PLAIN | SPECIAL
 
 @functools.cache
 def kernels_of(name, target):
-    """Report of each kernel that a launch compiles, by its own name."""
+    """Reports of the kernels that a launch compiles, by name."""
     shape, call, options, *only = ALL[name]
     with launches.recorded(target) as found:
         call(shape, **options)

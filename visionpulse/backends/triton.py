@@ -1,4 +1,4 @@
-"""The Triton backend: any GPU that Triton reaches, without a build; CPU tensors interpreted."""
+"""The Triton backend: any GPU that Triton supports, without a build; CPU tensors interpreted."""
 
 import importlib.util
 import os
@@ -27,17 +27,17 @@ def _interpreted() -> bool:
 
 @cache
 def _kernels() -> ModuleType:
-    """The kernels; imported when first used, since they need triton."""
+    """The kernels, imported when first used: they need triton."""
     return importlib.import_module("visionpulse._triton")
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
-    """Launch on the device of the tensors; Triton itself takes the current one."""
+    """Launch on the tensors' device; Triton itself takes the current one."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 class TritonBackend(Backend):
-    """Kernels compiled by Triton where they run."""
+    """Kernels that Triton compiles on the machine where they run."""
 
     name = "triton"
     auto_devices = ("cuda",)
@@ -91,14 +91,14 @@ class TritonBackend(Backend):
         sums = params.score == "logit"
         kernels = _kernels()
         with _on(q.device):
-            logits, final = kernels.scan(
+            stored_logits, head_stats = kernels.score(
                 q, kv, visual, params, sums_only=sums, out=out, workspace=workspace
             )
-            ranked = kernels.rank(
-                logits, final, kv, q.shape[1], visual, params,
-                sums_only=sums, select=False, scores=scores, workspace=workspace,
+            mass, mass_mean = kernels.finish_scores(
+                stored_logits, head_stats, kv, q.shape[1], visual, params,
+                sums_only=sums, scores=scores,
             )  # fmt: skip
-        return ranked.mass, ranked.mass_mean
+        return mass, mass_mean
 
     def select(
         self,
@@ -113,11 +113,11 @@ class TritonBackend(Backend):
         workspace: Workspace,
     ) -> Selection:
         with _on(scores.device):
-            kept = _kernels().choose(
+            selected = _kernels().select(
                 scores, mass, mass_mean, visual, params,
                 starts=starts, lengths=lengths, workspace=workspace,
             )  # fmt: skip
-        return _selection(kept)
+        return _selection(selected)
 
     def attend(
         self,
@@ -137,7 +137,7 @@ class TritonBackend(Backend):
             else:
                 kernels.attend(
                     q, kv, visual, selection.indices, selection.counts, params,
-                    logits=None, out=out, workspace=workspace,
+                    stored_logits=None, out=out, workspace=workspace,
                 )  # fmt: skip
         return out
 
@@ -152,27 +152,28 @@ class TritonBackend(Backend):
         out: Tensor,
         workspace: Workspace,
     ) -> Selection:
-        """Scan K, rank and select, and for a pruned output gather V: two launches, or three."""
+        """Score, select, and for a pruned output gather V: two launches, or three."""
         kernels = _kernels()
         dense = params.anchor_output == "dense"
-        # a pruned output needs the logits of every head, a dense one by "logit" only their sums
+        # a pruned output needs the logits of each head; a dense one by "logit" only their sums
         sums = dense and params.score == "logit"
         with _on(q.device):
-            logits, final = kernels.scan(
+            stored_logits, head_stats = kernels.score(
                 q, kv, visual, params,
                 sums_only=sums, out=out if dense else None, workspace=workspace,
             )  # fmt: skip
-            kept = kernels.rank(
-                logits, final, kv, q.shape[1], visual, params,
-                sums_only=sums, select=True, scores=scores, workspace=workspace,
+            selected = kernels.select_by_logits(
+                stored_logits, head_stats, kv, q.shape[1], visual, params,
+                sums_only=sums, scores=scores, workspace=workspace,
             )  # fmt: skip
             if not dense:
                 kernels.attend(
-                    q, kv, visual, kept.indices, kept.counts, params,
-                    logits=logits, out=out, workspace=workspace,
+                    q, kv, visual, selected.indices, selected.counts, params,
+                    stored_logits=stored_logits, out=out, workspace=workspace,
                 )  # fmt: skip
-        return _selection(kept)
+        return _selection(selected)
 
 
-def _selection(kept: Any) -> Selection:
-    return Selection(kept.indices, kept.counts, kept.mass, kept.mass_mean, trusted=True)
+def _selection(selected: Any) -> Selection:
+    indices, counts, mass, mass_mean = selected
+    return Selection(indices, counts, mass, mass_mean, trusted=True)

@@ -98,6 +98,17 @@ def test_twins_have_the_same_ptx(twin, of):
         assert aot.renamed(made[0], twin) == made[1]
 
 
+def test_no_integer_argument_is_specialised():
+    """A kernel made for N = 16 or B = 1 could add in another order than that for other sizes."""
+    with launches.recorded("sm_90") as found:
+        launches.decode(Shape(), **PRUNED)
+    for one in found:
+        for parameter in one.kernel.params:
+            is_integer = type(one.arguments[parameter.name]) is int
+            plain = parameter.is_constexpr or parameter.do_not_specialize
+            assert plain or not is_integer, f"{parameter.name} of {one.kernel.__name__}"
+
+
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("target", aot.TARGETS)
 def test_machine_code(name, target):

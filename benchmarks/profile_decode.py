@@ -26,7 +26,7 @@ from visionpulse.schedule import Role, roles
 
 
 class Step:
-    """A step whose every layer is a range named by its role, with the stages' ranges inside."""
+    """A step with one range per layer, named by its role, and the stages' ranges inside."""
 
     def __init__(
         self, layers: Layers, count: int, config: vp.PulseConfig, backend: str, fused: bool
@@ -56,15 +56,15 @@ class Step:
         with tracing.stage("score"):
             scores, mass, mean = vp.score(q, kv, visual, config, **common)
         with tracing.stage("select"):
-            chosen = vp.select(scores, mass, visual, config, mass_mean=mean, **common)
+            selection = vp.select(scores, mass, visual, config, mass_mean=mean, **common)
         with tracing.stage("attend"):
-            vp.attend(q, kv, visual, chosen, **common)
-        return chosen
+            vp.attend(q, kv, visual, selection, **common)
+        return selection
 
 
 @contextmanager
 def captured(device: torch.device) -> Iterator[None]:
-    """What nsys and ncu record when told to wait for the profiler API."""
+    """The part that nsys and ncu record when they wait for the profiler API."""
     if device.type != "cuda":
         yield
         return

@@ -1,7 +1,7 @@
-"""The Triton kernels without a GPU: two processes, of which this file only shows the results.
+"""The Triton kernels without a GPU: two processes, whose results this file reports.
 
 One interprets the kernels on CPU tensors and runs the shared backend tests, the other compiles
-every launch for every chip. Each is also run with faults planted, and must then fail.
+every launch for every chip. Each also runs with planted faults, and must then fail.
 """
 
 import importlib.util

@@ -1,7 +1,7 @@
 """The published implementation's decode step, in its own scheme, to compare with.
 
 Written from its description: keys and values repeated for every query head in every layer, blocks
-of 64 tokens ranked by the largest logit in each, `torch.topk` and a sort, a whole row of keys in
+of 64 tokens scored by the largest logit in each, `torch.topk` and a sort, a whole row of keys in
 one piece, and the host reads the budget and the counts. The anchor's output is dense.
 
 Defined, for one row with logits z [H, N] cut into blocks, W the blocks of visual tokens only, by
@@ -27,7 +27,7 @@ BLOCK = 64
 
 @dataclass(frozen=True, eq=False)
 class Blocks:
-    """What the anchor kept: blocks of each row, ascending, -1 padded, and the masses."""
+    """The blocks that an anchor selected: per row, ascending, -1 padded; and the masses."""
 
     indices: Tensor  # int64 [B, most]
     counts: tuple[int, ...]  # kept blocks of each row, text included; on the host
@@ -51,11 +51,11 @@ def anchor(
     """Dense attention of the anchor, and the blocks that its followers attend to."""
     z, v, visible = _logits(q, kv)
     maxima = _blocks(z, -torch.inf).amax(-1)  # [B, H, blocks]
-    return _weigh(z, v, q.dtype), choose(maxima, visible, visual, config)
+    return _weigh(z, v, q.dtype), select(maxima, visible, visual, config)
 
 
-def choose(maxima: Tensor, visible: Tensor, visual: VisualTokens, config: PulseConfig) -> Blocks:
-    """Rank blocks by their largest logits [B, H, blocks]; `visible` is bool [B, N]."""
+def select(maxima: Tensor, visible: Tensor, visual: VisualTokens, config: PulseConfig) -> Blocks:
+    """Select blocks by their largest logits [B, H, blocks]; `visible` is bool [B, N]."""
     is_visual = visual.mask(visible.shape[1]) & visible
     p = (maxima / config.tau).softmax(-1)
     used = _blocks(visible, False).any(-1)  # [B, blocks]
@@ -63,7 +63,7 @@ def choose(maxima: Tensor, visible: Tensor, visual: VisualTokens, config: PulseC
     mass = (p * wholly[:, None]).sum(-1).amax(-1)  # [B]
     score = p.mean(1).masked_fill(~wholly, -torch.inf)  # [B, blocks]
     low, high = config.ratio
-    rows, chosen = [], []
+    rows, visual_counts = [], []
     for b in range(visible.shape[0]):
         ratio = min(max(mass[b].item(), low), high)
         wanted = math.ceil(ratio * is_visual[b].sum().item() / BLOCK)
@@ -71,9 +71,9 @@ def choose(maxima: Tensor, visible: Tensor, visual: VisualTokens, config: PulseC
         best = score[b].topk(count).indices
         others = (used[b] & ~wholly[b]).nonzero().flatten()
         rows.append(torch.cat((others, best)).sort().values)
-        chosen.append(count)
+        visual_counts.append(count)
     indices = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
-    return Blocks(indices, tuple(len(row) for row in rows), tuple(chosen), mass)
+    return Blocks(indices, tuple(len(row) for row in rows), tuple(visual_counts), mass)
 
 
 def follower(q: Tensor, kv: KVCache, blocks: Blocks) -> Tensor:

@@ -1,7 +1,7 @@
 """The published scheme's attention as Triton kernels, for a GPU: see block64.py.
 
-Faithful to its description, the slow parts included: one program per row and query head walks over
-all keys of the repeated cache in blocks of 64, two warps each, and writes float32.
+Faithful to its description, the slow parts included: one program of two warps per row and query
+head reads all keys of the repeated cache in blocks of 64, and writes float32.
 """
 
 import torch
@@ -12,12 +12,12 @@ from torch import Tensor
 import visionpulse as vp
 
 from . import block64
-from .block64 import BLOCK, Blocks, choose, repeated, visible_keys
+from .block64 import BLOCK, Blocks, repeated, select, visible_keys
 
 
 @triton.jit
 def _dense_kernel(
-    q_ptr, k_ptr, v_ptr, seen_ptr, out_ptr, max_ptr, scale, n_keys, heads, D: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, visible_ptr, out_ptr, max_ptr, scale, n_keys, heads, D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One head of one row: attention over all keys, and the largest logit of every block."""
@@ -25,31 +25,32 @@ def _dense_kernel(
     offs_d = tl.arange(0, D)
     q = tl.load(q_ptr + head * D + offs_d).to(tl.float32)  # [D]
     acc = tl.zeros([D], tl.float32)
-    top = -float("inf")
+    m = -float("inf")
     total = 0.0
     n_blocks = tl.cdiv(n_keys, BLOCK_N)
     for block in range(n_blocks):
         offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-        seen = tl.load(seen_ptr + (head // heads) * n_keys + offs_n, offs_n < n_keys, other=0) != 0
+        row_visible_ptr = visible_ptr + (head // heads) * n_keys
+        visible = tl.load(row_visible_ptr + offs_n, offs_n < n_keys, other=0) != 0
         at = (head * n_keys + offs_n)[:, None] * D + offs_d[None, :]  # [BLOCK_N, D]
-        k = tl.load(k_ptr + at, seen[:, None], other=0.0).to(tl.float32)
-        z = tl.where(seen, tl.sum(q[None, :] * k, 1) * scale, -float("inf"))  # [BLOCK_N]
+        k = tl.load(k_ptr + at, visible[:, None], other=0.0).to(tl.float32)
+        z = tl.where(visible, tl.sum(q[None, :] * k, 1) * scale, -float("inf"))  # [BLOCK_N]
         largest = tl.max(z, 0)
         tl.store(max_ptr + head * n_blocks + block, largest)
-        new_top = tl.maximum(top, largest)
-        base = tl.where(new_top == -float("inf"), 0.0, new_top)
-        weight = tl.exp(z - base)
-        kept = tl.exp(top - base)
-        v = tl.load(v_ptr + at, seen[:, None], other=0.0).to(tl.float32)
-        acc = acc * kept + tl.sum(weight[:, None] * v, 0)
-        total = total * kept + tl.sum(weight, 0)
-        top = new_top
+        m_new = tl.maximum(m, largest)
+        shift = tl.where(m_new == -float("inf"), 0.0, m_new)
+        weight = tl.exp(z - shift)
+        rescale = tl.exp(m - shift)
+        v = tl.load(v_ptr + at, visible[:, None], other=0.0).to(tl.float32)
+        acc = acc * rescale + tl.sum(weight[:, None] * v, 0)
+        total = total * rescale + tl.sum(weight, 0)
+        m = m_new
     tl.store(out_ptr + head * D + offs_d, acc / total)
 
 
 @triton.jit
 def _follower_kernel(
-    q_ptr, k_ptr, v_ptr, seen_ptr, out_ptr, block_ptr, count_ptr, scale, n_keys, heads, most,
+    q_ptr, k_ptr, v_ptr, visible_ptr, out_ptr, block_ptr, count_ptr, scale, n_keys, heads, most,
     D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One head of one row: attention over the blocks of a list."""
@@ -58,49 +59,49 @@ def _follower_kernel(
     offs_d = tl.arange(0, D)
     q = tl.load(q_ptr + head * D + offs_d).to(tl.float32)  # [D]
     acc = tl.zeros([D], tl.float32)
-    top = -float("inf")
+    m = -float("inf")
     total = 0.0
     for i in range(tl.load(count_ptr + row)):
         block = tl.load(block_ptr + row * most + i)
         offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-        seen = tl.load(seen_ptr + row * n_keys + offs_n, offs_n < n_keys, other=0) != 0
+        visible = tl.load(visible_ptr + row * n_keys + offs_n, offs_n < n_keys, other=0) != 0
         at = (head * n_keys + offs_n)[:, None] * D + offs_d[None, :]  # [BLOCK_N, D]
-        k = tl.load(k_ptr + at, seen[:, None], other=0.0).to(tl.float32)
-        z = tl.where(seen, tl.sum(q[None, :] * k, 1) * scale, -float("inf"))  # [BLOCK_N]
-        new_top = tl.maximum(top, tl.max(z, 0))
-        base = tl.where(new_top == -float("inf"), 0.0, new_top)
-        weight = tl.exp(z - base)
-        kept = tl.exp(top - base)
-        v = tl.load(v_ptr + at, seen[:, None], other=0.0).to(tl.float32)
-        acc = acc * kept + tl.sum(weight[:, None] * v, 0)
-        total = total * kept + tl.sum(weight, 0)
-        top = new_top
+        k = tl.load(k_ptr + at, visible[:, None], other=0.0).to(tl.float32)
+        z = tl.where(visible, tl.sum(q[None, :] * k, 1) * scale, -float("inf"))  # [BLOCK_N]
+        m_new = tl.maximum(m, tl.max(z, 0))
+        shift = tl.where(m_new == -float("inf"), 0.0, m_new)
+        weight = tl.exp(z - shift)
+        rescale = tl.exp(m - shift)
+        v = tl.load(v_ptr + at, visible[:, None], other=0.0).to(tl.float32)
+        acc = acc * rescale + tl.sum(weight[:, None] * v, 0)
+        total = total * rescale + tl.sum(weight, 0)
+        m = m_new
     tl.store(out_ptr + head * D + offs_d, acc / total)
 
 
-def _scan(q: Tensor, kv: vp.KVCache) -> tuple[Tensor, Tensor, Tensor]:
+def _attend_all(q: Tensor, kv: vp.KVCache) -> tuple[Tensor, Tensor, Tensor]:
     rows, heads, dim = q.shape
     k, v = repeated(kv.k, heads).contiguous(), repeated(kv.v, heads).contiguous()
-    seen = visible_keys(kv)
+    visible = visible_keys(kv)
     out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
     blocks = -(-kv.capacity // BLOCK)
     maxima = torch.empty(rows, heads, blocks, dtype=torch.float32, device=q.device)
     _dense_kernel[(rows * heads,)](
-        q.contiguous(), k, v, seen.to(torch.int8), out, maxima, dim**-0.5, kv.capacity, heads,
+        q.contiguous(), k, v, visible.to(torch.int8), out, maxima, dim**-0.5, kv.capacity, heads,
         D=dim, BLOCK_N=BLOCK, num_warps=2,
     )  # fmt: skip
-    return out.to(q.dtype), maxima, seen
+    return out.to(q.dtype), maxima, visible
 
 
 def dense(q: Tensor, kv: vp.KVCache) -> Tensor:
-    return _scan(q, kv)[0]
+    return _attend_all(q, kv)[0]
 
 
 def anchor(
     q: Tensor, kv: vp.KVCache, visual: vp.VisualTokens, config: vp.PulseConfig
 ) -> tuple[Tensor, Blocks]:
-    out, maxima, seen = _scan(q, kv)
-    return out, choose(maxima, seen, visual, config)
+    out, maxima, visible = _attend_all(q, kv)
+    return out, select(maxima, visible, visual, config)
 
 
 def follower(q: Tensor, kv: vp.KVCache, blocks: Blocks) -> Tensor:
@@ -117,7 +118,7 @@ def follower(q: Tensor, kv: vp.KVCache, blocks: Blocks) -> Tensor:
 
 
 def check() -> None:
-    """Hold both kernels against the plain form; under the interpreter this needs no GPU."""
+    """Check both kernels against the plain form; under the interpreter this needs no GPU."""
     from visionpulse.testing import Case
     from visionpulse.testing.compare import Exact, assert_output
 
@@ -141,4 +142,4 @@ def check() -> None:
 
 if __name__ == "__main__":
     check()
-    print("both kernels give what the plain form gives")
+    print("both kernels match the plain form")

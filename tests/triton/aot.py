@@ -1,7 +1,7 @@
-"""Compile a kernel ahead of time, as the runtime would, and read what the machine code says.
+"""Compile a kernel ahead of time, as the runtime would, and read what its machine code uses.
 
-The launchers themselves say what is compiled: a kernel is replaced by a recorder, the launcher is
-called with meta tensors, and the arguments it would launch with give the signature.
+The launchers themselves say what is compiled: a recorder takes the place of a kernel, the launcher
+is called with meta tensors, and its arguments give the signature.
 """
 
 import re
@@ -19,8 +19,8 @@ TARGETS = {
     **{f"sm_{cc}": GPUTarget("cuda", cc, 32) for cc in (80, 86, 89, 90, 100, 120)},
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-# Chips that Triton makes the same PTX for but its name, which a test holds to: only the last step,
-# from PTX to machine code, is taken for each.
+# Chips whose PTX differs only by the chip's name, as a test checks: the last step alone, from PTX to
+# machine code, is done for each.
 TWINS = {"sm_89": "sm_86"}
 _POINTERS = {
     "float32": "*fp32",
@@ -40,7 +40,7 @@ class Report(NamedTuple):
     spills: int  # bytes of stack and local memory, spilled registers
     wide_loads: int  # 128-bit loads from global memory
     tf32: bool
-    fenced: bool  # stores are out before each arrival, and stale lines gone after it
+    fenced: bool  # stores are flushed before each arrival, stale lines dropped after it
 
 
 def signature_of(kernel, arguments):
@@ -74,7 +74,7 @@ def _tool(name, *arguments):
 
 
 def _machine_code(compiled, target, folder):
-    """A file with what ptxas makes."""
+    """The cubin, as a file."""
     path = folder / "kernel.cubin"
     if target in TWINS:
         ptx = folder / "kernel.ptx"
@@ -86,12 +86,12 @@ def _machine_code(compiled, target, folder):
 
 
 def renamed(ptx, target):
-    """PTX of a chip's twin as that of the chip."""
+    """PTX of a chip's twin, renamed for the chip."""
     return ptx.replace(f".target {TWINS[target]}", f".target {target}")
 
 
 def _is_fenced(cubin):
-    """Whether no other access to global memory stands between an arrival and its fences."""
+    """Whether no other access to global memory lies between an arrival and its fences."""
     code = _tool("nvdisasm", "-c", cubin)
     access = r"(?:(?!\b(?:LDG|LDGSTS|STG|ATOMG|RED)\b)[\s\S])*?"
     arrival = r"\bATOMG\.E\.ADD\.STRONG\.GPU"
@@ -110,14 +110,14 @@ def _nvidia(kernel, compiled, target):
     with tempfile.TemporaryDirectory() as folder:
         cubin = _machine_code(compiled, target, Path(folder))
         usage = _tool("cuobjdump", "-res-usage", cubin)
-        # what becomes of it is the same in all forms of a kernel, and to disassemble takes long
+        # the same in all variants of a kernel, and disassembly is slow
         if arrives and where not in _FENCED:
             _FENCED[where] = _is_fenced(cubin)
     found = dict(re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", usage))
-    # ptxas keeps what PTX says of the width of a load
+    # ptxas keeps the width of a load that PTX says
     wide = re.findall(r"\bld\.global\S*(?:\.v4\.\w32|\.v2\.\w64)\b", ptx)
     wide += re.findall(r"\bcp\.async\.cg\b.*\], 0x10\b", ptx)
-    # static memory is the system's own; the kernel's is dynamic
+    # static shared memory is the system's; the kernel's own is dynamic
     return Report(
         registers=int(found["REG"]),
         shared=compiled.metadata.shared,
@@ -134,7 +134,7 @@ def _amd(_kernel, compiled, _target):
     def number(name):
         return int(re.search(rf"\.{name}:\s*(\d+)", code).group(1))
 
-    # scalar registers spill into lanes of vector registers, which costs no memory
+    # a scalar register spills into a lane of a vector register, which needs no memory
     spills = number("vgpr_spill_count") + number("private_segment_fixed_size")
     wide = len(re.findall(r"\b(?:global|buffer)_load_dwordx4\b", code))
     # per arrival: write back before, invalidate after
@@ -149,17 +149,17 @@ _BUILT, _REPORTS = {}, {}
 
 
 def report(kernel, arguments, options, target):
-    """Compile and read, once for each difference that the compiler sees."""
+    """Compile and read, once per variant that the compiler sees."""
     types, constants, _ = signature_of(kernel, arguments)
-    form = kernel.__name__, str(types), str(constants), str(options)
-    if (form, target) not in _REPORTS:
-        _REPORTS[form, target] = _report(form, kernel, arguments, options, target)
-    return _REPORTS[form, target]
+    variant = kernel.__name__, str(types), str(constants), str(options)
+    if (variant, target) not in _REPORTS:
+        _REPORTS[variant, target] = _report(variant, kernel, arguments, options, target)
+    return _REPORTS[variant, target]
 
 
-def _report(form, kernel, arguments, options, target):
+def _report(variant, kernel, arguments, options, target):
     of = TWINS.get(target, target)
-    if (form, of) not in _BUILT:
-        _BUILT[form, of] = build(kernel, arguments, options, of)
-    compiled = _BUILT[form, of]
+    if (variant, of) not in _BUILT:
+        _BUILT[variant, of] = build(kernel, arguments, options, of)
+    compiled = _BUILT[variant, of]
     return (_nvidia if "cubin" in compiled.asm else _amd)(kernel.__name__, compiled, target)

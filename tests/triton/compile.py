@@ -1,7 +1,7 @@
 """Compile every launch ahead of time: `python tests/triton/compile.py [pytest arguments]`.
 
 A process of its own, without the interpreter; it needs no GPU. With `--write [names, targets]` it
-writes what it finds to limits.json instead.
+writes limits.json instead of checking it.
 """
 
 import json
@@ -10,10 +10,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-# nothing that an earlier run compiled may stand in for the sources of today
+# kernels that an earlier run compiled must not hide a change of the sources
 os.environ["TRITON_ALWAYS_COMPILE"] = "1"
 os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="visionpulse-triton-")
-# what a later release turns off by default
+# a later release turns it off by default
 os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"
 os.environ.pop("TRITON_INTERPRET", None)
 
@@ -23,7 +23,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def write(only):
-    """Note what was found: registers up to 16, shared memory up to 1 KiB, wide loads down to 4."""
+    """Write limits.json: registers up to 16, shared memory up to 1 KiB, wide loads down to 4."""
     import aot
     import machine_code
 

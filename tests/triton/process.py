@@ -1,4 +1,4 @@
-"""What the two test processes share: their share of the tests, and faults to plant."""
+"""How the two test processes run pytest: on a part of the tests, and with a planted fault."""
 
 import argparse
 import gc
@@ -10,7 +10,7 @@ import pytest
 
 
 class Share:
-    """The i-th of n parts of the tests, whose costs are alike: neighbours cost much the same."""
+    """Every n-th test from the i-th on: neighbours cost much the same, so the parts do too."""
 
     def __init__(self, i, n):
         self.i, self.n = i, n
@@ -34,6 +34,6 @@ def run(default):
         faults.plant(own.plant)
     share = Share(*map(int, own.share.split("/")))
     files = [] if any(".py" in argument for argument in rest) else default
-    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # none is used here, and they load long
-    gc.freeze()  # what is loaded stays, and need not be looked at again
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # none is used here, and they load slowly
+    gc.freeze()  # modules stay loaded, so the collector need not visit them
     return pytest.main(["-p", "no:cacheprovider", *files, *rest], plugins=[share])

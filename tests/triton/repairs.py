@@ -1,4 +1,4 @@
-"""Repairs of Triton's interpreter, for a process that does nothing but interpret."""
+"""Repairs of Triton's interpreter, for a process that does nothing else."""
 
 import numpy as np
 import triton.language as tl
@@ -23,15 +23,15 @@ def _widened(handle):
 
 
 def keep_quiet():
-    """A GPU raises no warning for exp of a masked slot's leftovers."""
+    """Like a GPU, which raises no warning for exp of a masked slot's content."""
     np.seterr(all="ignore")
 
 
 def patch_once():
-    """Exchange Triton's functions once, not at every call of a helper: it halves the time."""
+    """Patch `tl` once, not at every call of a helper: it halves the time."""
     patch, done = interpreter._patch_lang, set()
 
-    class Kept:
+    class Patched:
         def restore(self):
             pass
 
@@ -39,13 +39,13 @@ def patch_once():
         if id(fn.__globals__) not in done:
             done.add(id(fn.__globals__))
             patch(fn)
-        return Kept()
+        return Patched()
 
     interpreter._patch_lang = patch_lang
 
 
 def remember_types():
-    """Make each type and shape once: the interpreter makes them anew for every operation."""
+    """Make each type and shape once: the interpreter makes new ones for every operation."""
     make_type, types = tl.block_type.__init__, {}
     make_tensor, shapes = tl.tensor.__init__, {}
     broadcast = TritonSemantic.broadcast_impl_value
@@ -81,15 +81,14 @@ def remember_types():
 
 
 def skip_dropped_checks():
-    """Of overflow: without `debug` the interpreter computes them, and throws them away."""
+    """Skip the checks of overflow: without `debug` the interpreter drops what they find."""
     TritonSemantic.binary_op_sanitize_overflow_impl = lambda *of: None
 
 
 def plain_dot(builder, a, b, d):
-    """Add the products in the order of the inner axis, in every column alike.
+    """Add the products in the order of the inner axis, in every column alike, as a chip does.
 
-    A chip does so. The matmul of a BLAS does not: its edge columns take another path, so that
-    equal keys would get unequal logits.
+    A BLAS does not: its edge columns take another path, so equal keys would get unequal logits.
     """
     columns = b.data.astype(np.float32)
     total = d.data.copy()
@@ -101,8 +100,8 @@ def plain_dot(builder, a, b, d):
 def compute_dots():
     """Without this a bfloat16 dot is wrong, and the cast from float32 truncates.
 
-    The interpreter keeps bfloat16 as raw uint16. Here a dot takes float32 copies of its operands,
-    and float32 is rounded to nearest even on the way down.
+    The interpreter stores bfloat16 as raw uint16. Here a dot takes float32 copies of its operands,
+    and the cast from float32 rounds to nearest even.
     """
     builder = interpreter.InterpreterBuilder
     cast, resize = builder.cast_impl, builder.create_fp_to_fp

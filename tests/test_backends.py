@@ -18,6 +18,7 @@ from visionpulse.testing import (
     assert_valid_selection,
 )
 from visionpulse.testing.compare import Exact, assert_counts
+from visionpulse.testing.draw import Draws
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OPTIONS = tuple(
@@ -215,20 +216,21 @@ def test_keeping_all_is_dense_attention(backend, device, params_of, check_output
     check_output(vp.attend(q, kv, visual, selection, backend=backend), exact, None, backend)
 
 
-def test_a_given_output_is_filled(backend, device):
+def test_a_given_output_is_filled(backend, device, params_of, check_output):
     """Strided, with poison around it that stays."""
     problem = CASES["grouped"].build(torch.float32, device)
     q, kv, visual = problem.q, problem.kv, problem.visual
-    wanted, selection = vp.decode(q, kv, visual, problem.config, backend=backend)
+    exact = Exact(q, kv, visual, params_of(problem))
     memory = torch.full((q.shape[0], q.shape[1], q.shape[2] + 7), 7.0, device=device)
     view = memory[:, :, 3:-4]
-    got, _ = vp.decode(q, kv, visual, problem.config, out=view, backend=backend)
-    assert got is view and torch.equal(view, wanted)
+    got, selection = vp.decode(q, kv, visual, problem.config, out=view, backend=backend)
+    assert got is view
+    check_output(view, exact, selection, backend)
     assert (memory[:, :, :3] == 7).all() and (memory[:, :, -4:] == 7).all()
     view.fill_(7)
-    follow = vp.attend(q, kv, visual, selection, backend=backend)
     vp.attend(q, kv, visual, selection, out=view, backend=backend)
-    assert torch.equal(view, follow)
+    check_output(view, exact, selection, backend)
+    assert (memory[:, :, :3] == 7).all() and (memory[:, :, -4:] == 7).all()
 
 
 def test_inputs_are_left_alone(backend, device, check_decode):
@@ -245,17 +247,15 @@ def test_inputs_are_left_alone(backend, device, check_decode):
 
 
 SCORE_ROWS = {
-    "normal": lambda g, n: torch.randn(n, generator=g),
-    "tiny": lambda g, n: torch.rand(n, generator=g) * 1e-38,
-    "two-valued": lambda g, n: torch.randint(0, 2, (n,), generator=g).float(),
-    "close": lambda g, n: 1.0 + torch.randint(0, 40, (n,), generator=g) * 2.0**-23,
-    "zeros-of-both-signs": lambda g, n: torch.where(torch.rand(n, generator=g) < 0.5, 0.0, -0.0),
-    "infinities": lambda g, n: torch.randint(-1, 2, (n,), generator=g).float() / 0.0,
-    "with-nan": lambda g, n: torch.where(
-        torch.rand(n, generator=g) < 0.3, torch.nan, torch.randn(n, generator=g)
-    ),
-    "all-nan": lambda g, n: torch.full((n,), torch.nan),
-    "negative": lambda g, n: -torch.rand(n, generator=g) * 1e30,
+    "normal": lambda draws, n: draws.normal(n),
+    "tiny": lambda draws, n: draws.uniform(n) * 1e-38,
+    "two-valued": lambda draws, n: draws.integers(0, 2, n).float(),
+    "close": lambda draws, n: 1.0 + draws.integers(0, 40, n) * 2.0**-23,
+    "zeros-of-both-signs": lambda draws, n: torch.where(draws.uniform(n) < 0.5, 0.0, -0.0),
+    "infinities": lambda draws, n: draws.integers(-1, 2, n).float() / 0.0,
+    "with-nan": lambda draws, n: torch.where(draws.uniform(n) < 0.3, torch.nan, draws.normal(n)),
+    "all-nan": lambda draws, n: torch.full((n,), torch.nan),
+    "negative": lambda draws, n: -draws.uniform(n) * 1e30,
 }
 
 
@@ -263,9 +263,9 @@ SCORE_ROWS = {
 @pytest.mark.parametrize("size, k", ((1, 1), (7, 3), (300, 17), (300, 299), (2500, 700)))
 def test_select_is_exact(backend, device, kind, size, k):
     """Given any scores: the K largest, lowest position first, NaN last."""
-    generator = torch.Generator().manual_seed(size * 31 + k)
-    scores = torch.stack([SCORE_ROWS[kind](generator, size) for _ in range(3)]).to(device)
-    mask = (torch.rand(3, size, generator=generator) < 0.9).to(device)
+    draws = Draws(size * 31 + k)
+    scores = torch.stack([SCORE_ROWS[kind](draws, size) for _ in range(3)]).to(device)
+    mask = (draws.uniform(3, size) < 0.9).to(device)
     visual = vp.VisualTokens.from_mask(mask)
     mass = torch.tensor([0.1, k / size, 1.0], device=device)
     config = vp.PulseConfig(ratio=(0.0, 1.0))
@@ -280,7 +280,7 @@ def test_select_is_exact(backend, device, kind, size, k):
 def test_the_count_follows_the_mass_bit_for_bit(backend, device, ratio, mass):
     sizes = (0, 1, 2, 9, 10, 11, 99, 100)
     visual = vp.VisualTokens.from_spans([((0, n),) if n else () for n in sizes], device=device)
-    scores = torch.rand(len(sizes), 128, device=device)
+    scores = Draws(0).uniform(len(sizes), 128).to(device)
     masses = torch.full((len(sizes),), mass, device=device)
     config = vp.PulseConfig(ratio=ratio)
     selection = vp.select(scores, masses, visual, config, backend=backend)

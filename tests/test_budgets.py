@@ -6,6 +6,7 @@ import torch
 
 import visionpulse as vp
 from visionpulse import budgets
+from visionpulse.testing.draw import Draws
 
 
 @pytest.mark.parametrize("ratio", (0.0, 0.01, 0.05, 0.1, 0.3, 0.999, 1.0))
@@ -57,9 +58,8 @@ class EveryThird:
 def test_a_user_registers_a_policy(backend):
     budgets.REGISTRY.pop("every-third", None)
     vp.register_budget("every-third", EveryThird)
-    generator = torch.Generator().manual_seed(0)
-    q = torch.randn(2, 4, 16, generator=generator)
-    k = torch.randn(2, 2, 60, 16, generator=generator)
+    draws = Draws(0)
+    q, k = draws.normal(2, 4, 16), draws.normal(2, 2, 60, 16)
     kv, visual = vp.KVCache(k, k.clone()), vp.VisualTokens.from_spans([[(2, 50)], [(0, 9)]])
     config = vp.PulseConfig(budget="every-third")
     scores = torch.empty(2, 60)

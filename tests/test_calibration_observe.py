@@ -6,6 +6,7 @@ import torch
 
 from visionpulse.calibration.correlation import correlations, pearson, plot_correlation
 from visionpulse.calibration.observe import observe
+from visionpulse.testing.draw import Draws
 
 transformers = pytest.importorskip("transformers")
 
@@ -15,7 +16,6 @@ TAUS, LIMITS, RATIOS = (1.0, 0.3), (0.005, 0.02), (0.1, 0.5)
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
     config = transformers.LlavaConfig(
         text_config=dict(
             model_type="llama", vocab_size=60, hidden_size=64, intermediate_size=96,
@@ -29,22 +29,19 @@ def model():
         image_token_index=IMAGE,
     )  # fmt: skip
     model = transformers.LlavaForConditionalGeneration(config).eval()
-    with torch.no_grad():
-        for name, weight in model.get_decoder().named_parameters():
-            if weight.dim() >= 2:  # the default init hardly lets attention speak
-                weight.normal_(std=0.5 if "embed" in name else 0.2)
+    draws = Draws(0)
+    draws.refill(model, 0.02)
+    # the default init hardly lets attention speak
+    draws.refill(model.get_decoder(), 0.2, embedding=0.5)
     return model
 
 
 def inputs_of(*texts, seed=0):
-    random = torch.Generator().manual_seed(seed)
-    lists = [
-        [*torch.randint(3, 45, (n,), generator=random).tolist(), *[IMAGE] * CELLS, 5, 6, 7]
-        for n in texts
-    ]
+    draws = Draws(seed)
+    lists = [[*draws.integers(3, 45, n).tolist(), *[IMAGE] * CELLS, 5, 6, 7] for n in texts]
     width = max(map(len, lists))
     ids = torch.tensor([[0] * (width - len(row)) + row for row in lists])
-    pixels = torch.randn(len(texts), 3, 48, 48, generator=random)
+    pixels = draws.normal(len(texts), 3, 48, 48)
     return {"input_ids": ids, "attention_mask": (ids != 0).long(), "pixel_values": pixels}
 
 

@@ -8,6 +8,7 @@ import torch
 import visionpulse as vp
 from visionpulse.config import resolve
 from visionpulse.testing import assert_clear_error
+from visionpulse.testing.draw import Draws
 
 
 def test_presets_are_the_published_settings():
@@ -27,9 +28,8 @@ def test_a_config_is_a_value():
 
 
 def test_functional_ops_ignore_what_belongs_to_a_model():
-    generator = torch.Generator().manual_seed(0)
-    q = torch.randn(1, 4, 16, generator=generator)
-    k = torch.randn(1, 2, 30, 16, generator=generator)
+    draws = Draws(0)
+    q, k = draws.normal(1, 4, 16), draws.normal(1, 2, 30, 16)
     kv, visual = vp.KVCache(k, k), vp.VisualTokens.from_spans([[(2, 28)]])
     plain = vp.decode(q, kv, visual, vp.PulseConfig())[0]
     other = vp.PulseConfig(anchor=99, schedule="lookback", refresh=1, dense="model")

@@ -11,6 +11,7 @@ import torch
 
 import visionpulse as vp
 from visionpulse.backends import cpu, get
+from visionpulse.testing.draw import Draws
 
 REASON = get("cpu").unavailable()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"backend cpu: {REASON}")
@@ -20,10 +21,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def problem(rows=2, size=700, heads=8, kv_heads=2, dim=64, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
+    draws = Draws(seed)
 
     def random(*shape):
-        return torch.randn(shape, generator=generator).to(dtype)
+        return draws.normal(*shape).to(dtype)
 
     kv = vp.KVCache(random(rows, kv_heads, size, dim), random(rows, kv_heads, size, dim))
     visual = vp.VisualTokens.from_spans([[(10, size // 2), (size // 2 + 9, size - 20)]] * rows)
@@ -131,7 +132,7 @@ def test_pages_give_the_bits_of_a_contiguous_cache(page):
     q, kv, visual = problem(rows=1, size=700, dtype=torch.bfloat16)
     pages = -(-700 // page)
     padded = [torch.nn.functional.pad(t, (0, 0, 0, pages * page - 700)) for t in (kv.k, kv.v)]
-    order = torch.randperm(pages, generator=torch.Generator().manual_seed(1))
+    order = Draws(1).permutation(pages)
 
     def paged(t):  # [1, G, N, D] to [P, page, G, D], shuffled
         slots = t[0].unflatten(1, (pages, page)).permute(1, 2, 0, 3)
@@ -192,8 +193,10 @@ def test_two_python_threads_work_at_once(threads):
 
 FORKED = """
 import os, torch, visionpulse as vp
+from visionpulse.testing.draw import Draws
 torch.set_num_threads(4)
-q, k = torch.randn(1, 8, 64), torch.randn(1, 2, 4000, 64)
+draws = Draws(0)
+q, k = draws.normal(1, 8, 64), draws.normal(1, 2, 4000, 64)
 kv = vp.KVCache(k, k)
 first = vp.attend(q, kv, backend="cpu")
 child = os.fork()

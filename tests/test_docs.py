@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import visionpulse as vp
+from visionpulse.testing.draw import Draws
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
 
@@ -47,10 +48,8 @@ def test_the_model_example_runs_on_the_tiny_model():
 
 def test_the_three_stages_are_the_decode_op():
     (code,) = blocks("The three stages, in PyTorch")
-    generator = torch.Generator().manual_seed(0)
-    heads, size, dim = 4, 90, 16
-    q = torch.randn(heads, dim, generator=generator)
-    k, v = (torch.randn(size, dim, generator=generator) for _ in range(2))
+    draws, heads, size, dim = Draws(0), 4, 90, 16
+    q, k, v = draws.normal(heads, dim), draws.normal(size, dim), draws.normal(size, dim)
     visual = torch.zeros(size).bool()
     visual[5:70] = True
     config = vp.PulseConfig(tau=0.4, ratio=(0.05, 0.3))

@@ -6,6 +6,7 @@ import torch
 import visionpulse as vp
 from visionpulse.backends import cuda
 from visionpulse.testing.cases import CASES, Case
+from visionpulse.testing.draw import Draws
 
 pytestmark = pytest.mark.gpu
 
@@ -188,9 +189,9 @@ def test_offsets_beyond_32_bits(on):
     n, rows = 1 << 20, 18
     memory = torch.zeros(rows, 1, n, 128, dtype=torch.bfloat16, device="cuda")
     k = memory
-    k[-1, :, :300] = torch.randn(1, 300, 128, device="cuda").to(k.dtype)
+    k[-1, :, :300] = Draws(0).normal(1, 300, 128)
     lengths = torch.full((rows,), 300, dtype=torch.int32, device="cuda")
-    q = torch.randn(rows, 4, 128, device="cuda", dtype=torch.bfloat16)
+    q = Draws(1).normal(rows, 4, 128).to("cuda", torch.bfloat16)
     out = vp.attend(q, vp.KVCache(k, k, lengths), backend=on)
     last = vp.KVCache(k[-1:, :, :300].contiguous(), k[-1:, :, :300].contiguous())
     alone = vp.attend(q[-1:], last, backend=on)

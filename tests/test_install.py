@@ -53,9 +53,9 @@ import visionpulse as vp
 unwanted = {"transformers", "triton", "matplotlib", "kernels", "vllm"} & set(sys.modules)
 assert not unwanted, unwanted
 import torch
-generator = torch.Generator().manual_seed(0)
-q = torch.randn(1, 8, 64, generator=generator)
-k, v = (torch.randn(1, 2, 200, 64, generator=generator) for _ in range(2))
+from visionpulse.testing.draw import Draws
+draws = Draws(0)
+q, k, v = draws.normal(1, 8, 64), draws.normal(1, 2, 200, 64), draws.normal(1, 2, 200, 64)
 visual = vp.VisualTokens.from_spans([[(10, 150)]])
 out, selection = vp.decode(q, vp.KVCache(k, v), visual)
 wanted, same = vp.decode(q, vp.KVCache(k, v), visual, backend="reference")

@@ -6,6 +6,7 @@ import torch
 import visionpulse as vp
 from visionpulse import library
 from visionpulse.testing import CASES
+from visionpulse.testing.draw import Draws
 
 NAMES = ("grouped", "left-padding", "paged-hnd", "no-visual-at-all")
 
@@ -35,8 +36,9 @@ def test_opcheck_decode_and_score(problem, backend, output):
 def test_opcheck_select_and_attend(problem, backend):
     cache, visual = fields_of(problem)
     ops = torch.ops.visionpulse
-    scores = torch.rand(problem.kv.batch, problem.kv.capacity)
-    mass = torch.rand(problem.kv.batch)
+    draws = Draws(0)
+    scores = draws.uniform(problem.kv.batch, problem.kv.capacity)
+    mass = draws.uniform(problem.kv.batch)
     cut = (problem.kv.starts, problem.kv.lengths, 0)
     arguments = (scores, mass, mass.clone(), *visual, *cut, *BUDGET, backend)
     torch.library.opcheck(ops.select, arguments)
@@ -99,10 +101,10 @@ def test_a_cache_made_inside_the_graph_serves_three_prompts(backend):
         return step(q, vp.KVCache(k, v, lengths), visual, vp.PulseConfig(), backend)
 
     compiled = torch.compile(run, fullgraph=True, backend=count)
-    generator = torch.Generator().manual_seed(0)
-    k, v = (torch.randn(1, 2, 64, 32, generator=generator) for _ in range(2))
+    draws = Draws(0)
+    k, v = draws.normal(1, 2, 64, 32), draws.normal(1, 2, 64, 32)
     for spans, length in (([(1, 9)], 30), ([(1, 9), (12, 40)], 50), ([], 64)):
-        q = torch.randn(1, 4, 32, generator=generator)
+        q = draws.normal(1, 4, 32)
         visual = vp.VisualTokens.from_spans([spans], capacity=40)
         lengths = torch.tensor([length], dtype=torch.int32)
         wanted = run(q, k, v, lengths, visual)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import visionpulse as vp
+from visionpulse.testing.draw import Draws
 
 transformers = pytest.importorskip("transformers")
 
@@ -15,7 +16,6 @@ SUPPRESSED = [IMAGE, 51, 52, 53]
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
     config = transformers.Qwen3VLConfig(
         text_config=dict(
             vocab_size=60, hidden_size=64, intermediate_size=96, num_hidden_layers=LAYERS,
@@ -32,19 +32,19 @@ def model():
         vision_end_token_id=53,
     )  # fmt: skip
     model = transformers.Qwen3VLForConditionalGeneration(config).eval()
-    with torch.no_grad():
-        for name, weight in model.get_decoder().named_parameters():
-            if weight.dim() >= 2:  # the default init hardly lets attention speak
-                weight.normal_(std=0.5 if "embed" in name else 0.2)
+    draws = Draws(0)
+    draws.refill(model, 0.02)
+    # the default init hardly lets attention speak
+    draws.refill(model.get_decoder(), 0.2, embedding=0.5)
     return model
 
 
 def inputs_of(*rows, seed=0):
     """A batch, padded on the left; a row is its text before and after one picture."""
-    random = torch.Generator().manual_seed(seed)
+    draws = Draws(seed)
     lists = []
     for before, after in rows:
-        text = torch.randint(3, 45, (before + after,), generator=random).tolist()
+        text = draws.integers(3, 45, before + after).tolist()
         lists.append([*text[:before], 52, *[IMAGE] * CELLS, 53, *text[before:]])
     width = max(map(len, lists))
     ids = torch.tensor([[PAD] * (width - len(row)) + row for row in lists])
@@ -52,7 +52,7 @@ def inputs_of(*rows, seed=0):
         "input_ids": ids,
         "attention_mask": (ids != PAD).long(),
         "mm_token_type_ids": (ids == IMAGE).int(),
-        "pixel_values": torch.randn(len(rows) * CELLS * 4, 3 * 4 * 4, generator=random),
+        "pixel_values": draws.normal(len(rows) * CELLS * 4, 3 * 4 * 4),
         "image_grid_thw": torch.tensor([[1, 12, 12]] * len(rows)),
     }
 

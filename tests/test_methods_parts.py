@@ -6,6 +6,8 @@ from methods.fastv import last_query_attention
 from methods.lookm import merge, received
 from methods.visionzip import zip_tokens
 
+from visionpulse.testing.draw import Draws
+
 
 def test_best_keeps_the_lowest_of_equals():
     scores = torch.tensor([[1.0, 3.0, 3.0, 3.0, 9.0], [0.0, 0.0, 0.0, 0.0, 0.0]])
@@ -15,7 +17,8 @@ def test_best_keeps_the_lowest_of_equals():
 
 
 def test_last_query_attention_is_the_softmax():
-    q, k = torch.randn(2, 6, 9, 8), torch.randn(2, 2, 9, 8)
+    draws = Draws(0)
+    q, k = draws.normal(2, 6, 9, 8), draws.normal(2, 2, 9, 8)
     seen = torch.ones(2, 9).bool()
     seen[1, :3] = False
     got = last_query_attention(q, k, seen, 0.3)
@@ -27,7 +30,8 @@ def test_last_query_attention_is_the_softmax():
 
 def test_received_sums_the_attention_matrix_in_slices():
     size = 300  # more than one slice
-    q, k = torch.randn(1, 4, size, 8), torch.randn(1, 2, size, 8)
+    draws = Draws(0)
+    q, k = draws.normal(1, 4, size, 8), draws.normal(1, 2, size, 8)
     causal = torch.ones(1, 1, size, size).tril().bool()
     got = received(q, k, causal, 0.5)
     for g in range(2):

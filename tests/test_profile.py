@@ -10,6 +10,7 @@ import torch
 
 import visionpulse as vp
 from visionpulse import tracing
+from visionpulse.testing.draw import Draws
 
 PID, TID = 77, 5
 THREAD = PID << 24 | TID  # nsys's globalTid; the globalPid is the same with a zero thread
@@ -154,8 +155,9 @@ def test_both_kinds_of_profile_give_the_same_table(tmp_path, packed):
 
 
 def test_a_trace_of_torch_on_the_cpu_has_the_stages(tmp_path):
-    kv = vp.KVCache(torch.randn(1, 2, 64, 16), torch.randn(1, 2, 64, 16))
-    visual, q = vp.VisualTokens.from_spans([[(4, 50)]]), torch.randn(1, 4, 16)
+    draws = Draws(0)
+    kv = vp.KVCache(draws.normal(1, 2, 64, 16), draws.normal(1, 2, 64, 16))
+    visual, q = vp.VisualTokens.from_spans([[(4, 50)]]), draws.normal(1, 4, 16)
     tracing.enable()
     try:
         with torch.profiler.profile() as recorded, tracing.stage("step"):

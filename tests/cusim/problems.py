@@ -31,6 +31,7 @@ from visionpulse.testing.compare import (
     assert_scores,
     assert_valid_selection,
 )
+from visionpulse.testing.draw import Draws
 
 SPANS = ((4, 30), (37, 80))
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
@@ -117,16 +118,16 @@ SIZE = 6100  # the last steps of a warp are full in one row, and part of one in 
 
 def choices(dtype: torch.dtype) -> None:
     """More candidates than one block reads at once: every way a radix select can go."""
-    generator = torch.Generator().manual_seed(3)
+    draws = Draws(3)
     spans = (((3, 2900), (2950, 6050)), ((0, SIZE),), ((7, 8), (100, 4300)))
     visual = vp.VisualTokens.from_spans(spans)
     lengths = torch.tensor([SIZE, SIZE, 4000], dtype=torch.int32)
     starts = torch.tensor([0, 17, 120], dtype=torch.int32)
-    normal = torch.randn(3, SIZE, generator=generator)
-    rare = torch.rand(3, SIZE, generator=generator) < 0.02
+    normal = draws.normal(3, SIZE)
+    rare = draws.uniform(3, SIZE) < 0.02
     values = {
         "normal": normal,
-        "probabilities": normal.mul(3).softmax(-1),
+        "probabilities": torch.ldexp(draws.uniform(3, SIZE), draws.integers(-30, 0, 3, SIZE)),
         "few": (normal * 2).round(),
         "equal": torch.zeros(3, SIZE),
         "neighbours": torch.ones(3, SIZE).view(torch.int32).add(rare).view(torch.float32),

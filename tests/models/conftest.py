@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from visionpulse.testing.draw import Draws
+
 transformers = pytest.importorskip("transformers")
 
 
@@ -37,7 +39,6 @@ class Tiny:
     """A tiny random model whose tokens depend on its attention, and inputs for it."""
 
     def __init__(self, family, **changes):
-        torch.manual_seed(0)
         settings, self._pictures, self.picture_tokens = FAMILIES[family]
         kind = "llava" if family == "pixtral" else family
         settings = copy.deepcopy(settings)
@@ -46,16 +47,16 @@ class Tiny:
         self.family = family
         self.model = transformers.AutoModelForImageTextToText.from_config(config).eval()
         self.model.generation_config.pad_token_id = PAD
-        with torch.no_grad():
-            for name, weight in self.model.get_decoder().named_parameters():
-                if weight.dim() >= 2:  # the default init hardly lets attention speak
-                    tied = family in ("gemma3", "paligemma", "aya_vision")
-                    weight.normal_(std=(0.05 if tied else 0.5) if "embed" in name else 0.2)
+        draws = Draws(0)
+        draws.refill(self.model, 0.02)
+        # the default init hardly lets attention speak
+        tied = family in ("gemma3", "paligemma", "aya_vision")
+        draws.refill(self.model.get_decoder(), 0.2, embedding=0.05 if tied else 0.5)
 
     def inputs(self, *rows, seed=0):
         """Inputs of a batch; a row is a list of text lengths and "i" for pictures."""
         rows = rows or ([5, "i", 7],)
-        random = torch.Generator().manual_seed(seed)
+        draws = Draws(seed)
         lists, pictures = [], []
         for row in rows:
             ids = []
@@ -63,7 +64,7 @@ class Tiny:
                 if part == "i":
                     ids += [START] + [IMAGE] * self.picture_tokens + [END]
                 else:
-                    ids += torch.randint(3, 140, (part,), generator=random).tolist()
+                    ids += draws.integers(3, 140, part).tolist()
             lists.append(ids)
             pictures.append(row.count("i"))
         width = max(map(len, lists))
@@ -71,21 +72,20 @@ class Tiny:
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in lists])
         given = {"input_ids": ids, "attention_mask": mask}
         if sum(pictures):
-            torch.manual_seed(seed)
-            given |= self._batch(pictures)
+            given |= self._batch(draws, pictures)
         if self._pictures is _families._grid:
             given["mm_token_type_ids"] = (ids == IMAGE).int()
         if self.family in ("gemma3", "paligemma"):
             given["token_type_ids"] = (ids == IMAGE).long()
         return given
 
-    def _batch(self, pictures):
+    def _batch(self, draws, pictures):
         if self.family not in ("smolvlm", "idefics3"):
-            return self._pictures(sum(pictures))
+            return self._pictures(draws, sum(pictures))
         pixels = torch.zeros(len(pictures), max(pictures), 3, 32, 32)  # zeros are no picture
         for row, n in enumerate(pictures):
             if n:
-                pixels[row, :n] = self._pictures(n)["pixel_values"]
+                pixels[row, :n] = self._pictures(draws, n)["pixel_values"]
         return {"pixel_values": pixels}
 
     def generate(self, given, tokens=8, **options):

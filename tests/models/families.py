@@ -41,34 +41,34 @@ QWEN3_VISION = QWEN_VISION | {
 ALTERNATING = ["sliding_attention", "full_attention"] * 3
 
 
-def _square(n, size=32):
-    return {"pixel_values": torch.randn(n, 3, size, size)}
+def _square(draws, n, size=32):
+    return {"pixel_values": draws.normal(n, 3, size, size)}
 
 
-def _patched(n):
+def _patched(draws, n):
     # a base view and one tile of the same size
     return {
-        "pixel_values": torch.randn(n, 2, 3, 32, 32),
+        "pixel_values": draws.normal(n, 2, 3, 32, 32),
         "image_sizes": torch.tensor([[32, 32]] * n),
     }
 
 
-def _sized(n):
+def _sized(draws, n):
     return {
-        "pixel_values": torch.randn(n, 3, 32, 32),
+        "pixel_values": draws.normal(n, 3, 32, 32),
         "image_sizes": torch.tensor([[32, 32]] * n),
     }
 
 
-def _grid(n):
+def _grid(draws, n):
     return {
-        "pixel_values": torch.randn(n * 64, 3 * 2 * 4 * 4),
+        "pixel_values": draws.normal(n * 64, 3 * 2 * 4 * 4),
         "image_grid_thw": torch.tensor([[1, 8, 8]] * n),
     }
 
 
-def _tiled(n):
-    return _square(n)
+def _tiled(draws, n):
+    return _square(draws, n)
 
 
 # model type -> (config, what n pictures are, tokens of one picture)

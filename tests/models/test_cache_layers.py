@@ -11,6 +11,7 @@ from transformers.cache_utils import DynamicLayer
 import visionpulse as vp
 from visionpulse.models import cache as caches
 from visionpulse.models.state import CacheState, visual_of
+from visionpulse.testing.draw import Draws
 
 
 def growing():
@@ -18,9 +19,8 @@ def growing():
 
 
 def states(n, rows=2, seed=0, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(seed)
-    shape = (rows, 2, n, 8)
-    return [torch.randn(shape, generator=generator).to(dtype) for _ in range(2)]
+    draws, shape = Draws(seed), (rows, 2, n, 8)
+    return [draws.normal(*shape).to(dtype) for _ in range(2)]
 
 
 def reset_all(layers):

@@ -8,6 +8,7 @@ import torch
 import transformers
 
 import visionpulse as vp
+from visionpulse.testing.draw import Draws
 
 KEEP_ALL = vp.PulseConfig(ratio=(1.0, 1.0))
 PRUNED = vp.PulseConfig(tau=0.5, ratio=(0.05, 0.4))
@@ -76,7 +77,7 @@ def test_merged_embeddings_need_a_mask(tiny):
     ids = given["input_ids"]
     with torch.no_grad():
         embeds = made.model.get_input_embeddings()(ids)
-        embeds[ids == 150] = torch.randn(16, 64)
+        embeds[ids == 150] = Draws(0).normal(16, 64)
     merged = {"inputs_embeds": embeds, "attention_mask": torch.ones_like(ids)}
     expected = made.generate(merged, num_beams=2)
     with vp.patch(made.model, KEEP_ALL) as session:
@@ -134,7 +135,7 @@ def test_failed_forwards_leave_nothing_behind(tiny):
     made = tiny("llava")
     with vp.patch(made.model, KEEP_ALL, record=True) as session, torch.no_grad():
         given = made.inputs()
-        broken = dict(given, pixel_values=torch.randn(2, 3, 32, 32))
+        broken = dict(given, pixel_values=Draws(0).normal(2, 3, 32, 32))
         with pytest.raises(ValueError):
             made.model(**broken)
         cache = transformers.DynamicCache(config=made.model.config.get_text_config())

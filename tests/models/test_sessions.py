@@ -13,6 +13,7 @@ from transformers.masking_utils import AttentionMaskInterface
 import visionpulse as vp
 from visionpulse.models import session_of
 from visionpulse.models.families import FAMILIES, Family
+from visionpulse.testing.draw import Draws
 
 KEEP_ALL = vp.PulseConfig(ratio=(1.0, 1.0))
 PRUNED = vp.PulseConfig(tau=0.5, ratio=(0.05, 0.4))
@@ -190,8 +191,8 @@ def test_two_models_that_share_a_config(tiny):
     gc.collect()  # a dropped session of another test would leave the registry within this one
     registered = set(transformers.AttentionInterface._global_mapping)
     made = tiny("llava")
-    torch.manual_seed(9)
     other = transformers.AutoModelForImageTextToText.from_config(made.model.config).eval()
+    Draws(9).refill(other, 0.02)
     given = made.inputs()
     alone = other.generate(**given, max_new_tokens=6, do_sample=False, suppress_tokens=[150])
     first = vp.patch(made.model, PRUNED)

@@ -5,6 +5,7 @@ import torch
 import transformers
 
 import visionpulse as vp
+from visionpulse.testing.draw import Draws
 
 KEEP_ALL = vp.PulseConfig(ratio=(1.0, 1.0))
 PRUNED = vp.PulseConfig(tau=0.5, ratio=(0.05, 0.4))
@@ -13,16 +14,16 @@ VIDEO = 151
 
 def video_of(made, family):
     """A prompt with a video of two frames, and its number of tokens."""
-    torch.manual_seed(1)
+    draws = Draws(1)
     if family == "qwen2_5_vl":
         tokens = 32
         extra = {
-            "pixel_values_videos": torch.randn(128, 3 * 2 * 4 * 4),
+            "pixel_values_videos": draws.normal(128, 3 * 2 * 4 * 4),
             "video_grid_thw": torch.tensor([[2, 8, 8]]),
         }
     else:
         tokens = 2 * 4 + 1
-        extra = {"pixel_values_videos": torch.randn(1, 2, 3, 32, 32)}
+        extra = {"pixel_values_videos": draws.normal(1, 2, 3, 32, 32)}
     ids = torch.tensor([[5, 6, 152, *[VIDEO] * tokens, 153, 9, 8, 7]])
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | extra
     if family == "qwen2_5_vl":

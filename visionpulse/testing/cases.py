@@ -9,6 +9,7 @@ from torch import Tensor
 from ..cache import Cache, KVCache, PagedKVCache
 from ..config import PulseConfig
 from ..visual import VisualTokens
+from .draw import Draws
 
 Spans = tuple[tuple[int, int], ...]
 
@@ -43,11 +44,10 @@ class Case:
         seed: int = 0,
     ) -> "Problem":
         """Make the tensors; slots that no step may see hold NaN."""
-        generator = torch.Generator().manual_seed(seed)
-        q = torch.randn(self.rows, self.heads, self.head_dim, generator=generator)
+        draws = Draws(seed)
+        q = draws.normal(self.rows, self.heads, self.head_dim)
         shape = (self.rows, self.kv_heads, self.size, self.head_dim)
-        k = torch.randn(shape, generator=generator)
-        v = torch.randn(shape, generator=generator)
+        k, v = draws.normal(*shape), draws.normal(*shape)
         k, v = self._plant(q, k, v)
         hidden = ~self.visible()
         k[hidden[:, None].expand_as(k[..., 0])] = torch.nan
@@ -144,7 +144,7 @@ def _paged(
     """Pages in shuffled order among NaN pages; table entries that no key needs hold -1."""
     b, g, n, d = k.shape
     per_row = -(-n // page)
-    order = torch.randperm(2 * b * per_row, generator=torch.Generator().manual_seed(1))
+    order = Draws(1).permutation(2 * b * per_row)
     table = order[: b * per_row].view(b, per_row).to(torch.int32)
     pools = []
     for t in (k, v):

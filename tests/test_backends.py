@@ -121,6 +121,7 @@ def used_workspace(backend, device):
     return workspace
 
 
+@pytest.mark.bits
 @by_case
 def test_two_runs_give_the_same_bits(backend, device, case, check_decode):
     problem = case.build(torch.bfloat16, device)
@@ -146,6 +147,7 @@ def row_of(problem, b):
     return problem.q[b : b + 1], vp.KVCache(kv.k[b : b + 1], kv.v[b : b + 1], *cut)
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("name", ("ragged", "left-padding", "grouped", "long", "softcap"))
 @by_dtype
 def test_a_row_does_not_depend_on_its_neighbours(backend, device, name, dtype):
@@ -178,6 +180,7 @@ def test_a_row_does_not_depend_on_its_neighbours(backend, device, name, dtype):
         assert_same_bits(again[0], follow[b])
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("layout", ("NHD", "HND"))
 @pytest.mark.parametrize("page", (1, 5, 16, 128))
 def test_pages_do_not_change_the_bits(backend, device, layout, page, check_decode):
@@ -192,6 +195,7 @@ def test_pages_do_not_change_the_bits(backend, device, layout, page, check_decod
     assert_same_bits(results[0][1].mass, results[1][1].mass)
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("score", ("prob", "logit", "prob_tau"))
 @by_dtype
 def test_equal_logits_have_equal_score_bits(backend, device, score, dtype):

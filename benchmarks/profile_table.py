@@ -6,39 +6,16 @@ a CUDA graph launched has no such range; its name says the stage: `vp_<stage>_..
 `_<stage>_kernel` in Triton.
 """
 
-import gzip
-import json
 import re
-import sqlite3
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
 
-PREFIX = "visionpulse::"
+from profile_ranges import Kernel, Range, read
+
 OTHER = "(other)"
 _STAGE = re.compile(r"\b(?:vp)?_(score|select|attend)(?:_|\b)")
-_SQLITE = b"SQLite format 3\x00"
-_PUSH_POP = 59  # NVTX_EVENTS.eventType of a range that one thread pushed and popped
-
-
-class Range(NamedTuple):
-    """One range on one host thread, in microseconds."""
-
-    name: str
-    thread: int
-    begin: float
-    end: float
-
-
-class Kernel(NamedTuple):
-    """One kernel: its name, device time in microseconds, and the thread and time of its launch."""
-
-    name: str
-    duration: float
-    thread: int | None = None
-    launched: float | None = None
 
 
 @dataclass
@@ -55,10 +32,6 @@ class Stage:
 
 def stages(path: str | Path) -> list[Stage]:
     """Read a profile into stages, longest device (else host) time first."""
-    path = Path(path)
-    with path.open("rb") as file:
-        head = file.read(len(_SQLITE))
-    read = _from_nsys if head == _SQLITE else _from_torch
     return summed(*read(path))
 
 
@@ -138,84 +111,3 @@ def _stage_of(kernel: Kernel, by_thread: dict[int, list[Range]]) -> str:
         return best.name
     named = _STAGE.search(kernel.name)
     return named.group(1) if named else OTHER
-
-
-def _from_nsys(path: Path) -> tuple[list[Range], list[Kernel]]:
-    base = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
-    try:
-        tables = {name for (name,) in base.execute("SELECT name FROM sqlite_master")}
-        if "NVTX_EVENTS" not in tables and "CUPTI_ACTIVITY_KIND_KERNEL" not in tables:
-            raise ValueError(
-                f"{path} has neither NVTX_EVENTS nor CUPTI_ACTIVITY_KIND_KERNEL; record with "
-                "nsys profile --trace=cuda,nvtx and export with nsys export --type sqlite"
-            )
-        return _nsys_ranges(base, tables), _nsys_kernels(base, tables)
-    finally:
-        base.close()
-
-
-def _nsys_ranges(base: sqlite3.Connection, tables: set[str]) -> list[Range]:
-    if "NVTX_EVENTS" not in tables:
-        return []
-    rows = base.execute(
-        "SELECT coalesce(e.text, s.value), e.globalTid, e.start, e.end FROM NVTX_EVENTS e "
-        "LEFT JOIN StringIds s ON s.id = e.textId WHERE e.eventType = ? AND e.end IS NOT NULL",
-        (_PUSH_POP,),
-    )
-    return [
-        Range(text[len(PREFIX) :], thread, begin / 1e3, end / 1e3)
-        for text, thread, begin, end in rows
-        if text and text.startswith(PREFIX)
-    ]
-
-
-def _nsys_kernels(base: sqlite3.Connection, tables: set[str]) -> list[Kernel]:
-    if "CUPTI_ACTIVITY_KIND_KERNEL" not in tables:
-        return []
-    launches: dict[tuple[int, int], tuple[int, float]] = {}
-    if "CUPTI_ACTIVITY_KIND_RUNTIME" in tables:
-        rows = base.execute(
-            "SELECT correlationId, globalTid, start FROM CUPTI_ACTIVITY_KIND_RUNTIME"
-        )
-        for correlation, thread, start in rows:
-            launches[_process(thread), correlation] = thread, start / 1e3
-    kernels = []
-    rows = base.execute(
-        "SELECT s.value, k.end - k.start, k.globalPid, k.correlationId "
-        "FROM CUPTI_ACTIVITY_KIND_KERNEL k LEFT JOIN StringIds s ON s.id = k.shortName"
-    )
-    for name, duration, pid, correlation in rows:
-        launch = launches.get((_process(pid), correlation), (None, None))
-        kernels.append(Kernel(name or "?", duration / 1e3, *launch))
-    return kernels
-
-
-def _process(global_id: int) -> int:
-    """A globalTid is a globalPid with the thread in its low 24 bits."""
-    return global_id >> 24
-
-
-def _from_torch(path: Path) -> tuple[list[Range], list[Kernel]]:
-    open_ = gzip.open if path.suffix == ".gz" else open
-    with open_(path, "rt") as file:
-        try:
-            trace: Any = json.load(file)
-        except ValueError as error:
-            raise ValueError(
-                f"{path} is neither an nsys sqlite export nor a torch trace ({error}); "
-                "write it with nsys export --type sqlite or profile_decode.py --torch-profiler"
-            ) from error
-    events = trace["traceEvents"] if isinstance(trace, dict) else trace
-    ranges, kernels, launches = [], [], {}
-    for event in events:
-        kind, name, args = event.get("cat"), event.get("name", ""), event.get("args", {})
-        if event.get("ph") != "X":
-            continue
-        begin, duration = float(event["ts"]), float(event.get("dur", 0))
-        if kind == "user_annotation" and name.startswith(PREFIX):
-            ranges.append(Range(name[len(PREFIX) :], event["tid"], begin, begin + duration))
-        elif kind in ("cuda_runtime", "cuda_driver") and "correlation" in args:
-            launches[args["correlation"]] = event["tid"], begin
-        elif kind == "kernel":
-            kernels.append((name, duration, args.get("correlation")))
-    return ranges, [Kernel(n, d, *launches.get(c, (None, None))) for n, d, c in kernels]

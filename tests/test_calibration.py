@@ -184,7 +184,7 @@ def test_the_dense_setting_is_no_distance_away(model):
     drawn = trail.test_set(41, 3, tiny.SIDE, "crowded")
     inputs = [tiny.inputs_of(drawn)]
     seen = calibration.observe(model, inputs, max_new_tokens=40, taus=TAUS, ratios=GRID)
-    forced = calibration.Forced(model, inputs, seen, {})
+    forced = calibration.ForcedAnswers(model, inputs, seen, {})
     everything = forced.run("all", vp.PulseConfig(anchor=2, ratio=(1.0, 1.0)))
     nothing = forced.run("one", vp.PulseConfig(anchor=2, budget=vp.TopK(1)))
     assert everything.differs == 0 and everything.retention == 1.0
@@ -200,7 +200,7 @@ def test_the_forced_path_is_followed(model):
     seen = calibration.observe(model, given, max_new_tokens=12, taus=TAUS, ratios=GRID)
     path = ((8, 45, 9, 30, 10, 22, 8), (8, 40, 9, 31))
     seen = type(seen)(**{**vars(seen), "answers": path})
-    forced = calibration.Forced(model, [given], seen, {})
+    forced = calibration.ForcedAnswers(model, [given], seen, {})
     rows = torch.tensor([[*path[0]], [*path[1], 31, 31, 31]])
     ids = torch.cat([given["input_ids"], rows], 1)
     with torch.no_grad():

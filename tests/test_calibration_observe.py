@@ -132,7 +132,7 @@ def test_correlations_are_pearsons_r(model, tmp_path):
     assert 0 <= row.never <= 1 and row.per_step == row.per_step
     pytest.importorskip("matplotlib")
     assert plot_correlation(seen, 2, tmp_path / "r.png").stat().st_size > 10_000
-    with pytest.raises(ValueError, match="layer 9 was not watched; known: 0, 1, 2, 3"):
+    with pytest.raises(ValueError, match="layer 9 was not observed; known: 0, 1, 2, 3"):
         plot_correlation(seen, 9, tmp_path / "r.png")
 
 

@@ -261,7 +261,7 @@ def test_blind_steps_see_no_picture(model):
     visual = given["input_ids"][0] == IMAGE
 
     class Scrambled(methods.Blind):
-        def finish(self, prompt, cache):
+        def after_prefill(self, prompt, cache):
             for layer in cache.layers:
                 layer.keys[:, :, visual] = 1e4
                 layer.values[:, :, visual] = torch.nan

@@ -22,7 +22,7 @@ class Blocks64(Method):
     anchor: int
     _blocks: block64.Blocks | None = field(default=None, init=False, repr=False)
 
-    def needs(self, run: Run) -> None:
+    def prepare(self, run: Run) -> None:
         layers = len(run.parts.full)
         if not 0 <= self.anchor < layers:
             raise ValueError(f"anchor must be in 0..{layers - 1}, got {self.anchor}")

@@ -28,7 +28,7 @@ class NoneAfter(Method):
 
     anchor: int
 
-    def needs(self, run: Run) -> None:
+    def prepare(self, run: Run) -> None:
         layers = len(run.parts.full)
         if not -1 <= self.anchor < layers - 1:
             raise ValueError(f"anchor must be in -1..{layers - 2}, got {self.anchor}")
@@ -59,7 +59,7 @@ class RandomTokens(Method):
     seed: int = 0
     _selection: Selection | None = field(default=None, init=False, repr=False)
 
-    def needs(self, run: Run) -> None:
+    def prepare(self, run: Run) -> None:
         if not 0 < self.ratio <= 1:
             raise ValueError(f"RandomTokens takes a ratio in (0, 1], got {self.ratio!r}")
         layers = len(run.parts.full)

@@ -54,7 +54,7 @@ class FastV(Method):
         if self.every_step and self.then is not None:
             raise ValueError("every_step keeps the whole cache; then= works on what FastV left")
 
-    def needs(self, run: Run) -> None:
+    def prepare(self, run: Run) -> None:
         layers = len(run.parts.full)
         if not 1 <= self.k < layers:
             raise ValueError(f"k must be in 1..{layers - 1} for {layers} layers, got {self.k}")
@@ -70,7 +70,7 @@ class FastV(Method):
             self._anchor = self.k - 1
         self._ranking = PulseConfig(budget=Fixed(self.ratio), anchor_output="dense")
 
-    def watch(self, prompt: Prompt, layer: int, q: Tensor, k: Tensor, scale: float) -> None:
+    def prefill(self, prompt: Prompt, layer: int, q: Tensor, k: Tensor, scale: float) -> None:
         if layer != self.k - 1:
             return
         share = last_query_attention(q, k, prompt.present, scale)
@@ -80,7 +80,7 @@ class FastV(Method):
     def visible(self, prompt: Prompt, layer: int) -> Tensor | None:
         return self._keep if layer >= self.k else None
 
-    def finish(self, prompt: Prompt, cache: Any) -> None:
+    def after_prefill(self, prompt: Prompt, cache: Any) -> None:
         if self.every_step:
             return
         assert self._keep is not None

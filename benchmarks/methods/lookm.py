@@ -60,10 +60,10 @@ class LookM(Method):
         if not 0 < self.ratio <= 1:
             raise ValueError(f"LookM takes a ratio in (0, 1], got {self.ratio!r}")
 
-    def needs(self, run: Run) -> None:
+    def prepare(self, run: Run) -> None:
         self._keep = {}
 
-    def watch(self, prompt: Prompt, layer: int, q: Tensor, k: Tensor, scale: float) -> None:
+    def prefill(self, prompt: Prompt, layer: int, q: Tensor, k: Tensor, scale: float) -> None:
         seen = prompt.causal & prompt.present[:, None, :, None]  # padded queries do not vote
         seen = seen | torch.eye(q.shape[2], dtype=torch.bool, device=q.device)
         share = received(q, k, seen, scale)
@@ -71,7 +71,7 @@ class LookM(Method):
         chosen = best(share, prompt.visual[:, None], wanted)
         self._keep[layer] = chosen | (prompt.present & ~prompt.visual)[:, None]
 
-    def finish(self, prompt: Prompt, cache: Any) -> None:
+    def after_prefill(self, prompt: Prompt, cache: Any) -> None:
         for layer, keep in self._keep.items():
             if self.merging:
                 self._merge(cache.layers[layer], keep, prompt)

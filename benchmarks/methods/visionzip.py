@@ -66,7 +66,7 @@ class VisionZip(Method):
         if not 0 <= self.contextual < 1:
             raise ValueError(f"contextual is a share in [0, 1), got {self.contextual!r}")
 
-    def needs(self, run: Run) -> None:
+    def prepare(self, run: Run) -> None:
         config = getattr(run.parts.model.config, "vision_config", None)
         if config is None or not hasattr(config, "spatial_merge_size"):
             raise UnsupportedModelError(
@@ -130,7 +130,7 @@ class VisionZip(Method):
     def visible(self, prompt: Prompt, layer: int) -> Tensor | None:
         return self._keep
 
-    def finish(self, prompt: Prompt, cache: Any) -> None:
+    def after_prefill(self, prompt: Prompt, cache: Any) -> None:
         assert self._keep is not None
         for layer in range(len(cache.layers)):
             evict(cache, layer, self._keep, prompt)

@@ -34,8 +34,8 @@ def pearson(x: ArrayLike, y: ArrayLike) -> float:
 
 
 def correlations(seen: Observation) -> list[Correlation]:
-    """Of every watched layer at every threshold."""
-    found = []
+    """The correlation of every observed layer at every threshold."""
+    rows = []
     for i, layer in enumerate(seen.layers):
         mass = seen.mass_mean[:, i]
         for j, threshold in enumerate(seen.thresholds):
@@ -46,7 +46,7 @@ def correlations(seen: Observation) -> list[Correlation]:
                 if (here := seen.step == step).sum() >= _FEWEST
             ]
             known = [r for r in steps if r == r]
-            found.append(
+            rows.append(
                 Correlation(
                     layer,
                     threshold,
@@ -56,12 +56,12 @@ def correlations(seen: Observation) -> list[Correlation]:
                     float(seen.never[:, i, j].mean()),
                 )
             )
-    return found
+    return rows
 
 
 def plot_correlation(seen: Observation, layer: int, path: str | PathLike[str]) -> Path:
     """Scatter mass against activated tokens of one layer, one panel per threshold."""
-    i = seen.place(layer)
+    i = seen.index_of(layer)
     count = len(seen.thresholds)
     columns = min(count, _ABREAST)
     lines = -(-count // columns)

@@ -1,4 +1,4 @@
-"""Runs a baseline over a model: attention at prefill in torch, decode steps on our ops."""
+"""Another attention put on a model: prefill by torch, decode steps on our ops."""
 
 import itertools
 from collections.abc import Iterator
@@ -20,12 +20,12 @@ _names = itertools.count()
 
 
 class Method:
-    """A baseline; the defaults are dense attention. One object serves one model at a time."""
+    """What a model attends to, by hooks; dense by default. One object serves one model."""
 
     needs_full_layers = True  # refuse models with sliding, chunked or linear attention
 
-    def needs(self, run: "Run") -> None:
-        """Take hold of what else the method reads, or refuse the model."""
+    def prepare(self, run: "Run") -> None:
+        """Take what else the method needs from the model, or refuse the model."""
 
     def embed(self, prompt: Prompt, inputs: Tensor) -> Tensor:
         """The embeddings [B, N, width] that go into the decoder."""
@@ -35,10 +35,10 @@ class Method:
         """Slots [B, N] that queries of this layer may see at prefill, or None for all."""
         return None
 
-    def watch(self, prompt: Prompt, layer: int, q: Tensor, k: Tensor, scale: float) -> None:
-        """See the queries [B, H, N, D] and keys [B, G, N, D] of a prefill."""
+    def prefill(self, prompt: Prompt, layer: int, q: Tensor, k: Tensor, scale: float) -> None:
+        """Read the queries [B, H, N, D] and keys [B, G, N, D] of a prefill."""
 
-    def finish(self, prompt: Prompt, cache: Any) -> None:
+    def after_prefill(self, prompt: Prompt, cache: Any) -> None:
         """Edit the cache after the prefill."""
 
     def decode(self, prompt: Prompt, layer: int, q: Tensor, kv: KVCache, scale: float) -> Tensor:
@@ -51,16 +51,16 @@ class Method:
 
 
 class Run:
-    """A baseline at work on a model; made by `apply`."""
+    """A method at work on a model; made by `apply`."""
 
     def __init__(self, model: Any, method: Method) -> None:
         if session_of(model) is not None:
-            raise ValueError("the model is patched; unpatch it before a baseline is applied")
+            raise ValueError("the model is patched; unpatch it before a method is applied")
         self.parts: Anatomy = anatomy(model)
         if method.needs_full_layers and not all(self.parts.full):
             raise UnsupportedModelError(
                 f"{self.parts.config.model_type} has layers without full attention; "
-                "the baselines are defined for full attention in every layer"
+                "the method is defined for full attention in every layer"
             )
         self.method = method
         self.prompt: Prompt | None = None
@@ -69,7 +69,7 @@ class Run:
         self._undo: list[Any] = []
         self._ids: Tensor | None = None
         self._arguments = Arguments(self.parts.decoder)
-        method.needs(self)
+        method.prepare(self)
         self.take_attention(self.parts.config, self._attention)
         for module, before in (
             (self.parts.base, self._before_base),
@@ -87,14 +87,14 @@ class Run:
         return float(torch.cat(self.shares).mean())
 
     def take_attention(self, config: Any, attention: Any) -> None:
-        """Give a config an attention function of ours until the run ends."""
+        """Point a config at an attention function of ours until the run ends."""
         from transformers import AttentionInterface
         from transformers.masking_utils import (
             ALL_MASK_ATTENTION_FUNCTIONS,
             AttentionMaskInterface,
         )
 
-        name, before = f"visionpulse_baseline_{next(_names)}", config._attn_implementation
+        name, before = f"visionpulse_method_{next(_names)}", config._attn_implementation
         AttentionInterface.register(name, attention)
         AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
         config._attn_implementation_internal = name
@@ -107,7 +107,7 @@ class Run:
         self._undo.append(undo)
 
     def close(self) -> None:
-        """Leave the model as it was."""
+        """Restore the model."""
         while self._undo:
             self._undo.pop()()
 
@@ -125,7 +125,7 @@ class Run:
         elif self.prompt is None or len(self.prompt.visual) != batch:
             raise ValueError(
                 f"a decode step of {batch} rows without a prompt of as many; "
-                "a baseline serves one generate() at a time, without beams"
+                "a method serves one generate() at a time, without beams"
             )
         else:
             self.prompt.step += 1
@@ -135,12 +135,12 @@ class Run:
         cache, ids = self._arguments.cache((), kwargs), self._ids
         if cache is not None and cache.get_seq_length():
             raise ValueError(
-                "the cache already holds a prompt; a baseline chooses its tokens once, "
+                "the cache already holds a prompt; a method selects its tokens once, "
                 "so give the whole conversation as one prompt"
             )
         if ids is None or ids.shape != (batch, size):
             raise ValueError(
-                "a baseline finds the visual tokens by their ids: pass input_ids, not inputs_embeds"
+                "a method finds the visual tokens by their ids: pass input_ids, not inputs_embeds"
             )
         visual = torch.isin(ids, torch.tensor(self.parts.visual_ids, device=ids.device))
         mask = kwargs.get("attention_mask")
@@ -159,7 +159,7 @@ class Run:
         if prompt.step < 0:
             padding = (~prompt.present).sum(1).to(torch.int32)
             prompt.starts = dict.fromkeys(range(len(self.parts.full)), padding)
-            self.method.finish(prompt, cache_of_output(output))
+            self.method.after_prefill(prompt, cache_of_output(output))
             return
         kept = self.method.kept(prompt)
         if kept is not None:
@@ -186,7 +186,7 @@ class Run:
             kv = KVCache(key, value, starts=prompt.starts[layer])
             out = self.method.decode(prompt, layer, query[:, :, 0], kv, scale)
             return out[:, None], None
-        self.method.watch(prompt, layer, query, key, scale)
+        self.method.prefill(prompt, layer, query, key, scale)
         seen, mask = self.method.visible(prompt, layer), prompt.causal
         if seen is not None:
             itself = torch.eye(seen.shape[1], dtype=torch.bool, device=seen.device)
@@ -216,7 +216,7 @@ class Run:
 
 @contextmanager
 def apply(model: Any, method: Method) -> Iterator[Run]:
-    """Run a baseline on a model of transformers until the block ends."""
+    """Run a method on a model of transformers until the block ends."""
     run = Run(model, method)
     try:
         yield run

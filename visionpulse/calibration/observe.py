@@ -1,4 +1,4 @@
-"""What dense decode steps look at: mass, activated tokens and rankings of every layer."""
+"""What dense decode steps attend to: mass, activated tokens and rankings of every layer."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -48,16 +48,16 @@ class Observation:
     def __len__(self) -> int:
         return len(self.step)
 
-    def place(self, layer: int) -> int:
-        """Where a layer stands in the arrays."""
+    def index_of(self, layer: int) -> int:
+        """The index of a layer in the arrays."""
         if layer not in self.layers:
             known = ", ".join(map(str, self.layers))
-            raise ValueError(f"layer {layer} was not watched; known: {known}")
+            raise ValueError(f"layer {layer} was not observed; known: {known}")
         return self.layers.index(layer)
 
 
-class Watch(Method):
-    """Dense attention that notes what it pays to each visual token."""
+class AttentionObserver(Method):
+    """Dense attention that records how much each visual token receives."""
 
     needs_full_layers = False
 
@@ -66,8 +66,8 @@ class Watch(Method):
     ) -> None:
         self.taus, self.thresholds, self.ratios = taus, thresholds, ratios
 
-    def needs(self, run: Run) -> None:
-        """Take the layers that can be watched."""
+    def prepare(self, run: Run) -> None:
+        """Take the layers with full attention."""
         self.layers = tuple(i for i, is_full in enumerate(run.parts.full) if is_full)
         self.steps: list[dict[str, Tensor]] = []
         self._ever: Tensor | None = None
@@ -76,7 +76,7 @@ class Watch(Method):
         self._means: list[Tensor] = []
 
     def decode(self, prompt: Prompt, layer: int, q: Tensor, kv: KVCache, scale: float) -> Tensor:
-        """Attend to everything, and note it."""
+        """Attend to all keys, and record the attention."""
         visual = prompt.visual  # [B, N] of the prompt; what follows it is text
         z = (
             scale
@@ -97,11 +97,11 @@ class Watch(Method):
         self._masses.append(torch.stack(masses, -1))
         self._means.append(share.sum(-1))
         if layer == self.layers[-1]:
-            self._note(prompt)
+            self._record(prompt)
         return ops.attend(q, kv, scale=scale)
 
-    def _note(self, prompt: Prompt) -> None:
-        """Sum up the step that has just ended."""
+    def _record(self, prompt: Prompt) -> None:
+        """Record the step that has just ended."""
         share = torch.stack(self._shares, 1)  # [B, L, N]
         limits = torch.tensor(self.thresholds, device=share.device)
         active = share[..., None] > limits  # [B, L, N, thresholds]
@@ -127,15 +127,15 @@ class Watch(Method):
         """[B, L, L, ratios]: the share of one layer's mass on the best of another (the first)."""
         ranked = share.masked_fill(~prompt.visual[:, None], -1.0)
         order = ranked.argsort(-1, descending=True)  # [B, L, N]
-        found = []
+        captured = []
         for i in range(share.shape[1]):
             at = order[:, i, None].expand_as(share)
             running = share.gather(2, at).cumsum(-1)  # [B, L, N] of every layer, in i's order
             total = running[..., -1:].clamp(min=1e-12)
             places = [prompt.wanted(ratio)[:, None, None] - 1 for ratio in self.ratios]
             index = torch.cat(places, -1).clamp(min=0).expand(-1, share.shape[1], -1)
-            found.append(running.gather(2, index) / total)
-        return torch.stack(found, 1)
+            captured.append(running.gather(2, index) / total)
+        return torch.stack(captured, 1)
 
 
 def observe(
@@ -149,26 +149,26 @@ def observe(
     tick: Callable[[int], None] = lambda done: None,
     **options: Any,
 ) -> Observation:
-    """Let the model answer `inputs` densely and watch every decode step.
+    """Let the model answer `inputs` densely and observe every decode step.
 
-    `inputs` are what `model.generate` takes, or several of them; `options` go to it. `tick` hears
-    how many inputs are done.
+    `inputs` are what `model.generate` takes, or several of them; `options` go to `generate`. `tick`
+    is called with the count of inputs that are done.
     """
-    given = [inputs] if isinstance(inputs, Mapping) else list(inputs)
-    watch = Watch(taus, thresholds, ratios)
+    batches = [inputs] if isinstance(inputs, Mapping) else list(inputs)
+    observer = AttentionObserver(taus, thresholds, ratios)
     parts: list[dict[str, Any]] = []
     never: list[Any] = []
     answers: list[tuple[int, ...]] = []
     options = {"do_sample": False} | options
-    with apply(model, watch):
-        for done, one in enumerate(given, 1):
-            watch.steps = []
+    with apply(model, observer):
+        for done, one in enumerate(batches, 1):
+            observer.steps = []
             out = model.generate(**one, max_new_tokens=max_new_tokens, **options)
             rows = out[:, one["input_ids"].shape[1] :].tolist()
             ends = _ends(model)
             for b, row in enumerate(rows):
                 length = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
-                steps = watch.steps[: length - 1]  # the first token comes from prefill
+                steps = observer.steps[: length - 1]  # the first token comes from prefill
                 parts += [_entry(note, b, len(answers), step) for step, note in enumerate(steps)]
                 if steps:
                     never.append(1 - steps[-1]["ever"][b].float().cpu().numpy())
@@ -180,7 +180,7 @@ def observe(
             "raise max_new_tokens or give prompts that are answered at length"
         )
     stacked: dict[str, Any] = {name: np.stack([part[name] for part in parts]) for name in parts[0]}
-    settings = (watch.layers, tuple(taus), tuple(thresholds), tuple(ratios))
+    settings = (observer.layers, tuple(taus), tuple(thresholds), tuple(ratios))
     return Observation(*settings, **stacked, never=np.stack(never), answers=tuple(answers))
 
 
@@ -191,7 +191,7 @@ def _entry(note: dict[str, Tensor], row: int, prompt: int, step: int) -> dict[st
 
 def _ends(model: Any) -> set[int]:
     """Tokens that end an answer."""
-    found = getattr(model.generation_config, "eos_token_id", None)
-    if found is None:
+    ids = getattr(model.generation_config, "eos_token_id", None)
+    if ids is None:
         return set()
-    return set(found) if isinstance(found, list | tuple) else {int(found)}
+    return set(ids) if isinstance(ids, list | tuple) else {int(ids)}

@@ -1,4 +1,4 @@
-"""One prompt under a baseline: what is visual, what each layer may still see, and the cuts."""
+"""One prompt under a method: what is visual, and what each layer's cache still holds."""
 
 from dataclasses import dataclass, field
 

@@ -1,10 +1,10 @@
 """Suggests anchor, tau and bounds for a model from a few dense answers to the user's own inputs.
 
-1. The model answers densely; every layer's attention is watched.
+1. The model answers densely, and every layer's attention is observed.
 2. For each layer as the anchor: how much of the attention of the layers after it would be lost, and
    how many tokens a step needs so that little is. The need of the steps gives the bounds, and the
    tau is the one whose clamped mass follows that need.
-3. What looks good is run through the patch along the dense answers: how often it writes another
+3. The best candidates run through the patch along the dense answers: how often it writes another
    token, and how far its distribution is. The setting that keeps fewest tokens among those that do
    as well as the best is suggested.
 """
@@ -81,7 +81,7 @@ class Calibration:
         return not self.remarks
 
     def report(self) -> str:
-        """Say what was found, for a person."""
+        """Print the suggestion and the trials as text."""
         low, high = self.chosen.interval
         c = self.config
         lines = [
@@ -143,25 +143,25 @@ def calibrate(
     """Suggest a setting for this model from `inputs`, each what `model.generate` takes.
 
     `start` is a setting to compare with; its other fields (score, mass, ...) are kept. `options` go
-    to `generate`. `tick` hears what is under way, how much is done and of how much.
+    to `generate`. `tick(what, done, total)` is called as the work proceeds.
     """
-    given = [inputs] if isinstance(inputs, Mapping) else list(inputs)
+    batches = [inputs] if isinstance(inputs, Mapping) else list(inputs)
     base = replace(start or PulseConfig(), schedule="paper", budget="dynamic")
     seen = observe(
-        model, given, max_new_tokens=max_new_tokens, taus=TAUS, ratios=GRID,
-        tick=lambda done: tick("dense answers", done, len(given)), **options,
+        model, batches, max_new_tokens=max_new_tokens, taus=TAUS, ratios=GRID,
+        tick=lambda done: tick("dense answers", done, len(batches)), **options,
     )  # fmt: skip
     lost = {layer: float(_lost(seen, layer)[:, GRID.index(0.05)].mean()) for layer in _able(seen)}
     if not lost:
         raise ValueError("the model has one full-attention layer, so no layer could follow it")
-    wanted = _candidates(seen, lost, base)
+    candidates = _candidates(seen, lost, base)
     if start is not None:
-        wanted.setdefault("start", start)
-    forced = Forced(model, given, seen, options)
+        candidates.setdefault("start", start)
+    forced = ForcedAnswers(model, batches, seen, options)
     trials = []
-    for done, (name, config) in enumerate(wanted.items(), 1):
+    for done, (name, config) in enumerate(candidates.items(), 1):
         trials.append(forced.run(name, config))
-        tick("settings", done, len(wanted))
+        tick("settings", done, len(candidates))
     best = _best([t for t in trials if t.name != "start"])
     follows = {t: _follows(seen, int(_anchor(best.config)), t, best.config.ratio) for t in TAUS}
     return Calibration(best.config, trials, lost, follows, seen, _remarks(seen, trials, best))
@@ -179,7 +179,7 @@ def _anchor(config: PulseConfig) -> int:
 
 def _lost(seen: Observation, anchor: int) -> Floats:
     """Attention to visual tokens that the layers after the anchor lose, mean of them: [E, GRID]."""
-    i = seen.place(anchor)
+    i = seen.index_of(anchor)
     mass = seen.mass_mean[:, i + 1 :, None]  # [E, followers, 1]
     lost: Floats = (mass * (1 - seen.captured[:, i, i + 1 :])).mean(1).astype(np.float64)
     return lost
@@ -195,7 +195,7 @@ def _need(seen: Observation, anchor: int) -> Floats:
 
 def _follows(seen: Observation, anchor: int, tau: float, ratio: tuple[float, float]) -> float:
     """How well the clamped mass follows the need: Pearson's r, 0 where the mass is always one."""
-    mass = seen.mass[:, seen.place(anchor), seen.taus.index(tau)]
+    mass = seen.mass[:, seen.index_of(anchor), seen.taus.index(tau)]
     r = pearson(np.clip(mass, *ratio), _need(seen, anchor))
     return 0.0 if math.isnan(r) else r
 
@@ -204,7 +204,7 @@ def _candidates(
     seen: Observation, lost: dict[int, float], base: PulseConfig
 ) -> dict[str, PulseConfig]:
     """Settings worth a run: presets and bounds by need, at the anchors that lose least."""
-    found = {}
+    candidates = {}
     for anchor in sorted(lost, key=lambda layer: lost[layer])[:ANCHORS]:
         need = _need(seen, anchor)
         quiet, busy = (float(np.quantile(need, q)) for q in (0.1, 0.95))
@@ -213,12 +213,12 @@ def _candidates(
             taus = sorted(TAUS, key=lambda t: -_follows(seen, anchor, t, ratio))[:2]
             for tau in taus:
                 config = base.updated(anchor=anchor, tau=tau, ratio=ratio)
-                found[f"anchor {anchor} tau {tau:g} {ratio[0]:g}..{ratio[1]:g}"] = config
+                candidates[f"anchor {anchor} tau {tau:g} {ratio[0]:g}..{ratio[1]:g}"] = config
         for name, preset in PRESETS.items():
             config = base.updated(anchor=anchor, tau=preset.tau, ratio=preset.ratio)
-            if config not in found.values():
-                found[f"anchor {anchor} {name}"] = config
-    return found
+            if config not in candidates.values():
+                candidates[f"anchor {anchor} {name}"] = config
+    return candidates
 
 
 def _best(trials: Sequence[Trial]) -> Trial:
@@ -243,40 +243,40 @@ def _remarks(seen: Observation, trials: Sequence[Trial], best: Trial) -> list[st
     return remarks
 
 
-class Forced:
+class ForcedAnswers:
     """Runs settings along the dense answers and compares what the model would write."""
 
     def __init__(
-        self, model: Any, given: Sequence[Mapping[str, Any]], seen: Observation, options: Any
+        self, model: Any, batches: Sequence[Mapping[str, Any]], seen: Observation, options: Any
     ) -> None:
-        self.model, self.given, self.options = model, given, options
+        self.model, self.batches, self.options = model, batches, options
         self.answers: list[list[tuple[int, ...]]] = []
         rows = iter(seen.answers)
-        for one in given:
-            self.answers.append([next(rows) for _ in range(len(one["input_ids"]))])
+        for batch in batches:
+            self.answers.append([next(rows) for _ in range(len(batch["input_ids"]))])
         self.dense = [made for made in self._logits()]  # per input [B, T, vocabulary]
 
     def _logits(self) -> Iterator[Tensor]:
         """Log-probabilities of every position of the answers but the first, [B, T - 1, vocab]."""
         from transformers import LogitsProcessorList
 
-        for one, answers in zip(self.given, self.answers, strict=True):
-            path, size = _padded(answers), one["input_ids"].shape[1]
-            heard: list[Tensor] = []
+        for batch, answers in zip(self.batches, self.answers, strict=True):
+            path, size = _padded(answers), batch["input_ids"].shape[1]
+            logits: list[Tensor] = []
 
             def force(ids: Tensor, scores: Tensor, path: Any = path, size: Any = size,
-                      heard: Any = heard) -> Tensor:  # fmt: skip
+                      logits: Any = logits) -> Tensor:  # fmt: skip
                 at = ids.shape[1] - size
                 if at:
-                    heard.append(scores.float().log_softmax(-1))
+                    logits.append(scores.float().log_softmax(-1))
                 only = torch.full_like(scores, -torch.inf)
                 return only.scatter_(1, path[:, at : at + 1].to(scores.device), 0.0)
 
             self.model.generate(
-                **one, **(self.options | {"do_sample": False}), max_new_tokens=path.shape[1],
+                **batch, **(self.options | {"do_sample": False}), max_new_tokens=path.shape[1],
                 logits_processor=LogitsProcessorList([force]),
             )  # fmt: skip
-            yield torch.stack(heard, 1)
+            yield torch.stack(logits, 1)
 
     def run(self, name: str, config: PulseConfig) -> Trial:
         """Compare one setting with the dense answers."""

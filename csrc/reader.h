@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// How the Python module reads a call: tuples of addresses and host numbers, the same for each
-// engine.
+// Reads the tuples that visionpulse/backends/packing.py makes for both engines: addresses, strides
+// and host numbers.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -15,7 +15,7 @@ namespace visionpulse {
 
 namespace py = pybind11;
 
-// Reads a tuple from left to right; the layouts are those of visionpulse/backends/{cpu,cuda}.py.
+// Reads a tuple from left to right.
 class Reader {
  public:
   Reader(const py::tuple& items, py::ssize_t expected) : items_(items) {
@@ -39,6 +39,7 @@ class Reader {
     return reinterpret_cast<T*>(static_cast<uintptr_t>(integer()));
   }
   Strides strides() { return {integer(), integer(), integer()}; }
+  HeadStrides head_strides() { return {integer(), integer()}; }
 
  private:
   PyObject* next() { return PyTuple_GET_ITEM(items_.ptr(), at_++); }
@@ -50,8 +51,7 @@ template <class Call>
 void read_query(Call& c, const py::tuple& items) {
   Reader r(items, 8);
   c.q = r.address<const void>();
-  c.q_stride.row = r.integer();
-  c.q_stride.head = r.integer();
+  c.q_stride = r.head_strides();
   c.dtype = static_cast<DType>(r.small());
   c.B = r.small();
   c.H = r.small();
@@ -103,10 +103,10 @@ template <class Call>
 void read_out(Call& c, const py::tuple& items) {
   Reader r(items, 3);
   c.out = r.address<void>();
-  c.out_stride.row = r.integer();
-  c.out_stride.head = r.integer();
+  c.out_stride = r.head_strides();
 }
 
+// Where a selection and its masses are written.
 template <class Call>
 void read_chosen(Call& c, const py::tuple& items) {
   Reader r(items, 4);

@@ -12,13 +12,13 @@ constexpr const char* kVariable = "VISIONPULSE_CPU_ISA";
 
 std::atomic<const Kernels*> in_use{nullptr};
 
-const Kernels& find(const std::string& name, const std::string& asked_by) {
+const Kernels& find(const std::string& name, const std::string& source) {
   std::string names;
   for (const Kernels* kernels : available()) {
     if (name == kernels->name) return *kernels;
     names += (names.empty() ? "" : ", ") + std::string(kernels->name);
   }
-  throw std::invalid_argument(asked_by + " asks for the instruction set '" + name +
+  throw std::invalid_argument(source + " asks for the instruction set '" + name +
                               "', but this build on this CPU has: " + names);
 }
 
@@ -30,7 +30,7 @@ std::vector<const Kernels*> available() {
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                     __builtin_cpu_supports("f16c");
-  // all of x86-64-v4, which the compiler may use there
+  // all of x86-64-v4, because the compiler may use all of it
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&

@@ -8,14 +8,14 @@
 
 namespace visionpulse::cpu {
 
-// The instruction sets that this build has and this CPU runs, the best first.
+// The instruction sets of this build that this CPU runs, the best first.
 std::vector<const Kernels*> available();
 
 // The set in use: the best, or the one that VISIONPULSE_CPU_ISA names. Throws std::invalid_argument
-// for a name that is unknown or that this CPU lacks, with those there are.
+// with the available names if that one is not among them.
 const Kernels& current();
 
-// Changes the set in use for this process.
+// Changes the set in use for this process; throws as current() does.
 void use(const std::string& name);
 
 }  // namespace visionpulse::cpu

@@ -7,16 +7,17 @@
 #include "csrc/arena.h"
 #include "csrc/cpu/pool.h"
 #include "kernels/common/split.h"
+#include "kernels/common/visual_spans.h"
 
 namespace visionpulse::cpu {
 namespace {
 
-// 128 parts of a row keep 64 threads busy; each begins with a block that nobody fetched ahead,
-// which 512 keys make up for.
+// 128 parts of a row keep 64 threads busy. No prefetch covers the first block of a part; 512 keys
+// make up for that.
 constexpr SplitRule kRule = {128, 512, 4096, kBlock};
 
-// No cut of up to `keys` keys has more parts than this.
-int64_t most_splits(int32_t keys, int32_t kv_heads) {
+// The most parts that a KV head's cut of up to `keys` keys can have.
+int64_t most_parts(int32_t keys, int32_t kv_heads) {
   const int64_t by_shortest = split_count(keys, kRule.shortest);
   const int64_t by_rule = (kRule.target_parts + kv_heads - 1) / kv_heads + 1;
   return std::max<int64_t>(std::min(by_shortest, by_rule), split_count(keys, kRule.longest));
@@ -24,19 +25,19 @@ int64_t most_splits(int32_t keys, int32_t kv_heads) {
 
 // What a call needs scratch memory for.
 struct Needs {
-  bool logits = false;  // logits and statistics of the heads
-  bool stream = false;  // parts of a pass over all visible keys
-  bool kept = false;    // positions of text and selected keys, and parts of a pass over them
-  bool chosen = false;  // keys of the radix select
-  bool scores = false;  // scores of the visible keys
+  bool logits = false;      // stored logits, and statistics of the heads
+  bool stream = false;      // parts of a pass over all visible keys
+  bool attended = false;    // positions of text and kept tokens, and parts of a pass over them
+  bool sort_codes = false;  // of the candidates
+  bool scores = false;      // of the visible keys
   int32_t k_max = 0;
 };
 
 struct Plan {
   Row* rows;
-  Cut *all, *kept;
+  Cut *visible, *attended;
   int32_t* chunks;  // [B + 1] score tasks of the rows before
-  int32_t all_parts, n_chunks;
+  int32_t visible_parts, n_chunks;
 };
 
 Row row_of(const Call& c, int b) {
@@ -45,7 +46,7 @@ Row row_of(const Call& c, int b) {
   row.visible =
       visible_range(a.starts != nullptr ? a.starts[b] : 0,
                     a.lengths != nullptr ? a.lengths[b] : a.capacity, a.capacity, c.score.window);
-  row.padded = (row.visible.end - row.visible.begin + kBlock - 1) / kBlock * kBlock;
+  row.padded_keys = (row.visible.end - row.visible.begin + kBlock - 1) / kBlock * kBlock;
   if (c.visual.spans != nullptr) {
     const int32_t s = c.visual.spans_per_row;
     const int32_t* spans = c.visual.spans + int64_t{b} * s * 2;
@@ -56,11 +57,11 @@ Row row_of(const Call& c, int b) {
   return row;
 }
 
-Cut cut_of(const int32_t* kept, int32_t begin, int32_t keys, int32_t kv_heads) {
-  Cut cut = {kept, begin, keys, 0, 0, 0};
+Cut cut_of(const int32_t* attended, int32_t begin, int32_t keys, int32_t kv_heads) {
+  Cut cut = {attended, begin, keys, 0, 0, 0};
   if (keys > 0) {
-    cut.split = split_length(kRule, keys, kv_heads);
-    cut.splits = split_count(keys, cut.split);
+    cut.part_keys = split_length(kRule, keys, kv_heads);
+    cut.n_parts = split_count(keys, cut.part_keys);
   }
   return cut;
 }
@@ -73,29 +74,29 @@ void lay_out(const Kernels& kernels, Call& c, const Needs& needs, Arena& arena, 
           arena.take<int32_t>(c.B + 1),
           0,
           0};
-  int64_t kept_parts = 0;
+  int64_t attended_parts = 0;
   for (int b = 0; b < c.B; ++b) {
     Row row = row_of(c, b);
     const int32_t visible = row.visible.end - row.visible.begin;
-    if (needs.logits) row.logits = arena.take<float>(int64_t{c.G} * row.padded * heads);
-    if (needs.scores) row.scores = arena.take<float>(row.padded);
+    if (needs.logits) row.stored_logits = arena.take<float>(int64_t{c.G} * row.padded_keys * heads);
+    if (needs.scores) row.scores = arena.take<float>(row.padded_keys);
     row.scores_begin = row.visible.begin;
-    if (needs.kept) {
+    if (needs.attended) {
       const int32_t most =
           std::min(visible, visible - row.n_visual + std::min(needs.k_max, row.n_visual));
-      row.kept = arena.take<int32_t>(most);
-      kept_parts += c.G * most_splits(most, c.G);
+      row.attended = arena.take<int32_t>(most);
+      attended_parts += c.G * most_parts(most, c.G);
     }
-    if (needs.chosen) {
-      row.keys = arena.take<uint32_t>(row.n_visual + kLanes);
-      row.digits = arena.take<uint32_t>(row.n_visual + kLanes);
+    if (needs.sort_codes) {
+      row.sort_codes = arena.take<uint32_t>(row.n_visual + kLanes);
+      row.bin_codes = arena.take<uint32_t>(row.n_visual + kLanes);
     }
     Cut cut = cut_of(nullptr, row.visible.begin, visible, c.G);
-    cut.first = plan.all_parts;
-    plan.all_parts += needs.stream ? c.G * cut.splits : 0;
+    cut.first_part = plan.visible_parts;
+    plan.visible_parts += needs.stream ? c.G * cut.n_parts : 0;
     if (plan.rows != nullptr) {
       plan.rows[b] = row;
-      plan.all[b] = cut;
+      plan.visible[b] = cut;
       plan.chunks[b] = plan.n_chunks;
     }
     plan.n_chunks += (visible + kScoreChunk - 1) / kScoreChunk;
@@ -104,13 +105,14 @@ void lay_out(const Kernels& kernels, Call& c, const Needs& needs, Arena& arena, 
   c.rows = plan.rows;
   c.part_floats =
       (4 * heads + kLanes - 1) / kLanes * kLanes + int64_t{group} * padded_dim(c.D, kernels.unit);
-  c.parts = arena.take<float>(std::max<int64_t>(plan.all_parts, kept_parts) * c.part_floats);
+  c.parts =
+      arena.take<float>(std::max<int64_t>(plan.visible_parts, attended_parts) * c.part_floats);
   const int64_t lanes = needs.logits ? int64_t{c.B} * c.G * head_tiles(group) * kLanes : 0;
   c.head_max = arena.take<float>(lanes);
   c.head_weight = arena.take<float>(lanes);
 }
 
-// Plans with the scratch given; the bytes that lack, or 0.
+// Plans a call in the scratch memory. Returns 0, or the bytes it needs if there are fewer.
 int64_t plan_call(const Kernels& kernels, Call& c, const Needs& needs, const Scratch& scratch,
                   Plan& plan) {
   // the caller's memory may begin anywhere
@@ -125,7 +127,7 @@ int64_t plan_call(const Kernels& kernels, Call& c, const Needs& needs, const Scr
   return 0;
 }
 
-// The row of a task, where row b has the tasks first(b) .. first(b + 1) - 1.
+// The row of a task; row b has the tasks first(b) .. first(b + 1) - 1.
 template <class First>
 int row_of_task(int rows, int task, First first) {
   int low = 0, high = rows - 1;
@@ -144,29 +146,29 @@ using PartEntry = void (*)(const Call&, int32_t, int32_t, int32_t);
 
 void run_parts(const Call& c, int parts, int threads, PartEntry entry) {
   parallel(parts, threads, [&](int task) {
-    const int row = row_of_task(c.B, task, [&](int b) { return c.cuts[b].first; });
+    const int row = row_of_task(c.B, task, [&](int b) { return c.cuts[b].first_part; });
     const Cut& cut = c.cuts[row];
-    entry(c, row, (task - cut.first) / cut.splits, (task - cut.first) % cut.splits);
+    entry(c, row, (task - cut.first_part) / cut.n_parts, (task - cut.first_part) % cut.n_parts);
   });
 }
 
-void finish(const Kernels& kernels, const Call& c, int threads) {
-  const auto entry = kernels.finish[static_cast<int>(c.dtype)];
+void merge(const Kernels& kernels, const Call& c, int threads) {
+  const auto entry = kernels.merge[static_cast<int>(c.dtype)];
   parallel(c.B * c.G, threads, [&](int task) { entry(c, task / c.G, task % c.G); });
 }
 
 void stream(const Kernels& kernels, Call& c, const Plan& plan, int threads) {
-  c.cuts = plan.all;
-  run_parts(c, plan.all_parts, threads, kernels.stream[static_cast<int>(c.dtype)]);
+  c.cuts = plan.visible;
+  run_parts(c, plan.visible_parts, threads, kernels.stream[static_cast<int>(c.dtype)]);
 }
 
-// Text keys and the selected ones among the visible, ascending. What is not a visible visual
-// position after the one before it is passed over: no index leads outside the cache.
-int32_t keep_positions(const Call& c, const Row& row, int b) {
+// Lists the visible text and kept positions, ascending. Skips an index that is no visible visual
+// position or not above the one before it, so none leads outside the cache.
+int32_t list_attended(const Call& c, const Row& row, int b) {
   const int32_t* indices = c.selection.indices + int64_t{b} * c.selection.k_max;
   const int32_t count = std::min(std::max(c.selection.counts[b], 0), c.selection.k_max);
   const int32_t* spans = c.visual.spans + int64_t{b} * c.visual.spans_per_row * 2;
-  int32_t* out = row.kept;
+  int32_t* out = row.attended;
   int32_t text = row.visible.begin, at = 0;
   for (int32_t s = span_after(spans, c.visual.spans_per_row, text);; ++s) {
     const bool last = s == c.visual.spans_per_row || spans[2 * s] >= row.visible.end;
@@ -181,25 +183,25 @@ int32_t keep_positions(const Call& c, const Row& row, int b) {
     }
     text = end;
   }
-  return static_cast<int32_t>(out - row.kept);
+  return static_cast<int32_t>(out - row.attended);
 }
 
-// Cuts text and selected keys of every row; gives the parts.
-int keep(Call& c, const Plan& plan, int threads) {
+// Cuts the attended keys of every row. Returns the parts of all rows.
+int cut_attended(Call& c, const Plan& plan, int threads) {
   parallel(c.B, threads, [&](int b) {
-    plan.kept[b] = cut_of(c.rows[b].kept, 0, keep_positions(c, c.rows[b], b), c.G);
+    plan.attended[b] = cut_of(c.rows[b].attended, 0, list_attended(c, c.rows[b], b), c.G);
   });
   int parts = 0;
   for (int b = 0; b < c.B; ++b) {
-    plan.kept[b].first = parts;
-    parts += c.G * plan.kept[b].splits;
+    plan.attended[b].first_part = parts;
+    parts += c.G * plan.attended[b].n_parts;
   }
-  c.cuts = plan.kept;
+  c.cuts = plan.attended;
   return parts;
 }
 
-// From kept logits to masses and scores.
-void rank(const Kernels& kernels, Call& c, const Plan& plan, float* scores, int threads) {
+// From stored logits to masses and scores.
+void score_rows(const Kernels& kernels, Call& c, const Plan& plan, float* scores, int threads) {
   c.fill_scores = scores != nullptr;
   parallel(c.B, threads, [&](int b) {
     Row& row = plan.rows[b];
@@ -225,18 +227,18 @@ int64_t attend(const Kernels& kernels, Call c, const Scratch& scratch) {
   const bool sparse = c.selection.indices != nullptr;
   Needs needs;
   needs.stream = !sparse;
-  needs.kept = sparse;
+  needs.attended = sparse;
   needs.k_max = c.selection.k_max;
   Plan plan;
   if (const int64_t lacking = plan_call(kernels, c, needs, scratch, plan)) return lacking;
   c.with_values = true;
   if (sparse) {
-    const int parts = keep(c, plan, scratch.threads);
+    const int parts = cut_attended(c, plan, scratch.threads);
     run_parts(c, parts, scratch.threads, kernels.stream[static_cast<int>(c.dtype)]);
   } else {
     stream(kernels, c, plan, scratch.threads);
   }
-  finish(kernels, c, scratch.threads);
+  merge(kernels, c, scratch.threads);
   return 0;
 }
 
@@ -245,48 +247,48 @@ int64_t score(const Kernels& kernels, Call c, float* scores, const Scratch& scra
   needs.logits = needs.stream = true;
   Plan plan;
   if (const int64_t lacking = plan_call(kernels, c, needs, scratch, plan)) return lacking;
-  c.keep_logits = true;
+  c.store_logits = true;
   c.with_values = c.out != nullptr;
   stream(kernels, c, plan, scratch.threads);
-  rank(kernels, c, plan, scores, scratch.threads);
-  if (c.with_values) finish(kernels, c, scratch.threads);
+  score_rows(kernels, c, plan, scores, scratch.threads);
+  if (c.with_values) merge(kernels, c, scratch.threads);
   return 0;
 }
 
-int64_t choose(const Kernels& kernels, Call c, const float* scores, const Scratch& scratch) {
+int64_t select(const Kernels& kernels, Call c, const float* scores, const Scratch& scratch) {
   Needs needs;
-  needs.chosen = true;
+  needs.sort_codes = true;
   Plan plan;
   if (const int64_t lacking = plan_call(kernels, c, needs, scratch, plan)) return lacking;
   parallel(c.B, scratch.threads, [&](int b) {
     plan.rows[b].scores = const_cast<float*>(scores) + int64_t{b} * c.cache.capacity;
     plan.rows[b].scores_begin = 0;
-    kernels.choose(c, b);
+    kernels.select(c, b);
   });
   return 0;
 }
 
 int64_t decode(const Kernels& kernels, Call c, bool dense, float* scores, const Scratch& scratch) {
   Needs needs;
-  needs.logits = needs.stream = needs.chosen = true;
+  needs.logits = needs.stream = needs.sort_codes = true;
   needs.scores = scores == nullptr;
-  needs.kept = !dense;
+  needs.attended = !dense;
   needs.k_max = c.score.k_max;
   Plan plan;
   if (const int64_t lacking = plan_call(kernels, c, needs, scratch, plan)) return lacking;
-  c.keep_logits = true;
-  c.all_logits = !dense;
+  c.store_logits = true;
+  c.store_all_logits = !dense;
   c.with_values = dense;
   stream(kernels, c, plan, scratch.threads);
-  rank(kernels, c, plan, scores, scratch.threads);
-  if (dense) finish(kernels, c, scratch.threads);
-  parallel(c.B, scratch.threads, [&](int b) { kernels.choose(c, b); });
+  score_rows(kernels, c, plan, scores, scratch.threads);
+  if (dense) merge(kernels, c, scratch.threads);
+  parallel(c.B, scratch.threads, [&](int b) { kernels.select(c, b); });
   if (dense) return 0;
   c.selection = {c.indices, c.counts, c.score.k_max};
   c.with_values = true;
-  const int parts = keep(c, plan, scratch.threads);
+  const int parts = cut_attended(c, plan, scratch.threads);
   run_parts(c, parts, scratch.threads, kernels.weigh[static_cast<int>(c.dtype)]);
-  finish(kernels, c, scratch.threads);
+  merge(kernels, c, scratch.threads);
   return 0;
 }
 

@@ -15,8 +15,8 @@
 namespace visionpulse::cpu {
 namespace {
 
-// About 20 us: longer than the pause between two phases of a call, far shorter than a scheduler
-// slice.
+// About 20 us: longer than the pause between two phases of a call, far shorter than a slice of the
+// scheduler.
 constexpr int kSpins = 2000;
 
 void relax() {
@@ -36,8 +36,7 @@ struct Job {
   std::mutex mutex;
   std::condition_variable finished;
 
-  // A worker may come late, after the caller has left: it then finds no task, and touches nothing
-  // else.
+  // A worker that comes after the caller has left finds no task, and touches nothing but `next`.
   void work(bool caller) {
     for (int task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
       body(context, task);
@@ -79,11 +78,11 @@ class Pool {
   }
 
  private:
-  void grow(int wanted) {
+  void grow(int helpers) {
     try {
-      for (; workers_ < wanted; ++workers_) std::thread([this] { serve(); }).detach();
+      for (; workers_ < helpers; ++workers_) std::thread([this] { serve(); }).detach();
     } catch (const std::system_error&) {
-      // no more threads to be had: those there are, and the caller, do the work
+      // the system has no more threads: those that there are, and the caller, do the work
     }
   }
 
@@ -104,19 +103,19 @@ class Pool {
 
   std::mutex mutex_;
   std::condition_variable wake_;
-  std::shared_ptr<Job> job_;  // the newest; callers finish older ones by themselves
+  std::shared_ptr<Job> job_;  // the newest; callers finish older jobs by themselves
   std::atomic<uint64_t> turn_{0};
   std::atomic<int> workers_{0};
 };
 
-// Never destroyed: its workers sleep until the process ends, and must not find their mutex gone.
+// Never destroyed: its workers sleep until the process ends, and need its mutex until then.
 std::atomic<Pool*> the_pool{nullptr};
 
 Pool& pool() {
   Pool* current = the_pool.load(std::memory_order_acquire);
   if (current != nullptr) return *current;
   static std::once_flag registered;
-  // a child has none of its parent's workers, and perhaps a locked mutex: it starts afresh
+  // a child has none of its parent's workers, and perhaps a locked mutex: it makes a new pool
   std::call_once(registered, [] {
     pthread_atfork(nullptr, nullptr, [] { the_pool.store(nullptr, std::memory_order_release); });
   });

@@ -5,11 +5,11 @@
 
 namespace visionpulse::cpu {
 
-// Runs body(context, 0 .. tasks - 1), on the caller and up to threads - 1 workers.
+// Runs body(context, 0 .. tasks - 1) on the caller and up to threads - 1 workers.
 //
-// The caller works too, and at the end waits only for tasks that a worker has taken: a worker that
-// the system did not schedule costs nothing, where a barrier would cost a scheduler slice. Safe
-// from several threads at once, and after fork.
+// At the end the caller waits only for tasks that a worker has taken. A worker that the system did
+// not schedule costs nothing, where a barrier would cost a slice of the scheduler. Safe from
+// several threads at once, and after fork.
 void run_tasks(int tasks, int threads, void (*body)(void*, int), void* context);
 
 template <class F>

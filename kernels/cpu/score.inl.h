@@ -1,34 +1,38 @@
 // SPDX-License-Identifier: Apache-2.0
-// From kept logits to scores: the row's final statistics first, then one small pass over logits
-// only.
+// From stored logits to scores: first the statistics of the whole row, then one pass over the
+// logits.
 #pragma once
 
-#include "kernels/cpu/attend.inl.h"
+#include "kernels/common/budget.h"
+#include "kernels/common/visual_spans.h"
+#include "kernels/cpu/parts.inl.h"
 
 namespace visionpulse::cpu::VP_ISA {
 
-// Head sums of a whole row at 1 and at 1 / tau, parts taken in order.
+// A head's softmax over the whole row: the sum at 1, and the sums at 1 / tau over text and over
+// visual keys.
 struct HeadSums {
   float m, l, text, visual;
 };
 
+// Takes the parts in order.
 VP_INLINE HeadSums sum_of_parts(const Call& c, const Cut& cut, int kv_head, int h) {
   const int64_t first = part_index(cut, kv_head, 0);
   const float inv_tau = 1.0f / c.score.tau;
-  HeadSums of = {minus_infinity(), 0.0f, 0.0f, 0.0f};
-  for (int s = 0; s < cut.splits; ++s) {
+  HeadSums sums = {minus_infinity(), 0.0f, 0.0f, 0.0f};
+  for (int s = 0; s < cut.n_parts; ++s) {
     const float m = part_at(c, first + s).m[h];
-    of.m = m > of.m ? m : of.m;
+    sums.m = m > sums.m ? m : sums.m;
   }
-  for (int s = 0; s < cut.splits; ++s) {
+  for (int s = 0; s < cut.n_parts; ++s) {
     const Part part = part_at(c, first + s);
-    const float exponent = rescale_exponent(part.m[h], of.m);
-    const float w = exp2_one(exponent), w_tau = exp2_one(exponent * inv_tau);
-    of.l += w * part.l[h];
-    of.text += w_tau * part.text[h];
-    of.visual += w_tau * part.visual[h];
+    const float exponent = rescale_exponent(part.m[h], sums.m);
+    const float w = exp2_scalar(exponent), w_tau = exp2_scalar(exponent * inv_tau);
+    sums.l += w * part.l[h];
+    sums.text += w_tau * part.text[h];
+    sums.visual += w_tau * part.visual[h];
   }
-  return of;
+  return sums;
 }
 
 static void row_statistics(const Call& c, int row) {
@@ -38,43 +42,43 @@ static void row_statistics(const Call& c, int row) {
   for (int g = 0; g < c.G; ++g) {
     const int64_t at = (int64_t{row} * c.G + g) * tiles * kLanes;
     for (int h = 0; h < heads; ++h) {
-      const HeadSums of = sum_of_parts(c, c.cuts[row], g, h);
-      const float all = of.text + of.visual;
-      if (h < group) mass[h] = c.rows[row].n_visual == 0 || all == 0.0f ? 0.0f : of.visual / all;
-      const float denominator = c.score.kind == ScoreKind::kProbTau ? all : of.l;
+      const HeadSums sums = sum_of_parts(c, c.cuts[row], g, h);
+      const float all = sums.text + sums.visual;
+      if (h < group) mass[h] = c.rows[row].n_visual == 0 || all == 0.0f ? 0.0f : sums.visual / all;
+      const float denominator = c.score.kind == ScoreKind::kProbTau ? all : sums.l;
       float weight = 0.0f;
       if (h < group && denominator != 0.0f) weight = 1.0f / (denominator * static_cast<float>(c.H));
       for (int i = h % tile; i < kLanes; i += tile) {
-        c.head_max[at + h / tile * kLanes + i] = safe_max(of.m);
+        c.head_max[at + h / tile * kLanes + i] = safe_max(sums.m);
         c.head_weight[at + h / tile * kLanes + i] = weight;
       }
     }
-    const Masses of = masses_of_heads(mass, group);
-    // a NaN must reach both: !(a <= b) takes it, and nothing replaces it
-    if (largest == largest && !(of.max <= largest)) largest = of.max;
-    sum += of.mean;
+    const Masses masses = masses_of_heads(mass, group);
+    // a NaN must reach both numbers: !(a <= b) takes it, and then nothing replaces it
+    if (largest == largest && !(masses.max <= largest)) largest = masses.max;
+    sum += masses.mean;
   }
   c.mass[row] = largest;
   c.mass_mean[row] = sum / static_cast<float>(c.G);
 }
 
-// Head sums of kTiles tiles of keys: lanes of acc [kTiles, kLanes].
+// Sums the scores over KV heads and head tiles, for up to 4 key tiles: acc [key tiles, kLanes].
 template <int HT, ScoreKind KIND>
-VP_INLINE void rank_tiles(const Call& c, const Row& row, int row_index, int first_tile, int count,
-                          float* acc) {
+VP_INLINE void score_tiles(const Call& c, const Row& row, int row_index, int first_tile, int count,
+                           float* acc) {
   constexpr int kTiles = 4, kTileKeys = kLanes / HT;
   const int tiles = head_tiles(c.H / c.G);
   const Vec inv_tau = vset(1.0f / c.score.tau);
-  Vec sum[kTiles * kParts];
-  for (int i = 0; i < kTiles * kParts; ++i) sum[i] = vzero();
+  Vec sum[kTiles * kTileVecs];
+  for (int i = 0; i < kTiles * kTileVecs; ++i) sum[i] = vzero();
   for (int g = 0; g < c.G; ++g) {
-    const float* x =
-        row.logits + ((int64_t{g} * (row.padded / kTileKeys) + first_tile) * tiles) * kLanes;
+    const float* x = row.stored_logits +
+                     ((int64_t{g} * (row.padded_keys / kTileKeys) + first_tile) * tiles) * kLanes;
     const int64_t at = (int64_t{row_index} * c.G + g) * tiles * kLanes;
     for (int t = 0; t < tiles; ++t) {
-      for (int i = 0; i < count * kParts; ++i) {
-        const int lane = i % kParts * kWidth;
-        const Vec z = vload(x + (i / kParts * tiles + t) * kLanes + lane);
+      for (int i = 0; i < count * kTileVecs; ++i) {
+        const int lane = i % kTileVecs * kWidth;
+        const Vec z = vload(x + (i / kTileVecs * tiles + t) * kLanes + lane);
         if (KIND == ScoreKind::kLogit) {
           sum[i] = vadd(sum[i], z);
           continue;
@@ -85,22 +89,22 @@ VP_INLINE void rank_tiles(const Call& c, const Row& row, int row_index, int firs
       }
     }
   }
-  for (int i = 0; i < count * kParts; ++i) vstore(acc + i * kWidth, sum[i]);
+  for (int i = 0; i < count * kTileVecs; ++i) vstore(acc + i * kWidth, sum[i]);
 }
 
-// Scores of one block of keys.
+// Scores of a block: the lanes of each key added up.
 template <int HT, ScoreKind KIND>
-VP_INLINE void rank_block(const Call& c, const Row& row, int row_index, int first, int keys,
-                          float* score /* [kBlock] */) {
+VP_INLINE void score_block(const Call& c, const Row& row, int row_index, int first, int keys,
+                           float* score /* [kBlock] */) {
   constexpr int kTileKeys = kLanes / HT;
   alignas(64) float acc[kBlock * HT];
   const int tiles = (keys + kTileKeys - 1) / kTileKeys;
   for (int i = 0; i < tiles; i += 4) {
-    // a constant count unrolls; only the last block of a row takes the other
+    // a constant count unrolls; only the last block of a row has another
     if (tiles - i >= 4) {
-      rank_tiles<HT, KIND>(c, row, row_index, first / kTileKeys + i, 4, acc + i * kLanes);
+      score_tiles<HT, KIND>(c, row, row_index, first / kTileKeys + i, 4, acc + i * kLanes);
     } else {
-      rank_tiles<HT, KIND>(c, row, row_index, first / kTileKeys + i, tiles - i, acc + i * kLanes);
+      score_tiles<HT, KIND>(c, row, row_index, first / kTileKeys + i, tiles - i, acc + i * kLanes);
     }
   }
   const float mean = KIND == ScoreKind::kLogit ? kLn2 / static_cast<float>(c.H) : 1.0f;
@@ -113,7 +117,7 @@ VP_INLINE void rank_block(const Call& c, const Row& row, int row_index, int firs
 }
 
 template <int HT, ScoreKind KIND>
-static void rank_chunk(const Call& c, int row_index, int chunk) {
+static void score_chunk(const Call& c, int row_index, int chunk) {
   const Row& row = c.rows[row_index];
   const int32_t* spans = c.visual.spans + int64_t{row_index} * c.visual.spans_per_row * 2;
   const int count = c.visual.spans_per_row, visible = row.visible.end - row.visible.begin;
@@ -129,7 +133,7 @@ static void rank_chunk(const Call& c, int row_index, int chunk) {
     while (span < count && spans[2 * span + 1] <= from) ++span;
     if (span == count || spans[2 * span] >= to) continue;
     alignas(64) float score[kBlock];
-    rank_block<HT, KIND>(c, row, row_index, first, keys, score);
+    score_block<HT, KIND>(c, row, row_index, first, keys, score);
     for (int s = span; s < count && spans[2 * s] < to; ++s) {
       const int low = spans[2 * s] > from ? spans[2 * s] - from : 0;
       const int high = (spans[2 * s + 1] < to ? spans[2 * s + 1] : to) - from;
@@ -139,14 +143,14 @@ static void rank_chunk(const Call& c, int row_index, int chunk) {
 }
 
 template <int HT>
-static void rank_kind(const Call& c, int row, int chunk) {
+static void score_kind(const Call& c, int row, int chunk) {
   switch (c.score.kind) {
     case ScoreKind::kProb:
-      return rank_chunk<HT, ScoreKind::kProb>(c, row, chunk);
+      return score_chunk<HT, ScoreKind::kProb>(c, row, chunk);
     case ScoreKind::kLogit:
-      return rank_chunk<HT, ScoreKind::kLogit>(c, row, chunk);
+      return score_chunk<HT, ScoreKind::kLogit>(c, row, chunk);
     case ScoreKind::kProbTau:
-      return rank_chunk<HT, ScoreKind::kProbTau>(c, row, chunk);
+      return score_chunk<HT, ScoreKind::kProbTau>(c, row, chunk);
   }
 }
 

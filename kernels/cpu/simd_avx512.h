@@ -63,7 +63,7 @@ VP_INLINE Vec vreduce(const Vec* acc) {
   return vadd(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
 }
 
-// Lanes i, i + HT, i + 2 HT, ... made equal to their largest.
+// Gives the lanes i, i + HT, i + 2 HT, ... their maximum.
 #define VP_HAS_SPREAD_MAX 1
 template <int HT>
 VP_INLINE Vec vspread_max(Vec x) {
@@ -121,18 +121,18 @@ VP_INLINE Pairs load_pairs_tail(const bf16* p, int n) { return {(__m512bh)load_t
 VP_INLINE Vec dot_pairs(Vec acc, Pairs q, Pairs k) { return _mm512_dpbf16_ps(acc, q.x, k.x); }
 #endif
 
-// Writes base + i of the keys above the pivot and of the first `ties` equal to it; gives their
-// count.
-VP_INLINE int emit_kept(const uint32_t* keys, int n, int32_t base, uint32_t pivot, int& ties,
-                        int32_t* out) {
+// Writes base + i for each code above the pivot and for the first `ties` equal to it. Returns how
+// many.
+VP_INLINE int write_kept(const uint32_t* codes, int n, int32_t base, uint32_t pivot, int& ties,
+                         int32_t* out) {
   const __m512i step = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   const __m512i want = _mm512_set1_epi32(static_cast<int>(pivot));
   int written = 0;
   for (int i = 0; i < n; i += 16) {
     const __mmask16 in = static_cast<__mmask16>(n - i >= 16 ? 0xffff : (1u << (n - i)) - 1);
-    const __m512i key = _mm512_maskz_loadu_epi32(in, keys + i);
-    uint32_t kept = _mm512_mask_cmpgt_epu32_mask(in, key, want);
-    uint32_t equal = ties > 0 ? _mm512_mask_cmpeq_epu32_mask(in, key, want) : 0;
+    const __m512i code = _mm512_maskz_loadu_epi32(in, codes + i);
+    uint32_t kept = _mm512_mask_cmpgt_epu32_mask(in, code, want);
+    uint32_t equal = ties > 0 ? _mm512_mask_cmpeq_epu32_mask(in, code, want) : 0;
     for (; equal != 0 && ties > 0; equal &= equal - 1, --ties) kept |= equal & (0u - equal);
     if (kept == 0) continue;
     const __m512i at = _mm512_add_epi32(step, _mm512_set1_epi32(base + i));
@@ -145,17 +145,18 @@ VP_INLINE int emit_kept(const uint32_t* keys, int n, int32_t base, uint32_t pivo
   return written;
 }
 
-// Copies the keys whose top bits (key >> shift) equal `digit`; gives their count. `out` has n + 16
-// slots.
-VP_INLINE int keep_digit(const uint32_t* keys, int n, int shift, uint32_t digit, uint32_t* out) {
-  const __m512i want = _mm512_set1_epi32(static_cast<int>(digit));
+// Copies the codes whose leading bits (code >> shift) equal `prefix`. Returns how many. `out` has
+// space for n + 16.
+VP_INLINE int filter_prefix(const uint32_t* codes, int n, int shift, uint32_t prefix,
+                            uint32_t* out) {
+  const __m512i want = _mm512_set1_epi32(static_cast<int>(prefix));
   const __m128i by = _mm_cvtsi32_si128(shift);
   int written = 0;
   for (int i = 0; i < n; i += 16) {
     const __mmask16 in = static_cast<__mmask16>(n - i >= 16 ? 0xffff : (1u << (n - i)) - 1);
-    const __m512i key = _mm512_maskz_loadu_epi32(in, keys + i);
-    const __mmask16 equal = _mm512_mask_cmpeq_epi32_mask(in, _mm512_srl_epi32(key, by), want);
-    _mm512_storeu_si512(out + written, _mm512_maskz_compress_epi32(equal, key));
+    const __m512i code = _mm512_maskz_loadu_epi32(in, codes + i);
+    const __mmask16 equal = _mm512_mask_cmpeq_epi32_mask(in, _mm512_srl_epi32(code, by), want);
+    _mm512_storeu_si512(out + written, _mm512_maskz_compress_epi32(equal, code));
     written += __builtin_popcount(equal);
   }
   return written;

@@ -26,10 +26,10 @@ VP_INLINE Vec vsub(Vec a, Vec b) { return a - b; }
 VP_INLINE Vec vmul(Vec a, Vec b) { return a * b; }
 VP_INLINE Vec vdiv(Vec a, Vec b) { return a / b; }
 VP_INLINE Vec vfma(Vec a, Vec b, Vec c) { return a * b + c; }
-VP_INLINE Vec choose(Bits mask, Vec then, Vec otherwise) {
+VP_INLINE Vec blend(Bits mask, Vec then, Vec otherwise) {
   return (Vec)((mask & (Bits)then) | (~mask & (Bits)otherwise));
 }
-VP_INLINE Vec vmax_number(Vec x, Vec so_far) { return choose((Bits)(x > so_far), x, so_far); }
+VP_INLINE Vec vmax_number(Vec x, Vec so_far) { return blend((Bits)(x > so_far), x, so_far); }
 VP_INLINE Vec vround(Vec x) {
   // adding 1.5 * 2^23 leaves no fraction; exact for |x| < 2^22, and larger exponents vanish anyway
   const Vec magic = vset(12582912.0f);
@@ -40,7 +40,7 @@ VP_INLINE Vec vcopysign(Vec size, Vec sign) {
   return (Vec)(((Bits)size & 0x7fffffffu) | ((Bits)sign & 0x80000000u));
 }
 VP_INLINE Vec vless(Vec a, Vec b, Vec then, Vec otherwise) {
-  return choose((Bits)(a < b), then, otherwise);
+  return blend((Bits)(a < b), then, otherwise);
 }
 VP_INLINE Vec vscale(Vec x, Vec p, Vec n) {
   const Vec magic = vset(12582912.0f);

@@ -1,22 +1,26 @@
 // SPDX-License-Identifier: Apache-2.0
-// The online softmax of one block, for a tile of heads, with the sums at temperature tau beside it.
+// The online softmax of a block, one head tile at a time, with the sums at temperature tau beside
+// it.
 #pragma once
 
-#include "kernels/cpu/block.inl.h"
+#include "kernels/cpu/call.h"
+#include "kernels/cpu/math.inl.h"
 
 namespace visionpulse::cpu::VP_ISA {
+
+constexpr int kTileVecs = kLanes / kWidth;  // registers of a tile
 
 enum class Content { kText, kVisual, kMixed };
 
 // The visual tokens among the keys of a block.
 struct BlockVisual {
   Content content;
-  // [tiles, kLanes] all ones where the lane's key is of the kind; only of a mixed block
-  alignas(64) uint32_t visual[kBlock * 4], text[kBlock * 4];
+  // [key tiles, kLanes], only filled for a mixed block: all ones where the lane's key is visual, or
+  // text
+  alignas(64) uint32_t visual_lanes[kBlock * 4], text_lanes[kBlock * 4];
 };
 
-// Running statistics of one head tile; each lane sums its own keys, and all lanes of a head share
-// m.
+// Running statistics of one head tile. Each lane sums its own keys; all lanes of a head share m.
 struct TileState {
   alignas(64) float m[kLanes], l[kLanes], text[kLanes], visual[kLanes];
 
@@ -30,28 +34,28 @@ struct TileState {
 
 struct SoftmaxArgs {
   float inv_tau;
-  bool at_tau;  // sum at 1 / tau too
+  bool at_tau;  // also sum at 1 / tau
 };
 
-// A tile's worth of lanes.
+// One tile in registers.
 struct Lanes {
-  Vec part[kParts];
+  Vec vec[kTileVecs];
 
   VP_INLINE Lanes load(const float* p) {
     Lanes x;
-    for (int j = 0; j < kParts; ++j) x.part[j] = vload(p + j * kWidth);
+    for (int j = 0; j < kTileVecs; ++j) x.vec[j] = vload(p + j * kWidth);
     return x;
   }
   VP_INLINE void store(float* p, const Lanes& x) {
-    for (int j = 0; j < kParts; ++j) vstore(p + j * kWidth, x.part[j]);
+    for (int j = 0; j < kTileVecs; ++j) vstore(p + j * kWidth, x.vec[j]);
   }
 };
 
-// Lanes of one head made equal to their largest.
+// Gives all lanes of a head their maximum.
 template <int HT>
 VP_INLINE Lanes spread_max(const Lanes& x) {
 #if defined(VP_HAS_SPREAD_MAX)
-  return {{vspread_max<HT>(x.part[0])}};
+  return {{vspread_max<HT>(x.vec[0])}};
 #else
   alignas(64) float lanes[kLanes];
   Lanes::store(lanes, x);
@@ -63,61 +67,58 @@ VP_INLINE Lanes spread_max(const Lanes& x) {
 #endif
 }
 
-// safe_max of softmax.h, a register at a time.
-VP_INLINE Vec vsafe_max(Vec m) { return vless(m, vset(-3.4028235e38f), vzero(), m); }
-
-// Sums exp2((x - m) / tau) of the block's keys into text and visual keys; `shrink` is what m has
-// grown by, as a negative exponent.
-VP_INLINE void add_mass(const float* x, int stride, int tiles, const BlockVisual& which,
-                        float inv_tau, TileState& s, const Lanes& m, const Lanes& shrink) {
-  const Vec by = vset(inv_tau);
-  for (int j = 0; j < kParts; ++j) {
+// Adds exp2((x - m) / tau) of the block to the sums over text and over visual keys. `exponent` <= 0
+// rescales the sums so far to the new m.
+VP_INLINE void add_mass(const float* x, int stride, int tiles, const BlockVisual& block,
+                        float inv_tau, TileState& s, const Lanes& m, const Lanes& exponent) {
+  const Vec inverse = vset(inv_tau);
+  for (int j = 0; j < kTileVecs; ++j) {
     Vec text = vzero(), visual = vzero();
     for (int i = 0; i < tiles; ++i) {
-      const Vec e = exp2_mass(vmul(vsub(vload(x + i * stride + j * kWidth), m.part[j]), by));
-      if (which.content == Content::kMixed) {
+      const Vec e = exp2_mass(vmul(vsub(vload(x + i * stride + j * kWidth), m.vec[j]), inverse));
+      if (block.content == Content::kMixed) {
         const int lane = i * kLanes + j * kWidth;
-        visual = vadd(visual, vand_bits(e, which.visual + lane));
-        text = vadd(text, vand_bits(e, which.text + lane));
+        visual = vadd(visual, vand_bits(e, block.visual_lanes + lane));
+        text = vadd(text, vand_bits(e, block.text_lanes + lane));
       } else {
         text = vadd(text, e);
       }
     }
-    if (which.content == Content::kVisual) {
+    if (block.content == Content::kVisual) {
       visual = text;
       text = vzero();
     }
-    const Vec scale = exp2_full(vmul(shrink.part[j], by));
+    const Vec scale = exp2_full(vmul(exponent.vec[j], inverse));
     float* const lane[2] = {s.text + j * kWidth, s.visual + j * kWidth};
     vstore(lane[0], vfma(vload(lane[0]), scale, text));
     vstore(lane[1], vfma(vload(lane[1]), scale, visual));
   }
 }
 
-// Turns logits x [tiles, kLanes] into weights in place; alpha [kLanes], one per head and repeated,
-// is what earlier sums shrink by.
+// Turns the logits x [key tiles, kLanes] of a head tile into weights in place. `rescale` [kLanes]
+// is the factor, one a head, by which the sums so far shrink.
 template <int HT>
-VP_INLINE void softmax_tile(float* x, int stride, int tiles, const BlockVisual* which,
-                            const SoftmaxArgs& a, TileState& s, float* alpha) {
+VP_INLINE void softmax_tile(float* x, int stride, int tiles, const BlockVisual* block,
+                            const SoftmaxArgs& a, TileState& s, float* rescale) {
   const Lanes old = Lanes::load(s.m);
-  Lanes m = old, shrink;
+  Lanes m = old, exponent;
   for (int i = 0; i < tiles; ++i)
-    for (int j = 0; j < kParts; ++j)
-      m.part[j] = vmax_number(vload(x + i * stride + j * kWidth), m.part[j]);
+    for (int j = 0; j < kTileVecs; ++j)
+      m.vec[j] = vmax_number(vload(x + i * stride + j * kWidth), m.vec[j]);
   m = spread_max<HT>(m);
   Lanes::store(s.m, m);
-  for (int j = 0; j < kParts; ++j) {
-    m.part[j] = vsafe_max(m.part[j]);
-    shrink.part[j] = vsub(old.part[j], m.part[j]);
+  for (int j = 0; j < kTileVecs; ++j) {
+    m.vec[j] = vsafe_max(m.vec[j]);
+    exponent.vec[j] = vsub(old.vec[j], m.vec[j]);
   }
-  if (a.at_tau) add_mass(x, stride, tiles, *which, a.inv_tau, s, m, shrink);
-  for (int j = 0; j < kParts; ++j) {
-    const Vec scale = exp2_full(shrink.part[j]);
-    vstore(alpha + j * kWidth, scale);
+  if (a.at_tau) add_mass(x, stride, tiles, *block, a.inv_tau, s, m, exponent);
+  for (int j = 0; j < kTileVecs; ++j) {
+    const Vec scale = exp2_full(exponent.vec[j]);
+    vstore(rescale + j * kWidth, scale);
     Vec sum = vzero();
     for (int i = 0; i < tiles; ++i) {
       float* at = x + i * stride + j * kWidth;
-      const Vec e = exp2_full(vsub(vload(at), m.part[j]));
+      const Vec e = exp2_full(vsub(vload(at), m.vec[j]));
       vstore(at, e);
       sum = vadd(sum, e);
     }
@@ -125,8 +126,24 @@ VP_INLINE void softmax_tile(float* x, int stride, int tiles, const BlockVisual* 
   }
 }
 
-// Which lanes of the keys [from, from + keys) are visual; `span` is the first run that can matter
-// and moves on with the blocks.
+// The factors by which the sums so far shrink, for each head tile.
+struct Rescales {
+  alignas(64) float tile[kMaxGroup / 4][kLanes];
+};
+
+// Turns the logits x of a block into weights, and adds them to the statistics.
+template <int HT>
+VP_INLINE void softmax_block(int tiles, int keys, const BlockVisual* block, const SoftmaxArgs& a,
+                             float* x, TileState* states, Rescales& rescales) {
+  constexpr int kTileKeys = kLanes / HT;
+  const int key_tiles = (keys + kTileKeys - 1) / kTileKeys;
+  for (int t = 0; t < tiles; ++t)
+    softmax_tile<HT>(x + t * kLanes, tiles * kLanes, key_tiles, block, a, states[t],
+                     rescales.tile[t]);
+}
+
+// Finds the visual tokens among the keys [from, from + keys). `span`, the first that can hold one,
+// moves on with the blocks.
 template <int HT>
 VP_INLINE void find_visual(const VisualArgs& v, int row, int from, int keys, int& span,
                            BlockVisual& out) {
@@ -138,13 +155,13 @@ VP_INLINE void find_visual(const VisualArgs& v, int row, int from, int keys, int
   out.content = Content::kVisual;
   if (spans[2 * span] <= from && spans[2 * span + 1] >= end) return;
   out.content = Content::kMixed;
-  for (int i = 0; i < kBlock * HT; ++i) out.visual[i] = 0;
+  for (int i = 0; i < kBlock * HT; ++i) out.visual_lanes[i] = 0;
   for (int s = span; s < v.spans_per_row && spans[2 * s] < end; ++s) {
     const int begin = spans[2 * s] > from ? spans[2 * s] - from : 0;
     const int stop = (spans[2 * s + 1] < end ? spans[2 * s + 1] : end) - from;
-    for (int i = begin * HT; i < stop * HT; ++i) out.visual[i] = 0xffffffffu;
+    for (int i = begin * HT; i < stop * HT; ++i) out.visual_lanes[i] = 0xffffffffu;
   }
-  for (int i = 0; i < kBlock * HT; ++i) out.text[i] = ~out.visual[i];
+  for (int i = 0; i < kBlock * HT; ++i) out.text_lanes[i] = ~out.visual_lanes[i];
 }
 
 }  // namespace visionpulse::cpu::VP_ISA

@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// The table of one instruction set. Its .cpp names the set and includes its simd file before this
-// one.
+// The table of one instruction set. A file of isa/ names the set and includes its simd file first.
+#include "kernels/cpu/stream.inl.h"
 #include "kernels/cpu/attend.inl.h"
+#include "kernels/cpu/merge.inl.h"
 #include "kernels/cpu/score.inl.h"
 #include "kernels/cpu/select.inl.h"
+#include "kernels/cpu/probe.inl.h"
 
 namespace visionpulse::cpu::VP_ISA {
 
@@ -35,24 +37,24 @@ static void weigh_any(const Call& c, int row, int kv_head, int part) {
 static void score_any(const Call& c, int row, int chunk) {
   switch (tile_heads(c.H / c.G)) {
     case 1:
-      return rank_kind<1>(c, row, chunk);
+      return score_kind<1>(c, row, chunk);
     case 2:
-      return rank_kind<2>(c, row, chunk);
+      return score_kind<2>(c, row, chunk);
     default:
-      return rank_kind<4>(c, row, chunk);
+      return score_kind<4>(c, row, chunk);
   }
 }
 
 }  // namespace visionpulse::cpu::VP_ISA
 
-// One row per storage type, in the order of DType.
+// Kernels of a storage type each, in the order of DType.
 #define VP_KERNELS(NAME)                                      \
   {NAME,                                                      \
    kUnit,                                                     \
    {stream_any<float>, stream_any<bf16>, stream_any<f16>},    \
    {weigh_any<float>, weigh_any<bf16>, weigh_any<f16>},       \
-   {finish_head<float>, finish_head<bf16>, finish_head<f16>}, \
+   {merge_parts<float>, merge_parts<bf16>, merge_parts<f16>}, \
    row_statistics,                                            \
    score_any,                                                 \
-   choose_row,                                                \
+   select_row,                                                \
    read_bytes}

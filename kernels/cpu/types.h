@@ -5,7 +5,7 @@
 
 namespace visionpulse::cpu {
 
-// Storage types: arithmetic happens in float32 only.
+// Storage types. Arithmetic is in float32.
 struct bf16 {
   uint16_t bits;
 };
@@ -15,6 +15,5 @@ struct f16 {
 
 }  // namespace visionpulse::cpu
 
-// Every function of the textual kernels has internal linkage and is inlined where it pays, so no
-// copy compiled for one instruction set can be linked into another.
+// Internal linkage, so code compiled for one instruction set is never linked into another.
 #define VP_INLINE static inline __attribute__((always_inline))

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Random decode problems with buffers of the exact size, so that a sanitizer sees a step too far,
-// and the contract computed for them in float64, row by row.
+// Random decode problems, and the contract computed for them in float64, row by row. Buffers have
+// the exact size, so that a sanitizer sees an access past their end.
 #pragma once
 
 #include <algorithm>
@@ -10,6 +10,7 @@
 #include <random>
 #include <vector>
 
+#include "kernels/common/visual_spans.h"
 #include "kernels/cpu/call.h"
 
 namespace problem {
@@ -96,10 +97,11 @@ struct Problem {
   }
 };
 
-inline void choose_cache(Problem& p, Random& r, int rows, int kv_heads, int dim, int capacity) {
+inline void draw_cache(Problem& p, Random& r, int rows, int kv_heads, int dim, int capacity) {
   CacheArgs& a = p.call.cache;
   a.capacity = capacity;
-  const int gap = between(r, 0, 3);  // elements between tokens: rows that no vector width divides
+  const int gap =
+      between(r, 0, 3);  // elements between tokens: strides that no vector width divides
   int64_t size;
   if (r() % 2 == 0) {
     const int64_t token = dim + gap, head = token * capacity;
@@ -131,10 +133,10 @@ inline void choose_cache(Problem& p, Random& r, int rows, int kv_heads, int dim,
   a.v = p.v.data();
 }
 
-inline void choose_visual(Problem& p, Random& r) {
+inline void draw_visual(Problem& p, Random& r) {
   const int rows = p.call.B, size = p.call.cache.capacity;
   p.visual.assign(rows, std::vector<bool>(size, false));
-  std::vector<std::vector<int32_t>> runs(rows);
+  std::vector<std::vector<int32_t>> spans(rows);
   size_t most = 1;
   for (int b = 0; b < rows; ++b) {
     const int kind = between(r, 0, 4);  // none, all, scattered, few runs
@@ -146,18 +148,18 @@ inline void choose_visual(Problem& p, Random& r) {
     }
     for (int n = 0; n < size; ++n) {
       if (!p.visual[b][n]) continue;
-      runs[b].push_back(n);
+      spans[b].push_back(n);
       while (n < size && p.visual[b][n]) ++n;
-      runs[b].push_back(n);
+      spans[b].push_back(n);
     }
-    most = std::max(most, runs[b].size() / 2 + r() % 2);
+    most = std::max(most, spans[b].size() / 2 + r() % 2);
   }
   for (int b = 0; b < rows; ++b) {
     int before = 0;
     for (size_t s = 0; s < most; ++s) {
-      const bool real = 2 * s < runs[b].size();
-      const int32_t begin = real ? runs[b][2 * s] : kNoSpan,
-                    end = real ? runs[b][2 * s + 1] : kNoSpan;
+      const bool used = 2 * s < spans[b].size();
+      const int32_t begin = used ? spans[b][2 * s] : kNoSpan,
+                    end = used ? spans[b][2 * s + 1] : kNoSpan;
       p.spans.insert(p.spans.end(), {begin, end});
       p.offsets.push_back(before);
       before += end - begin;
@@ -167,7 +169,7 @@ inline void choose_visual(Problem& p, Random& r) {
   p.call.visual = {p.spans.data(), p.offsets.data(), static_cast<int32_t>(most)};
 }
 
-inline void choose_budget(Problem& p, Random& r) {
+inline void draw_budget(Problem& p, Random& r) {
   ScoreArgs& s = p.call.score;
   const int rows = p.call.B;
   s.tau = r() % 2 == 0 ? 0.4f : 1.0f;
@@ -198,7 +200,7 @@ inline Problem make(Random& r) {
   c.H = c.G * group;
   c.D = dims[r() % 11];
   const int size = r() % 8 == 0 ? between(r, 300, 1400) : between(r, 1, 200);
-  choose_cache(p, r, c.B, c.G, c.D, size);
+  draw_cache(p, r, c.B, c.G, c.D, size);
   const int capacity = c.cache.capacity;
   for (int b = 0; b < c.B; ++b) {
     p.lengths.push_back(between(r, 0, capacity + 1) - (r() % 8 == 0 ? 5 : 0));
@@ -209,15 +211,15 @@ inline Problem make(Random& r) {
   if (r() % 4 == 0) c.score.window = between(r, 1, capacity + 3);
   if (r() % 4 == 0) c.score.softcap = 3.0f;
   c.score.scale = 1.0f / std::sqrt(static_cast<float>(c.D));
-  choose_visual(p, r);
-  choose_budget(p, r);
+  draw_visual(p, r);
+  draw_budget(p, r);
   std::normal_distribution<float> normal;
   p.q.make(c.dtype, int64_t{c.B} * c.H * c.D);
   for (int64_t i = 0; i < int64_t{c.B} * c.H * c.D; ++i) p.q.set(i, normal(r));
   c.q = p.q.data();
   c.q_stride.row = int64_t{c.H} * c.D;
   c.q_stride.head = c.D;
-  // what is not visible stays NaN: a kernel that looks at it shows
+  // invisible keys stay NaN, so that a kernel that reads one fails
   for (int b = 0; b < c.B; ++b) {
     const Range seen = p.visible(b);
     for (int g = 0; g < c.G; ++g)
@@ -244,7 +246,7 @@ inline Problem make(Random& r) {
   return p;
 }
 
-// One row in float64: logits [H][visible keys], in natural units.
+// The logits of a row in float64, [H][visible keys].
 inline std::vector<std::vector<double>> logits_of(const Problem& p, int b) {
   const cpu::Call& c = p.call;
   const Range seen = p.visible(b);

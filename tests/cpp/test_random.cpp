@@ -7,6 +7,7 @@
 
 #include "csrc/cpu/dispatch.h"
 #include "csrc/cpu/engine.h"
+#include "kernels/common/budget.h"
 #include "kernels/common/sort_codes.h"
 #include "tests/cpp/check.h"
 #include "tests/cpp/problem.h"
@@ -16,12 +17,12 @@ using problem::Problem;
 
 namespace {
 
-// Relative rounding of the storage type; float32 accumulates over at most 1400 keys.
+// Relative rounding of the storage type; in float32, of sums over at most 1400 keys.
 double unit_of(DType dtype) {
   return dtype == DType::kFloat32 ? 2e-6 : dtype == DType::kBFloat16 ? 1.0 / 128 : 1.0 / 1024;
 }
 
-// Scratch memory of the exact size, so that a sanitizer sees past its end.
+// Gives the op scratch memory of the exact size, so that a sanitizer sees an access past its end.
 template <class F>
 void with_scratch(int threads, F call) {
   std::vector<char> bytes(1);
@@ -39,7 +40,7 @@ void run_decode(const cpu::Kernels& kernels, Problem& p, int threads) {
   });
 }
 
-// Selected exactly the best of the kernel's own scores, ascending, ties to the lowest position.
+// The kept tokens are the best by the kernel's own scores, ascending, ties to the lowest position.
 void check_selection(const Problem& p, int b, int n_visual) {
   const cpu::Call& c = p.call;
   const int32_t* kept = p.indices.data() + int64_t{b} * c.score.k_max;
@@ -54,7 +55,7 @@ void check_selection(const Problem& p, int b, int n_visual) {
                            n_visual);
   wanted = std::min(wanted, s.k_max);
   CHECK_THAT(p.counts[b] == wanted, "count %d, wanted %d", p.counts[b], wanted);
-  std::vector<bool> chosen(c.cache.capacity, false);
+  std::vector<bool> is_kept(c.cache.capacity, false);
   for (int i = 0; i < s.k_max; ++i) {
     if (i >= p.counts[b]) {
       CHECK(kept[i] == -1);
@@ -63,16 +64,16 @@ void check_selection(const Problem& p, int b, int n_visual) {
     CHECK_THAT(kept[i] >= seen.begin && kept[i] < seen.end && p.visual[b][kept[i]], "kept %d",
                kept[i]);
     CHECK(i == 0 || kept[i] > kept[i - 1]);
-    if (kept[i] >= 0 && kept[i] < c.cache.capacity) chosen[kept[i]] = true;
+    if (kept[i] >= 0 && kept[i] < c.cache.capacity) is_kept[kept[i]] = true;
   }
   uint64_t worst_kept = ~uint64_t{0}, best_dropped = 0;
   for (int n = seen.begin; n < seen.end; ++n) {
     if (!p.visual[b][n]) continue;
-    // one number that orders as the contract: score first, then the lower position
-    const uint64_t rank =
+    // one number in the order of the contract: by score, then the lower position first
+    const uint64_t order =
         uint64_t{sort_code(scores[n])} << 32 | (0xffffffffu - static_cast<uint32_t>(n));
-    if (chosen[n]) worst_kept = std::min(worst_kept, rank);
-    if (!chosen[n]) best_dropped = std::max(best_dropped, rank);
+    if (is_kept[n]) worst_kept = std::min(worst_kept, order);
+    if (!is_kept[n]) best_dropped = std::max(best_dropped, order);
   }
   CHECK(p.counts[b] == 0 || p.counts[b] == n_visual || worst_kept > best_dropped);
 }
@@ -119,15 +120,15 @@ void check_output(const Problem& p, int b, const std::vector<std::vector<double>
   const Range seen = p.visible(b);
   const int32_t* indices = p.indices.data() + int64_t{b} * c.score.k_max;
   for (int h = 0; h < c.H; ++h) {
-    std::vector<double> kept;
+    std::vector<double> attended;
     std::vector<int> at;
     for (int n = seen.begin; n < seen.end; ++n) {
       const bool selected = std::binary_search(indices, indices + p.counts[b], n);
       if (!dense && p.visual[b][n] && !selected) continue;
-      kept.push_back(z[h][n - seen.begin]);
+      attended.push_back(z[h][n - seen.begin]);
       at.push_back(n);
     }
-    const auto weight = problem::softmax(kept, 1.0);
+    const auto weight = problem::softmax(attended, 1.0);
     for (int d = 0; d < c.D; ++d) {
       double want = 0.0, size = 0.0;
       for (size_t i = 0; i < at.size(); ++i) {
@@ -167,13 +168,12 @@ void run(const cpu::Kernels& kernels, Problem& p, problem::Random& r) {
   CHECK(same_bits(out, p.out) && indices == p.indices);
   CHECK(std::memcmp(scores.data(), p.scores.data(), 4 * scores.size()) == 0);
 
-  // the stages one by one: the same selection, and a follower that attends as the pruned anchor
-  // does
+  // the stages one by one give the same selection, and a follower the output of a pruned anchor
   with_scratch(1, [&](const cpu::Scratch& scratch) {
     return cpu::score(kernels, p.call, p.scores.data(), scratch);
   });
   with_scratch(2, [&](const cpu::Scratch& scratch) {
-    return cpu::choose(kernels, p.call, p.scores.data(), scratch);
+    return cpu::select(kernels, p.call, p.scores.data(), scratch);
   });
   CHECK(indices == p.indices);
   cpu::Call follower = p.call;

@@ -116,7 +116,7 @@ class CpuBackend(Backend):
             pack.chosen(selection),
             scores.data_ptr(),
         )
-        entry = _entries().choose
+        entry = _entries().select
         _run(workspace, lambda scratch: entry(*given, scratch))
         return selection
 

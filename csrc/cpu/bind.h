@@ -1,0 +1,119 @@
+// SPDX-License-Identifier: Apache-2.0
+// The CPU entries of the Python module.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "csrc/cpu/dispatch.h"
+#include "csrc/cpu/engine.h"
+#include "csrc/reader.h"
+
+namespace visionpulse::cpu {
+
+inline Scratch read_scratch(const py::tuple& items) {
+  Reader r(items, 3);
+  Scratch scratch;
+  scratch.bytes = r.address<void>();
+  scratch.size = r.integer();
+  scratch.threads = r.small();
+  return scratch;
+}
+
+inline Call read_call(const py::tuple& query, const py::tuple& cache, const py::tuple& visual,
+                      const py::tuple& params) {
+  Call c = {};
+  read_query(c, query);
+  read_cache(c.cache, cache);
+  read_visual(c.visual, visual);
+  read_params(c.score, params);
+  return c;
+}
+
+// Runs an op without the GIL.
+template <class Op>
+int64_t unlocked(const py::tuple& scratch, Op op) {
+  const Scratch memory = read_scratch(scratch);
+  const Kernels& kernels = current();
+  py::gil_scoped_release released;
+  return op(kernels, memory);
+}
+
+inline int64_t bound_attend(const py::tuple& query, const py::tuple& cache, const py::tuple& visual,
+                            const py::tuple& selection, const py::tuple& params,
+                            const py::tuple& out, const py::tuple& scratch) {
+  Call c = read_call(query, cache, visual, params);
+  Reader r(selection, 3);
+  c.selection.indices = r.address<const int32_t>();
+  c.selection.counts = r.address<const int32_t>();
+  c.selection.k_max = r.small();
+  read_out(c, out);
+  return unlocked(scratch, [&](const Kernels& kernels, const Scratch& memory) {
+    return attend(kernels, c, memory);
+  });
+}
+
+inline int64_t bound_score(const py::tuple& query, const py::tuple& cache, const py::tuple& visual,
+                           const py::tuple& params, const py::tuple& chosen, const py::tuple& out,
+                           uintptr_t scores, const py::tuple& scratch) {
+  Call c = read_call(query, cache, visual, params);
+  read_chosen(c, chosen);
+  read_out(c, out);
+  return unlocked(scratch, [&](const Kernels& kernels, const Scratch& memory) {
+    return score(kernels, c, reinterpret_cast<float*>(scores), memory);
+  });
+}
+
+inline int64_t bound_select(int rows, int capacity, uintptr_t starts, uintptr_t lengths,
+                            const py::tuple& visual, const py::tuple& params,
+                            const py::tuple& chosen, uintptr_t scores, const py::tuple& scratch) {
+  Call c = {};
+  c.B = rows;
+  c.H = c.G = c.D = 1;
+  c.cache.capacity = capacity;
+  c.cache.starts = reinterpret_cast<const int32_t*>(starts);
+  c.cache.lengths = reinterpret_cast<const int32_t*>(lengths);
+  read_visual(c.visual, visual);
+  read_params(c.score, params);
+  read_chosen(c, chosen);
+  return unlocked(scratch, [&](const Kernels& kernels, const Scratch& memory) {
+    return select(kernels, c, reinterpret_cast<const float*>(scores), memory);
+  });
+}
+
+inline int64_t bound_decode(const py::tuple& query, const py::tuple& cache, const py::tuple& visual,
+                            const py::tuple& params, const py::tuple& chosen, const py::tuple& out,
+                            bool dense, uintptr_t scores, const py::tuple& scratch) {
+  Call c = read_call(query, cache, visual, params);
+  read_chosen(c, chosen);
+  read_out(c, out);
+  return unlocked(scratch, [&](const Kernels& kernels, const Scratch& memory) {
+    return decode(kernels, c, dense, reinterpret_cast<float*>(scores), memory);
+  });
+}
+
+inline std::vector<std::string> instruction_sets() {
+  std::vector<std::string> names;
+  for (const Kernels* kernels : available()) names.emplace_back(kernels->name);
+  return names;
+}
+
+inline uint64_t read_bytes(uintptr_t address, int64_t count) {
+  py::gil_scoped_release released;
+  return current().read(reinterpret_cast<const void*>(address), count);
+}
+
+// Adds the submodule `cpu`.
+inline void register_cpu(py::module_& m) {
+  py::module_ cpu = m.def_submodule("cpu");
+  cpu.def("attend", &bound_attend);
+  cpu.def("score", &bound_score);
+  cpu.def("select", &bound_select);
+  cpu.def("decode", &bound_decode);
+  cpu.def("instruction_sets", &instruction_sets);
+  cpu.def("instruction_set", [] { return std::string(current().name); });
+  cpu.def("use_instruction_set", &use);
+  cpu.def("read_bytes", &read_bytes);
+}
+
+}  // namespace visionpulse::cpu

@@ -1,0 +1,152 @@
+// SPDX-License-Identifier: Apache-2.0
+// The logits of a block of keys.
+#pragma once
+
+#include "kernels/cpu/keys.inl.h"
+#include "kernels/cpu/math.inl.h"
+
+namespace visionpulse::cpu::VP_ISA {
+
+constexpr int kUnit = 2 * kWidth;             // columns of one step along D
+constexpr int kDotLanes = kDotVecs * kWidth;  // dot products of one dot tile
+
+// How q and k of a storage type are multiplied: in float32, unless the CPU multiplies pairs of the
+// type itself.
+template <class T>
+struct Dot {
+  using Query = float;
+  struct Unit {
+    Vec a, b;
+  };
+  VP_INLINE Unit query(const float* q) { return {vload(q), vload(q + kWidth)}; }
+  VP_INLINE Unit key(const T* k) {
+    Unit u;
+    load_unit(k, u.a, u.b);
+    return u;
+  }
+  VP_INLINE Unit key_tail(const T* k, int n) {
+    Unit u;
+    load_tail(k, n, u.a, u.b);
+    return u;
+  }
+  VP_INLINE Vec add(Vec acc, Unit q, Unit k) { return vfma(q.b, k.b, vfma(q.a, k.a, acc)); }
+  VP_INLINE void store(float* to, Unit u) {
+    vstore(to, u.a);
+    vstore(to + kWidth, u.b);
+  }
+};
+
+#if defined(VP_HAS_PAIR_DOT)
+template <>
+struct Dot<bf16> {
+  using Query = bf16;
+  using Unit = Pairs;
+  VP_INLINE Unit query(const bf16* q) { return load_pairs(q); }
+  VP_INLINE Unit key(const bf16* k) { return load_pairs(k); }
+  VP_INLINE Unit key_tail(const bf16* k, int n) { return load_pairs_tail(k, n); }
+  VP_INLINE Vec add(Vec acc, Unit q, Unit k) { return dot_pairs(acc, q, k); }
+  VP_INLINE void store(bf16* to, Unit u) { __builtin_memcpy(to, &u, sizeof u); }
+};
+#endif
+
+// The query heads of one KV head, padded with zeros to whole head tiles and units.
+template <class T>
+struct Query {
+  alignas(64) typename Dot<T>::Query data[kMaxGroup * kMaxHeadDim];  // [padded heads, padded D]
+  int32_t stride;
+
+  VP_INLINE void load(Query& into, const Call& c, int row, int kv_head) {
+    const int group = c.H / c.G, whole = c.D / kUnit, rest = c.D % kUnit;
+    into.stride = padded_dim(c.D, kUnit);
+    const T* q = static_cast<const T*>(c.q) + row * c.q_stride.row +
+                 int64_t{kv_head} * group * c.q_stride.head;
+    for (int h = 0; h < padded_heads(group); ++h) {
+      auto* to = into.data + h * into.stride;
+      const T* from = q + h * c.q_stride.head;
+      for (int u = 0; u * kUnit < into.stride; ++u) {
+        const int n = h >= group ? 0 : u < whole ? kUnit : rest;
+        Dot<T>::store(to + u * kUnit, n == kUnit ? Dot<T>::key(from + u * kUnit)
+                                                 : Dot<T>::key_tail(from + u * kUnit, n));
+      }
+    }
+  }
+};
+
+// Dot products of kDotLanes / HT keys with HT heads; lane = key * HT + head. DIM is the head dim
+// where it is common enough to unroll for, else 0.
+template <class T, int HT, int DIM>
+VP_INLINE void dot_tile(const typename Dot<T>::Query* q, int q_stride, const T* const* keys,
+                        int any_dim, Vec* out /* [kDotVecs] */) {
+  constexpr int kKeys = kDotLanes / HT;
+  const int dim = DIM > 0 ? DIM : any_dim;
+  Vec acc[kDotLanes];
+  for (int i = 0; i < kDotLanes; ++i) acc[i] = vzero();
+  const int whole = dim / kUnit * kUnit;
+#pragma GCC unroll 8
+  for (int d = 0; d < whole; d += kUnit) {
+    typename Dot<T>::Unit query[HT];
+    for (int h = 0; h < HT; ++h) query[h] = Dot<T>::query(q + h * q_stride + d);
+    for (int n = 0; n < kKeys; ++n) {
+      const auto key = Dot<T>::key(keys[n] + d);
+      for (int h = 0; h < HT; ++h) acc[n * HT + h] = Dot<T>::add(acc[n * HT + h], query[h], key);
+    }
+  }
+  if (whole < dim) {
+    for (int n = 0; n < kKeys; ++n) {
+      const auto key = Dot<T>::key_tail(keys[n] + whole, dim - whole);
+      for (int h = 0; h < HT; ++h) {
+        const auto query = Dot<T>::query(q + h * q_stride + whole);
+        acc[n * HT + h] = Dot<T>::add(acc[n * HT + h], query, key);
+      }
+    }
+  }
+  for (int i = 0; i < kDotVecs; ++i) out[i] = vreduce(acc + i * kWidth);
+}
+
+// From a dot product to a logit times log2(e).
+struct Scaling {
+  float scale;   // without a cap: scale * log2(e); with one: scale / cap
+  float capped;  // cap * log2(e); 0: no cap
+};
+VP_INLINE Scaling scaling_of(const ScoreArgs& s) {
+  if (s.softcap == 0.0f) return {s.scale * kLog2e, 0.0f};
+  return {s.scale / s.softcap, s.softcap * kLog2e};
+}
+VP_INLINE Vec logit(Vec dot, const Scaling& s) {
+  const Vec z = vmul(dot, vset(s.scale));
+  return s.capped == 0.0f ? z : vmul(vset(s.capped), tanh_full(z));
+}
+
+// Logits x [key tiles, head tiles, kLanes] of a block. Lanes without a key get -inf.
+template <class T, int HT>
+VP_INLINE void dot_block(const Query<T>& q, BlockKeys<T>& keys, int dim, int tiles_of_heads,
+                         const Scaling& scaling, const Prefetch<T>& prefetch, float* x) {
+  constexpr int kTileKeys = kLanes / HT, kDotKeys = kDotLanes / HT;
+  const int whole = (keys.count + kTileKeys - 1) / kTileKeys * kTileKeys;
+  // a partial tile repeats its last key, so every logit comes from the same instructions
+  for (int i = keys.count; i < whole; ++i) keys.k[i] = keys.k[keys.count - 1];
+  for (int first = 0; first < whole; first += kDotKeys) {
+    Prefetch<T>::fetch_range(prefetch, first, first + kDotKeys);
+    for (int t = 0; t < tiles_of_heads; ++t) {
+      Vec out[kDotVecs];
+      const auto* heads = q.data + t * HT * q.stride;
+      if (dim == 128) {
+        dot_tile<T, HT, 128>(heads, q.stride, keys.k + first, dim, out);
+      } else {
+        dot_tile<T, HT, 0>(heads, q.stride, keys.k + first, dim, out);
+      }
+      float* to = x + (first / kTileKeys * tiles_of_heads + t) * kLanes + first % kTileKeys * HT;
+      for (int i = 0; i < kDotVecs; ++i) vstore(to + i * kWidth, logit(out[i], scaling));
+    }
+  }
+  if (keys.count == whole && !keys.any_missing) return;
+  for (int i = 0; i < whole; ++i) {
+    if (i < keys.count && !(keys.any_missing && keys.missing[i])) continue;
+    for (int t = 0; t < tiles_of_heads; ++t)
+      for (int h = 0; h < HT; ++h)
+        x[(i / kTileKeys * tiles_of_heads + t) * kLanes + i % kTileKeys * HT + h] =
+            minus_infinity();
+  }
+}
+
+}  // namespace visionpulse::cpu::VP_ISA

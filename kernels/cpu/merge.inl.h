@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: Apache-2.0
+// The parts of a row made one, in a fixed order, and rounded to the output.
+#pragma once
+
+#include "kernels/common/float_bits.h"
+#include "kernels/cpu/dot.inl.h"
+#include "kernels/cpu/parts.inl.h"
+
+namespace visionpulse::cpu::VP_ISA {
+
+// Where load_unit puts element d of a vector, and so where the sums hold it.
+VP_INLINE int column_of(const void*, int d) { return d; }
+VP_INLINE int column_of(const bf16*, int d) {
+  const int within = d % kUnit;
+  return d - within + (within & 1) * kWidth + within / 2;
+}
+
+// Round to nearest even; overflow becomes infinity, and subnormals are exact.
+VP_INLINE void store_as(float* to, float x) { *to = x; }
+VP_INLINE void store_as(bf16* to, float x) {
+  const uint32_t bits = float_bits(x);
+  const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  to->bits = static_cast<uint16_t>(nan ? 0x7fc0u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+VP_INLINE void store_as(f16* to, float x) {
+  const uint32_t bits = float_bits(x), sign = bits >> 16 & 0x8000u, size = bits & 0x7fffffffu;
+  uint32_t half;
+  if (size > 0x7f800000u) {
+    half = 0x7e00u;
+  } else if (size >= 0x477ff000u) {  // 65520, halfway to 2^16
+    half = 0x7c00u;
+  } else if (size < 0x38800000u) {  // 2^-14: adding 1/2 leaves the subnormal's bits at the bottom
+    float shifted;
+    __builtin_memcpy(&shifted, &size, sizeof shifted);
+    half = float_bits(shifted + 0.5f) - 0x3f000000u;
+  } else {
+    half = (size - 0x38000000u + 0xfffu + ((size >> 13) & 1u)) >> 13;
+  }
+  to->bits = static_cast<uint16_t>(half | sign);
+}
+
+template <class T>
+static void merge_parts(const Call& c, int row, int kv_head) {
+  const Cut& cut = c.cuts[row];
+  const int group = c.H / c.G, columns = padded_dim(c.D, kUnit);
+  const int64_t first = part_index(cut, kv_head, 0);
+  for (int h = 0; h < group; ++h) {
+    T* out = static_cast<T*>(c.out) + row * c.out_stride.row +
+             (int64_t{kv_head} * group + h) * c.out_stride.head;
+    float m = minus_infinity(), l = 0.0f;
+    for (int s = 0; s < cut.n_parts; ++s) {
+      const float part_m = part_at(c, first + s).m[h];
+      m = part_m > m ? part_m : m;
+    }
+    alignas(64) float sum[kMaxHeadDim + kUnit];
+    clear(sum, columns);
+    for (int s = 0; s < cut.n_parts; ++s) {
+      const Part part = part_at(c, first + s);
+      const float w = exp2_scalar(rescale_exponent(part.m[h], m));
+      l += w * part.l[h];
+      for (int d = 0; d < columns; d += kWidth)
+        vstore(sum + d, vfma(vset(w), vload(part.acc + h * columns + d), vload(sum + d)));
+    }
+    // no key, or none with a finite logit: zeros
+    const float inverse = m == minus_infinity() && l == 0.0f ? 0.0f : 1.0f / l;
+    for (int d = 0; d < c.D; ++d) store_as(out + d, sum[column_of(out, d)] * inverse);
+  }
+}
+
+}  // namespace visionpulse::cpu::VP_ISA

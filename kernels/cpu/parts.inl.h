@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a part leaves in memory: statistics and the sum of V of each head.
+#pragma once
+
+#include "kernels/cpu/softmax.inl.h"
+
+namespace visionpulse::cpu::VP_ISA {
+
+// In memory [4, padded heads], then [group, padded D].
+struct Part {
+  float *m, *l, *text, *visual, *acc;
+};
+
+VP_INLINE Part part_at(const Call& c, int64_t index) {
+  const int heads = padded_heads(c.H / c.G);
+  float* p = c.parts + index * c.part_floats;
+  return {p, p + heads, p + 2 * heads, p + 3 * heads,
+          p + (4 * heads + kLanes - 1) / kLanes * kLanes};
+}
+
+VP_INLINE int64_t part_index(const Cut& cut, int kv_head, int part) {
+  return cut.first_part + int64_t{kv_head} * cut.n_parts + part;
+}
+
+VP_INLINE void clear(float* p, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) p[i] = 0.0f;
+}
+
+// The statistics, summed over the lanes of each head.
+template <int HT>
+VP_INLINE void store_part(const TileState* tiles, int count, const Part& part) {
+  for (int t = 0; t < count; ++t) {
+    for (int h = 0; h < HT; ++h) {
+      float l = 0.0f, text = 0.0f, visual = 0.0f;
+      for (int i = h; i < kLanes; i += HT) {
+        l += tiles[t].l[i];
+        text += tiles[t].text[i];
+        visual += tiles[t].visual[i];
+      }
+      part.m[t * HT + h] = tiles[t].m[h];
+      part.l[t * HT + h] = l;
+      part.text[t * HT + h] = text;
+      part.visual[t * HT + h] = visual;
+    }
+  }
+}
+
+}  // namespace visionpulse::cpu::VP_ISA

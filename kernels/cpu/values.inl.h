@@ -1,0 +1,104 @@
+// SPDX-License-Identifier: Apache-2.0
+// The weighted sum of V over a block of keys.
+#pragma once
+
+#include "kernels/cpu/dot.inl.h"
+#include "kernels/cpu/parts.inl.h"
+
+namespace visionpulse::cpu::VP_ISA {
+
+// acc[h] = acc[h] * rescale[h] + sum over keys of p[key, h] * v[key], for NH heads and UNITS units
+// of columns. A block is summed from zero and then added, which also keeps rounding errors small.
+template <class T, int HT, int NH, int UNITS, bool TAIL>
+VP_INLINE void value_tile(const T* const* values, int keys, Prefetch<T>& prefetch, const float* p,
+                          int p_stride, int dim, int column, const float* rescale, float* acc,
+                          int acc_stride) {
+  constexpr int kTileKeys = kLanes / HT;
+  Prefetch<T> local = prefetch;  // in registers
+  Vec sum[NH][2 * UNITS];
+  for (int h = 0; h < NH; ++h)
+    for (int u = 0; u < 2 * UNITS; ++u) sum[h][u] = vzero();
+  for (int first = 0; first < keys; first += kTileKeys, p += p_stride) {
+    const int n = keys - first < kTileKeys ? keys - first : kTileKeys;
+    if (!local.adjacent) Prefetch<T>::fetch_scattered(local, n);
+    for (int i = 0; i < n; ++i) {
+      if (local.adjacent) Prefetch<T>::fetch_step(local);
+      const T* v = values[first + i] + column;
+      Vec x[2 * UNITS];
+      for (int u = 0; u < UNITS; ++u) {
+        if (TAIL) {
+          load_tail(v + u * kUnit, dim - column, x[2 * u], x[2 * u + 1]);
+        } else {
+          load_unit(v + u * kUnit, x[2 * u], x[2 * u + 1]);
+        }
+      }
+      for (int h = 0; h < NH; ++h) {
+        const Vec weight = vset(p[i * HT + h]);
+        for (int u = 0; u < 2 * UNITS; ++u) sum[h][u] = vfma(weight, x[u], sum[h][u]);
+      }
+    }
+  }
+  prefetch = local;
+  for (int h = 0; h < NH; ++h) {
+    float* to = acc + h * acc_stride + column;
+    const Vec scale = vset(rescale[h]);
+    for (int u = 0; u < 2 * UNITS; ++u)
+      vstore(to + u * kWidth, vfma(vload(to + u * kWidth), scale, sum[h][u]));
+  }
+}
+
+// Value tiles that pass over a block.
+VP_INLINE int value_tiles(int group, int dim) {
+  const int units = dim / kUnit;
+  const int across = units / kValueUnits + units % kValueUnits + (dim % kUnit != 0);
+  return (group + 3) / 4 * across;
+}
+
+template <class T, int HT, int NH>
+VP_INLINE void value_columns(const T* const* values, int keys, Prefetch<T>& prefetch,
+                             const float* p, int p_stride, int dim, const float* rescale,
+                             float* acc, int acc_stride) {
+  int d = 0;
+  for (; d + kValueUnits * kUnit <= dim; d += kValueUnits * kUnit)
+    value_tile<T, HT, NH, kValueUnits, false>(values, keys, prefetch, p, p_stride, dim, d, rescale,
+                                              acc, acc_stride);
+  for (; kValueUnits > 1 && d + kUnit <= dim; d += kUnit)
+    value_tile<T, HT, NH, 1, false>(values, keys, prefetch, p, p_stride, dim, d, rescale, acc,
+                                    acc_stride);
+  if (d < dim)
+    value_tile<T, HT, NH, 1, true>(values, keys, prefetch, p, p_stride, dim, d, rescale, acc,
+                                   acc_stride);
+}
+
+// One head tile with `heads` <= HT heads; the lanes of its padding are not read.
+template <class T, int HT>
+static void add_values(const T* const* values, int keys, Prefetch<T>& prefetch, const float* p,
+                       int p_stride, int dim, int heads, const float* rescale, float* acc,
+                       int acc_stride) {
+  if (heads == 1) {
+    value_columns<T, HT, 1>(values, keys, prefetch, p, p_stride, dim, rescale, acc, acc_stride);
+  } else if (HT >= 2 && heads == 2) {
+    value_columns<T, HT, HT >= 2 ? 2 : 1>(values, keys, prefetch, p, p_stride, dim, rescale, acc,
+                                          acc_stride);
+  } else if (HT == 4 && heads == 3) {
+    value_columns<T, HT, HT == 4 ? 3 : 1>(values, keys, prefetch, p, p_stride, dim, rescale, acc,
+                                          acc_stride);
+  } else {
+    value_columns<T, HT, HT == 4 ? 4 : 1>(values, keys, prefetch, p, p_stride, dim, rescale, acc,
+                                          acc_stride);
+  }
+}
+
+// All heads of a block, into the part's sums.
+template <class T, int HT>
+VP_INLINE void sum_block(const Call& c, const BlockKeys<T>& keys, Prefetch<T> prefetch,
+                         const float* p, const Rescales& rescales, const Part& part) {
+  const int group = c.H / c.G, tiles = head_tiles(group), columns = padded_dim(c.D, kUnit);
+  for (int t = 0; t < tiles; ++t) {
+    const int heads = group - t * HT < HT ? group - t * HT : HT;
+    add_values<T, HT>(keys.v, keys.count, prefetch, p + t * kLanes, tiles * kLanes, c.D, heads,
+                      rescales.tile[t], part.acc + t * HT * columns, columns);
+  }
+}
+
+}  // namespace visionpulse::cpu::VP_ISA

@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 REQUIRED := reference,cpu
 CPP := $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' 2>/dev/null)
 
-.PHONY: demo test test-newest test-triton-newest lint format bench gpu-check clean
+.PHONY: demo test test-deep lint format bench gpu-check clean
 
 demo: $(READY)
 	$(BIN)/visionpulse demo
@@ -20,23 +20,11 @@ SHARED := -n 2 --dist worksteal
 test: $(READY)
 	$(PYTEST) $(if $(PYTEST_ARGS),,$(SHARED)) $(PYTEST_ARGS)
 
-# The same models on the newest transformers that is held up, beside the pinned torch.
-NEWEST := build/transformers-newest
-$(NEWEST)/.ready: $(READY)
-	$(BIN)/python -m pip install --quiet --no-deps --target $(NEWEST) transformers==5.24.0
-	touch $@
-
-test-newest: $(NEWEST)/.ready
-	PYTHONPATH=$(NEWEST) $(PYTEST) tests/models $(SHARED) $(PYTEST_ARGS)
-
-# The Triton kernels, interpreted and compiled, with the newest Triton that is held up (1 GB).
-NEWEST_TRITON := build/triton-newest
-$(NEWEST_TRITON)/.ready: $(READY)
-	$(BIN)/python -m pip install --quiet --no-deps --target $(NEWEST_TRITON) triton==3.9.0
-	touch $@
-
-test-triton-newest: $(NEWEST_TRITON)/.ready
-	PYTHONPATH=$(NEWEST_TRITON) $(BIN)/pytest tests/test_triton.py $(PYTEST_ARGS)
+# The rest, each proof only when what it depends on has changed: tests/proofs.py says on what.
+# PROOFS=name,name runs some; FORCE=1 those too that are fresh; ALSO_ONE=COMMIT one of these.
+test-deep: $(READY)
+	$(BIN)/python tests/proofs.py $(if $(PROOFS),--only $(PROOFS)) $(if $(FORCE),--force) \
+		$(if $(ALSO_ONE),--also-one $(ALSO_ONE))
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -70,6 +58,12 @@ gpu-check:
 
 clean:
 	rm -rf build dist *.egg-info visionpulse/*.so $(VENV)
+
+# Without a GPU the CUDA kernels, half of all there is to compile, are built only when asked for by
+# VISIONPULSE_CUDA_ARCHS: the tests compile what they need of them.
+ifeq ($(shell nvidia-smi -L 2>/dev/null),)
+export VISIONPULSE_CUDA_ARCHS ?= none
+endif
 
 # The environment and the kernels: anew when a pin or the build changed, kernels when a source did.
 $(VENV)/bin/python:

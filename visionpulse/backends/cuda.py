@@ -82,7 +82,10 @@ class CudaBackend(Backend):
         if reason is not None:
             return reason
         if not _native.module().has_cuda:
-            return "built without CUDA: no nvcc was found; put it on PATH and run: pip install -e ."
+            return (
+                "built without CUDA; with nvcc on PATH run: "
+                "VISIONPULSE_CUDA_ARCHS=90 pip install -e . (90 for an H100; 80 for an A100, ...)"
+            )
         # asking opens a context: on the device in use, not on the first one from every process
         is_up = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         return _unavailable(torch.cuda.current_device() if is_up else 0)

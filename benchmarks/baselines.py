@@ -1,7 +1,7 @@
 """What our ops are measured against, each in its best form; one entry per form, by name.
 
 `dense(q, kv)` and `sparse(q, kv, kept)` take q [B, H, D], a contiguous cache and, for each row, the
-positions to attend to, int64 [B, n]; both give [B, H, D]. A form that cannot run says why.
+positions to attend to, int64 [B, n]; both return [B, H, D]. A form that cannot run says why.
 """
 
 from collections.abc import Callable
@@ -72,7 +72,7 @@ def transformers_sdpa(q: Tensor, kv: vp.KVCache) -> Tensor:
 
 
 def transformers_eager(q: Tensor, kv: vp.KVCache) -> Tensor:
-    """The form that gives attention weights in transformers: repeat, multiply, softmax."""
+    """The form of transformers that returns attention weights: repeat, multiply, softmax."""
     from transformers.models.qwen3.modeling_qwen3 import eager_attention_forward
 
     scale = q.shape[2] ** -0.5
@@ -208,7 +208,7 @@ def usable(
 
 @cache
 def check(name: str, device: str, dtype: torch.dtype | None = None) -> None:
-    """Hold a form against float64 on a small problem, in its widest dtype where none is given.
+    """Check a form against float64 on a small problem, by default in its widest dtype.
 
     Once per process: what is timed in a dtype is checked in it.
     """

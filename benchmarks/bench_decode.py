@@ -94,7 +94,7 @@ class Step:
         return cost.attention(Counter(self.roles), problem, self.layers.shape.kept, output)
 
     def check(self) -> None:
-        """Hold a dense layer, an anchor and a follower against float64, one KV head of each."""
+        """Check a dense layer, an anchor and a follower, one KV head of each row, in float64."""
         check_output(self.layers, 0, self.attend(0, None), None, self.backend)
         if self.config is None or Role.ANCHOR not in self.roles:
             return
@@ -120,7 +120,7 @@ def torch_anchor(layers: Layers) -> Callable[[int], object]:
     visual, text = ((m.nonzero()[:, 1].view(shape.rows, -1)) for m in (is_visual, ~is_visual))
     q, kv = layers.at(0)
     out, positions, _ = torch_forms.anchor(q, kv, visual, text, shape.kept, config)
-    # its own choice, held against attention over exactly these keys
+    # checked against attention over exactly the keys that it selected
     torch.testing.assert_close(out, torch_forms.gathered(q, kv, positions))
     assert int(is_visual.gather(1, positions).sum(1)[0]) == shape.kept
     return lambda turn: torch_forms.anchor(*layers.at(turn), visual, text, shape.kept, config)
@@ -150,7 +150,7 @@ def published_layers(bench: Bench, layers: Layers) -> dict[str, Callable[[int], 
 def single_layers(
     bench: Bench, layers: Layers, forms: list[Form], selection: vp.Selection
 ) -> tuple[dict[str, Callable[[int], object]], set[str]]:
-    """One layer of each baseline, of each kind, to be multiplied; and those that cannot run."""
+    """One layer of each kind of each baseline, to be multiplied; and the names that cannot run."""
     kept, many = attended_positions(layers.kv[0], layers.visual, selection), len(layers)
     wanted: dict[str, Callable[[], Callable[[int], object]]] = {}
 

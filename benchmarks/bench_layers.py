@@ -175,7 +175,7 @@ def torch_topk(layers: Layers, ours: Ours) -> Callable[[int], object]:
 
 
 def theirs(bench: Bench, layers: Layers, forms: list[Form], ours: Ours) -> dict[str, Variants]:
-    """Baselines of every stage; one that cannot run here is left out and said to be missing."""
+    """Baselines of every stage; one that cannot run here is left out, and named as missing."""
     kept, many = attended_positions(layers.kv[0], layers.visual, ours.selection), len(layers)
     wanted: dict[str, Callable[[], Callable[[int], object]]] = {}
 

@@ -56,7 +56,7 @@ def model_of(
     layers: int, dtype: torch.dtype, *, heads: int = 32, dim: int = 128,
     widths: tuple[int, int] = WIDTHS["thin"], device: torch.device | str = "cpu",
 ):  # fmt: skip
-    """Qwen3-VL with these widths, next to no vision tower, and random weights."""
+    """Qwen3-VL with these widths, a minimal vision tower, and random weights."""
     width, inner = widths
     text = {
         "hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers,
@@ -109,7 +109,7 @@ class Run:
         slots = shape.keys + steps
         distinct = max(2, min(layers, budget // shape.cache_bytes(dtype)))
         size = (shape.rows, shape.kv_heads, slots, shape.head_dim)
-        # layers share buffers in turn, so many that none is found in a cache
+        # layers share buffers in turn, so many that none is still in a cache
         buffers = [
             tuple(torch.randn(size, dtype=dtype, device=device) for _ in "kv")
             for _ in range(distinct)
@@ -186,9 +186,9 @@ class Run:
         return turn
 
     def check(self) -> None:
-        """Hold the dense step to the model's own."""
+        """Check the dense step against the model's own."""
         logits = {name: self.step(name) for name in (*THEIRS, "ours:dense")}
-        held(logits, "ours:dense")
+        assert_near(logits, "ours:dense")
         for layer in self.static.layers:
             layer.cumulative_length.sub_(2)
         self.growing.crop(-1)
@@ -215,7 +215,7 @@ class Run:
         return {"ours:paper": ours, **made}
 
 
-def held(outputs: dict[str, torch.Tensor], ours: str) -> None:
+def assert_near(outputs: dict[str, torch.Tensor], ours: str) -> None:
     """Ours lies no further from the model's own than its implementations from each other."""
     sdpa, eager, own = (outputs[name].float() for name in (*THEIRS, ours))
     apart, off = (sdpa - eager).abs().max(), (own - eager).abs().max()
@@ -283,7 +283,7 @@ def prefill(
     """A prompt, apart from the steps: patching must not cost anything there."""
     with torch.inference_mode():
         variants = made.prefills(options.prefill)
-        held({name: variant(0) for name, variant in variants.items()}, "ours:paper")
+        assert_near({name: variant(0) for name, variant in variants.items()}, "ours:paper")
         times, ceilings = bench.time(variants, dtype, made.shape.head_dim * dtype.itemsize)
     times = {name: times[name] for name in variants}
     tokens = made.shape.rows * (options.prefill + made.shape.text)

@@ -63,7 +63,7 @@ class Bench:
             print(text, file=sys.stderr)
 
     def backends(self, q: Tensor, kv: vp.KVCache, visual: vp.VisualTokens) -> Iterator[str]:
-        """Ours, those that serve these tensors; the reference has no speed to measure."""
+        """Our backends that serve these tensors; the reference has no speed to measure."""
         wanted = [name for name in self.options.backends.split(",") if name]
         params = vp.ops.numbers(q, None, None, None)
         for name in wanted or names():
@@ -95,7 +95,7 @@ class Bench:
             self._keep()
 
     def usable(self, forms: list[Form], dtype: torch.dtype) -> list[Form]:
-        """Those baselines that give the right answer in this dtype."""
+        """The baselines whose answer is right in this dtype."""
         found = []
         for form in forms:
             with self._theirs(form.name):
@@ -106,7 +106,7 @@ class Bench:
     def baselines(
         self, variants: Mapping[str, Callable[[], Variant]]
     ) -> tuple[dict[str, Variant], set[str]]:
-        """Make variants of somebody else and call each once: those that run, the others' names."""
+        """Make third-party variants, each called once: the ones that run, the others' names."""
         made = {}
         for name, make in variants.items():
             with self._theirs(name):
@@ -119,7 +119,7 @@ class Bench:
 
     @contextmanager
     def _theirs(self, name: str) -> Iterator[None]:
-        """On a GPU somebody else's code that lacks a kernel or memory is left out, and said to be.
+        """On a GPU third-party code that lacks a kernel or memory is left out, and named.
 
         A wrong answer is a failure, but one that leaves the rest of the run.
         """
@@ -160,7 +160,7 @@ class Bench:
             replays = [self.captured(lambda turn=turn: layer(turn)) for turn in range(count)]
         except torch.OutOfMemoryError:  # a graph is not to blame
             raise
-        except RuntimeError as error:  # somebody else's form that reads the device
+        except RuntimeError as error:  # a third-party form that reads the device
             torch.cuda.set_stream(stream)  # a capture that fails leaves its own behind
             torch.cuda.synchronize()
             self.say(f"{name} is timed without a graph: {_first_line(error)}")

@@ -30,7 +30,7 @@ class Row:
 
 @dataclass
 class Answers:
-    """What a model said: per picture the tokens, and the share of visual tokens of each step."""
+    """A model's answers: the tokens per picture, and the share of visual tokens in each step."""
 
     tokens: list[list[int]]
     shares: list[list[float]]
@@ -57,7 +57,7 @@ def answer(
     of them bears its time.
     """
     begun = time.process_time()
-    given = inputs_of(drawn)
+    inputs = inputs_of(drawn)
     made = {}
 
     def done(name: str, answers: Answers) -> None:
@@ -68,27 +68,27 @@ def answer(
 
     pulses = {n: s for n, s in settings.items() if s is None or isinstance(s, vp.PulseConfig)}
     if pulses:
-        for name, found in _from_one_prefill(model, given, pulses):
-            done(name, found)
+        for name, answers in _from_one_prefill(model, inputs, pulses):
+            done(name, answers)
     for name, make in settings.items():
         if name in pulses:
             continue
         with methods.apply(model, make()) as run, Clock(model) as clock:
-            out = model.generate(**given, do_sample=False, max_new_tokens=MOST_TOKENS)
+            out = model.generate(**inputs, do_sample=False, max_new_tokens=MOST_TOKENS)
         shares = torch.stack(run.shares, 1).float().numpy()
-        done(name, _answers(out, given, shares, clock))
+        done(name, _answers(out, inputs, shares, clock))
     return {name: made[name] for name in settings}
 
 
-def _from_one_prefill(model, given: dict, pulses: dict) -> Iterator[tuple[str, Answers]]:
+def _from_one_prefill(model, inputs: dict, pulses: dict) -> Iterator[tuple[str, Answers]]:
     from transformers import DynamicCache
 
-    size = given["input_ids"].shape[1]
+    size = inputs["input_ids"].shape[1]
     with vp.patch(model, record=True) as session, torch.no_grad():
         cache = DynamicCache(config=model.config.text_config)
-        logits = model(**given, past_key_values=cache, logits_to_keep=1).logits
+        logits = model(**inputs, past_key_values=cache, logits_to_keep=1).logits
         first = logits[:, -1].argmax(-1, keepdim=True)  # comes out of prefill, as in generate()
-        ids = torch.cat([given["input_ids"], first], 1)
+        ids = torch.cat([inputs["input_ids"], first], 1)
         for name, config in pulses.items():
             go_on = {
                 "input_ids": ids,
@@ -118,21 +118,21 @@ def _shares(trace: vp.Trace, rows: int) -> np.ndarray:
     return total / np.maximum(times, 1)
 
 
-def _answers(out: torch.Tensor, given: dict, shares: np.ndarray | None, clock: Clock) -> Answers:
-    said = [until_end(row) for row in out[:, given["input_ids"].shape[1] :].tolist()]
+def _answers(out: torch.Tensor, inputs: dict, shares: np.ndarray | None, clock: Clock) -> Answers:
+    answered = [until_end(row) for row in out[:, inputs["input_ids"].shape[1] :].tolist()]
     # the first token comes from prefill; steps after an answer's end are not counted
     kept = [
         [] if shares is None else shares[b, : len(tokens) - 1].tolist()
-        for b, tokens in enumerate(said)
+        for b, tokens in enumerate(answered)
     ]
-    return Answers(said, kept, clock.seconds)
+    return Answers(answered, kept, clock.seconds)
 
 
-def hops_right(said: Sequence[int], answer: Sequence[int]) -> tuple[int, int]:
+def hops_right(answered: Sequence[int], answer: Sequence[int]) -> tuple[int, int]:
     """Hops read before the first wrong token, and hops of the answer."""
     same = next(
-        (i for i, (a, b) in enumerate(zip(said, answer, strict=False)) if a != b),
-        min(len(said), len(answer)),
+        (i for i, (a, b) in enumerate(zip(answered, answer, strict=False)) if a != b),
+        min(len(answered), len(answer)),
     )
     hops = (len(answer) - 3) // trail.HOP
     return min(same // trail.HOP, hops), hops
@@ -149,8 +149,8 @@ def wilson(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
 def summary(questions: Sequence[trail.Question], made: Answers) -> dict:
     """The numbers of one row."""
     wanted = [question.answer for question in questions]
-    right = [said == answer for said, answer in zip(made.tokens, wanted, strict=True)]
-    hops = [hops_right(said, answer) for said, answer in zip(made.tokens, wanted, strict=True)]
+    right = [answered == answer for answered, answer in zip(made.tokens, wanted, strict=True)]
+    hops = [hops_right(*pair) for pair in zip(made.tokens, wanted, strict=True)]
     low, high = wilson(sum(right), len(right))
     steps = np.concatenate([np.asarray(shares) for shares in made.shares])
     return {
@@ -159,7 +159,7 @@ def summary(questions: Sequence[trail.Question], made: Answers) -> dict:
         "exact_low": low,
         "exact_high": high,
         "hops": sum(h for h, _ in hops) / sum(n for _, n in hops),
-        "length": float(np.mean([len(said) for said in made.tokens])),
+        "length": float(np.mean([len(answered) for answered in made.tokens])),
         "length_wanted": float(np.mean([len(answer) for answer in wanted])),
         "retention": float(steps.mean()) if len(steps) else None,
         "step_ms_p50": 1e3 * float(np.median(made.seconds)),

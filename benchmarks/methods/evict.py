@@ -27,8 +27,8 @@ def evict(cache: Any, layer: int, keep: Tensor, prompt: Prompt) -> None:
 
     Rows that keep fewer are padded in front; the layer goes on counting positions as before.
     """
-    held = cache.layers[layer]
-    keys, values = held.keys, held.values  # [B, G, N, D]
+    cached = cache.layers[layer]
+    keys, values = cached.keys, cached.values  # [B, G, N, D]
     per_head = keep if keep.dim() == 3 else keep[:, None].expand(-1, keys.shape[1], -1)
     counts = per_head.sum(-1)  # [B, G]
     size = int(counts.max())
@@ -36,23 +36,23 @@ def evict(cache: Any, layer: int, keep: Tensor, prompt: Prompt) -> None:
     order = per_head.to(torch.int8).argsort(stable=True, dim=-1)[..., -size:]
     index = order[..., None].expand(-1, -1, -1, keys.shape[-1])
     dropped = keys.shape[2] - size
-    held.keys = keys.gather(2, index)
-    held.values = values.gather(2, index)
-    _count_on(held, dropped)
+    cached.keys = keys.gather(2, index)
+    cached.values = values.gather(2, index)
+    _count_on(cached, dropped)
     prompt.starts[layer] = (size - counts[:, 0]).to(torch.int32)
     if keep.dim() == 2:
         flags = (prompt.visual & keep).gather(1, order[:, 0])
         prompt.remaining[layer] = VisualTokens.from_mask(flags)
 
 
-def _count_on(held: Any, dropped: int) -> None:
+def _count_on(cached: Any, dropped: int) -> None:
     """Make a cache layer report the length it would have: positions come from it."""
-    kind = type(held)
+    kind = type(cached)
 
     class Evicted(kind):  # type: ignore[misc, valid-type]
         def get_seq_length(self) -> int:
-            """The tokens seen, those that were evicted included."""
+            """The tokens seen, evicted ones included."""
             return int(super().get_seq_length()) + dropped
 
     Evicted.__name__ = f"Evicted{kind.__name__}"
-    held.__class__ = Evicted
+    cached.__class__ = Evicted

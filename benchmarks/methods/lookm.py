@@ -77,7 +77,7 @@ class LookM(Method):
                 self._merge(cache.layers[layer], keep, prompt)
             evict(cache, layer, keep, prompt)
 
-    def _merge(self, held: Any, keep: Tensor, prompt: Prompt) -> None:
+    def _merge(self, cached: Any, keep: Tensor, prompt: Prompt) -> None:
         """Merge in place, by the cosine of the cached keys."""
         for b, present in enumerate(prompt.present):
             slots = present.nonzero()[:, 0]
@@ -85,11 +85,11 @@ class LookM(Method):
                 kept = keep[b, g, slots]
                 if bool(kept.all()):
                     continue
-                k = held.keys[b, g, slots]
+                k = cached.keys[b, g, slots]
                 unit = F.normalize(k.float(), dim=-1)
                 nearest = kept.nonzero()[:, 0][(unit[~kept] @ unit[kept].T).argmax(1)]
-                held.keys[b, g, slots] = merge(k, kept, nearest)
-                held.values[b, g, slots] = merge(held.values[b, g, slots], kept, nearest)
+                cached.keys[b, g, slots] = merge(k, kept, nearest)
+                cached.values[b, g, slots] = merge(cached.values[b, g, slots], kept, nearest)
 
     def kept(self, prompt: Prompt) -> Tensor:
         first = self._keep[min(self._keep)][:, 0]  # as many in every layer and head

@@ -21,7 +21,7 @@ def zip_tokens(
 
     features [n, width], keys [n, d], dominant bool [n]. Targets lie evenly among the rest; each
     leftover goes to the target whose key is most similar, and the mean of what a target receives
-    is added to it. Gives the new features and what is kept, bool [n].
+    is added to it. Returns the new features and what is kept, bool [n].
     """
     rest = (~dominant).nonzero()[:, 0]
     contextual = min(contextual, len(rest))

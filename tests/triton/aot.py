@@ -19,8 +19,8 @@ TARGETS = {
     **{f"sm_{cc}": GPUTarget("cuda", cc, 32) for cc in (80, 86, 89, 90, 100, 120)},
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-# Chips whose PTX differs only by the chip's name, as a test checks: the last step alone, from PTX to
-# machine code, is done for each.
+# Chips whose PTX differs only by the chip's name, as a test checks: the last step alone, from PTX
+# to machine code, is done for each.
 TWINS = {"sm_89": "sm_86"}
 _POINTERS = {
     "float32": "*fp32",

@@ -1,8 +1,8 @@
-"""What this machine can do, measured in the same run as what is compared with it.
+"""The limits of this machine, measured in the same run as the times compared with them.
 
 `read` streams more bytes than any cache holds, `gather` reads rows of one token and head at random
-places, as a follower must, `compute` multiplies large matrices. All are bests: a ceiling that a
-noisy neighbour lowered would flatter whoever runs below it.
+places, as a follower must, `compute` multiplies large matrices. All are bests: a ceiling lowered by
+a busy neighbour would flatter what runs below it.
 """
 
 from collections.abc import Callable

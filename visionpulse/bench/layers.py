@@ -1,4 +1,4 @@
-"""Inputs of several layers for benchmarks: random, and so many that none is found in a cache."""
+"""Random inputs of so many layers that no layer is still in a cache when its turn comes."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -198,7 +198,7 @@ COLUMNS: tuple[Column, ...] = (
 
 
 def table(rows: Sequence[Row], columns: Sequence[Column] = COLUMNS) -> str:
-    """The rows as text with aligned columns; those that none of the rows fills are left out."""
+    """Rows as text with aligned columns; a column that no row fills is left out."""
     columns = [one for one in columns if any(_cell(row, one[1]) != "-" for row in rows)]
     cells = [[heading for heading, _ in columns]]
     cells += [[_cell(row, name) for _, name in columns] for row in rows]
@@ -272,22 +272,22 @@ def _commit() -> str:
         return ""
     asked = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=10"]
     try:
-        found = subprocess.run(asked, capture_output=True, text=True, check=False)
+        described = subprocess.run(asked, capture_output=True, text=True, check=False)
     except OSError:  # no git on this machine
         return ""
-    return found.stdout.strip()
+    return described.stdout.strip()
 
 
 @cache
 def _versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
-    found = {"python": sys.version.split()[0]}
+    versions = {"python": sys.version.split()[0]}
     for name in ("visionpulse", "torch", "triton", "transformers", "onnxruntime"):
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
     if torch.version.cuda:
-        found["cuda"] = torch.version.cuda
-    return found
+        versions["cuda"] = torch.version.cuda
+    return versions

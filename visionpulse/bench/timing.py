@@ -1,7 +1,7 @@
 """Timing for noisy machines: variants interleaved in one run, caches cold, ratios of bests.
 
 Two numbers taken minutes apart on a shared machine cannot be compared. Here every round runs every
-variant once, in a new random order, and each call is told its turn so that it can rotate buffers.
+variant once, in a new random order, and each call gets the number of its turn, to rotate buffers.
 Where torch has one thread the clock is that thread's CPU time, so that a neighbour who takes the
 core for a while is not counted; with more threads it is the wall clock.
 """

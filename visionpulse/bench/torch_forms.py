@@ -24,7 +24,7 @@ def per_head(q: Tensor, kv: KVCache) -> Tensor:
 
 
 def gathered(q: Tensor, kv: KVCache, kept: Tensor) -> Tensor:
-    """A follower as one writes it in torch: copy the rows at `kept`, int64 [B, n]; then grouped."""
+    """A follower in plain torch: copy the keys at `kept`, int64 [B, n], then `grouped`."""
     if kv.batch == 1:
         k, v = (t.index_select(2, kept[0]) for t in (kv.k, kv.v))
     else:
@@ -36,10 +36,10 @@ def gathered(q: Tensor, kv: KVCache, kept: Tensor) -> Tensor:
 def anchor(
     q: Tensor, kv: KVCache, candidates: Tensor, text: Tensor, kept: int, config: PulseConfig
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The anchor as one writes it in torch: whole logits, softmax twice, `topk`, then a follower.
+    """The anchor in plain torch: whole logits, two softmaxes, `topk`, then a follower.
 
     `candidates` and `text` are the positions of visual and of text tokens, int64 [B, n]; `kept` is
-    a host number, so nothing is read back. Gives the output, the positions attended to, the mass.
+    a host number, so nothing is read back. Returns the output, the attended positions, the mass.
     """
     folded = q.view(q.shape[0], kv.kv_heads, -1, q.shape[2])
     z = torch.matmul(folded, kv.k.transpose(2, 3)).float().flatten(1, 2) * q.shape[2] ** -0.5

@@ -1,9 +1,9 @@
-"""Suggests anchor, tau and bounds for a model from a few dense answers to the user's own inputs.
+"""Anchor, tau and bounds for a model, from a few dense answers to the user's own inputs.
 
 1. The model answers densely, and every layer's attention is observed.
 2. For each layer as the anchor: how much of the attention of the layers after it would be lost, and
-   how many tokens a step needs so that little is. The need of the steps gives the bounds, and the
-   tau is the one whose clamped mass follows that need.
+   how many tokens a step needs to lose little. The bounds come from that need, and tau is the one
+   whose clamped mass follows it best.
 3. The best candidates run through the patch along the dense answers: how often it writes another
    token, and how far its distribution is. The setting that keeps fewest tokens among those that do
    as well as the best is suggested.

@@ -16,7 +16,7 @@ TINY = "tiny"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write a config file that `patch` takes, and say what it rests on."""
+    """Write a config file that `patch` takes, and print its evidence."""
     parser = argparse.ArgumentParser("visionpulse calibrate", description=main.__doc__)
     parser.add_argument("model", help=f"folder or name for from_pretrained, or {TINY!r}")
     parser.add_argument(
@@ -33,16 +33,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--data is needed: a model is calibrated on inputs like those it will serve")
     try:
         model, inputs, options = _tiny(args.count) if args.model == TINY else _loaded(args)
-        found = calibrate(
+        calibration = calibrate(
             model, inputs, start=PRESETS.get(args.start), max_new_tokens=args.tokens,
             tick=progress_bar(), **options,
         )  # fmt: skip
     except (ImportError, OSError, ValueError) as error:
         print(f"visionpulse calibrate: {error}", file=sys.stderr)
         return 1
-    print(f"{found.report()}\n\nwritten: {found.save(args.out)}")
+    print(f"{calibration.report()}\n\nwritten: {calibration.save(args.out)}")
     if args.plot:
-        print(f"drawn: {found.plot(args.plot)}")
+        print(f"drawn: {calibration.plot(args.plot)}")
     return 0
 
 
@@ -67,7 +67,7 @@ def _loaded(args: argparse.Namespace) -> tuple[Any, list[Any], dict[str, Any]]:
 def prompts(
     processor: Any, items: Sequence[Mapping[str, Any]], folder: Path
 ) -> Iterator[Mapping[str, Any]]:
-    """What `generate` takes, of lines of --data; pictures lie beside the file."""
+    """The inputs of `generate` for lines of --data; picture paths are relative to the file."""
     for number, item in enumerate(items, 1):
         if "prompt" not in item or "image" not in item:
             raise ValueError(f"line {number} needs 'image' and 'prompt', got {sorted(item)}")

@@ -40,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with contextlib.ExitStack() as stack:
         stack.callback(torch.set_num_threads, threads)
         session = stack.enter_context(patch(model, args.preset, record=True))
-        _one(model, session, drawn[0], args.preset, args.out)
-        _several(model, session, drawn)
+        _show_one(model, session, drawn[0], args.preset, args.out)
+        _count_right(model, session, drawn)
     print(f"\n{time.monotonic() - begun:.0f} s in all")
     return 0
 
@@ -57,12 +57,12 @@ def _quietly(make: Any) -> Any:
     return make()
 
 
-def _say(model: Any, given: dict[str, Any]) -> list[list[int]]:
-    out = model.generate(**given, do_sample=False, max_new_tokens=MOST_TOKENS)
-    return [tiny.until_end(row) for row in out[:, given["input_ids"].shape[1] :].tolist()]
+def _answer(model: Any, inputs: dict[str, Any]) -> list[list[int]]:
+    out = model.generate(**inputs, do_sample=False, max_new_tokens=MOST_TOKENS)
+    return [tiny.until_end(row) for row in out[:, inputs["input_ids"].shape[1] :].tolist()]
 
 
-def _one(
+def _show_one(
     model: Any,
     session: Session,
     drawn: tuple[trail.Picture, trail.Question],
@@ -71,7 +71,7 @@ def _one(
 ) -> None:
     """Answer one picture both ways, token by token, and write the page."""
     picture, question = drawn
-    given = tiny.inputs_of([drawn])
+    inputs = tiny.inputs_of([drawn])
     n = picture.side**2
     print(f"a picture of {picture.side} x {picture.side} glyphs, {n} visual tokens")
     print(f"question: {' '.join(trail.words(question.prompt))}\n")
@@ -79,11 +79,11 @@ def _one(
     dense: list[int] = []
     for turn in range(ROUNDS):
         with session.paused(), tiny.Clock(model) as clock:
-            (dense,) = _say(model, given)
+            (dense,) = _answer(model, inputs)
         seconds["dense"] += clock.seconds
         session.reset_stats()
         with tiny.Clock(model) as clock:
-            (sparse,) = _say(model, given)
+            (sparse,) = _answer(model, inputs)
         seconds["sparse"] += clock.seconds
         if turn == 0:  # the first steps build what later ones reuse
             seconds = {name: [] for name in seconds}
@@ -92,7 +92,7 @@ def _one(
     kept = np.array([len(row.kept) for row in rows]) / n
     print(f"\nvisual tokens kept: {100 * kept.mean():.2f} % on average, "
           f"{100 * kept.min():.2f} % to {100 * kept.max():.2f} %")  # fmt: skip
-    times = {name: 1e3 * float(np.median(found)) for name, found in seconds.items()}
+    times = {name: 1e3 * float(np.median(taken)) for name, taken in seconds.items()}
     print(
         f"time per step here: dense {times['dense']:.2f} ms, VisionPulse {times['sparse']:.2f} ms, "
         f"ratio {times['dense'] / times['sparse']:.2f}\n"
@@ -114,11 +114,11 @@ def _table(
     """Print both answers; a decode step writes the token after the one it reads."""
     print(f"  {'dense':<9}{'VisionPulse':<13}{'kept of ' + str(n):<13}mass")
     for i in range(max(len(dense), len(sparse))):
-        said = [
+        words = [
             trail.words([tokens[i]])[0] if i < len(tokens) else "" for tokens in (dense, sparse)
         ]
-        mark = " " if i < len(answer) and said == trail.words([answer[i]]) * 2 else "!"
-        line = f"{mark} {said[0]:<9}{said[1]:<13}"
+        mark = " " if i < len(answer) and words == trail.words([answer[i]]) * 2 else "!"
+        line = f"{mark} {words[0]:<9}{words[1]:<13}"
         if i == 0:
             line += "(prefill, dense)"
         elif i <= len(rows) and i < len(sparse):
@@ -129,19 +129,19 @@ def _table(
         print(f"{name}: {'right' if list(tokens) == list(answer) else 'wrong'}")
 
 
-def _several(
+def _count_right(
     model: Any, session: Session, drawn: Sequence[tuple[trail.Picture, trail.Question]]
 ) -> None:
     """Count right answers over many pictures."""
-    given = tiny.inputs_of(drawn)
-    wanted = [question.answer for _, question in drawn]
+    inputs = tiny.inputs_of(drawn)
+    expected = [question.answer for _, question in drawn]
     right = {}
     with session.paused():
-        right["dense"] = _say(model, given)
+        right["dense"] = _answer(model, inputs)
     session.reset_stats()
-    right["VisionPulse"] = _say(model, given)
+    right["VisionPulse"] = _answer(model, inputs)
     counts = {
-        name: sum(said == answer for said, answer in zip(answers, wanted, strict=True))
+        name: sum(a == b for a, b in zip(answers, expected, strict=True))
         for name, answers in right.items()
     }
     print(f"\n{len(drawn)} pictures, answered without a mistake: "

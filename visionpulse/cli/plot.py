@@ -80,5 +80,5 @@ def _tokenizer(name: str | None) -> Any:
         return None
     from transformers import AutoTokenizer
 
-    found: Any = AutoTokenizer
-    return found.from_pretrained(name)
+    tokenizers: Any = AutoTokenizer
+    return tokenizers.from_pretrained(name)

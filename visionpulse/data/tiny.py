@@ -45,8 +45,8 @@ def inputs_of(drawn: Sequence[tuple[trail.Picture, trail.Question]]) -> dict[str
 
 def until_end(tokens: Sequence[int]) -> list[int]:
     """An answer up to its END, with it."""
-    said = list(tokens)
-    return said[: said.index(trail.END) + 1] if trail.END in said else said
+    answer = list(tokens)
+    return answer[: answer.index(trail.END) + 1] if trail.END in answer else answer
 
 
 class Clock:

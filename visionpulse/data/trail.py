@@ -50,12 +50,12 @@ _PAPER, _INK, _NOISE = 0.12, 0.78, 0.10  # of full brightness
 
 def _bitmaps(rng: np.random.Generator, count: int, height: int, width: int, apart: int) -> Floats:
     """Draw `count` random bitmaps that differ in at least `apart` pixels, a third of them set."""
-    found: list[Floats] = []
-    while len(found) < count:
+    glyphs: list[Floats] = []
+    while len(glyphs) < count:
         bits = (rng.random((height, width)) < 0.5).astype(np.float32)
-        if 3 * bits.sum() >= bits.size and all(np.abs(bits - f).sum() >= apart for f in found):
-            found.append(bits)
-    return np.stack(found)
+        if 3 * bits.sum() >= bits.size and all(np.abs(bits - f).sum() >= apart for f in glyphs):
+            glyphs.append(bits)
+    return np.stack(glyphs)
 
 
 _rng = np.random.default_rng(20260531)

@@ -1,7 +1,7 @@
 """Models of lmms-eval, patched: `--model visionpulse_qwen3_vl --model_args pretrained=...,vp_...`.
 
-The entry point `lmms_eval.models` gives `manifests`; the classes are made when lmms-eval asks for
-them by name, as subclasses of its own. Arguments that begin with `vp_` are settings, for example
+The entry point `lmms_eval.models` names `manifests`. Each class subclasses one of lmms-eval's, and
+is made when lmms-eval asks for its name. Arguments that begin with `vp_` are settings, for example
 `vp_preset=5pct`, `vp_tau=0.3`, `vp_ratio=0.05:0.10`; `vp_log` names the file that retention is
 added to after every task. All others go to the harness's class.
 """

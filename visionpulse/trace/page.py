@@ -29,7 +29,7 @@ def write_page(
     """Write the page to `path`; it needs no network and no other file."""
     sequences = [_sequence(row, text_of(tokenizer)) for row in rows]
     shown = {key: about.get(key) for key in ("model", "config", "anchors", "layers")}
-    if str(shown["model"]).startswith("/"):  # a folder: where it lies is nobody's business
+    if str(shown["model"]).startswith("/"):  # a folder: its place on this machine stays private
         shown["model"] = Path(str(shown["model"])).name
     data = {"title": title, "note": note, "about": shown, "sequences": sequences}
     # a closing tag inside a string would end the script

@@ -26,7 +26,7 @@ def plot(
 ) -> Path:
     """Draw one row of a trace to `path` (png, pdf, svg): mass, K, and the kept tokens of `steps`.
 
-    Without `steps`, the steps with the most and the least kept tokens and those between are drawn,
+    Without `steps`, the steps with the most and the least kept tokens and some between are drawn,
     eight at most.
     """
     chosen = _chosen(rows, conversation, row)

@@ -1,4 +1,4 @@
-"""The compiled module: loaded once, at the first use, and the reason kept when it cannot be."""
+"""The compiled module, loaded once at its first use; if that fails, the reason."""
 
 import importlib
 from functools import cache
@@ -14,12 +14,12 @@ def _load() -> tuple[ModuleType | None, str | None]:
 
 
 def failure() -> str | None:
-    """Why the compiled module cannot be used, or None."""
+    """Say why the compiled module cannot be used, or return None."""
     return _load()[1]
 
 
 def module() -> ModuleType:
-    """The compiled module; call only where `failure()` is None."""
+    """Return the compiled module; call only where `failure()` is None."""
     loaded, reason = _load()
     if loaded is None:
         raise ImportError(reason)

@@ -12,6 +12,7 @@ from .tensor_checks import MAX_POSITION, in_range, per_row, same_device, tensor,
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_HEAD_DIM = 256
+MAX_GROUP = 32  # query heads of one KV head
 _LAYOUTS = {"NHD": ("[P, page, G, D]", 2, 1), "HND": ("[P, G, page, D]", 1, 2)}
 
 

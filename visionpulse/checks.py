@@ -10,12 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cache import Cache, KVCache, PagedKVCache
+from .cache import MAX_GROUP, Cache, KVCache, PagedKVCache
 from .selection import Selection
 from .tensor_checks import are_readable, in_range, per_row, same_device, tensor, unit_stride
 from .visual import VisualTokens
-
-MAX_GROUP = 32
 
 
 def query(q: Tensor, kv: Cache) -> None:

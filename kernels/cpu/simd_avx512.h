@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// AVX-512 (F, BW, DQ, VL), and with VP_NATIVE_BF16 the dot product of bfloat16 pairs.
+// AVX-512 (F, BW, DQ, VL), and with VP_NATIVE_BF16 the dot product of bfloat16 pairs. The comments
+// hold for the functions of the same name in every simd file.
 #pragma once
 
 #include <immintrin.h>
@@ -9,8 +10,8 @@
 namespace visionpulse::cpu::VP_ISA {
 
 constexpr int kWidth = 16;      // floats in a register
-constexpr int kDotVecs = 1;     // registers of logits that one dot tile yields
-constexpr int kValueUnits = 2;  // units of 2 * kWidth columns that one value tile accumulates
+constexpr int kDotVecs = 1;     // registers of logits in one dot tile
+constexpr int kValueUnits = 2;  // units of 2 * kWidth columns in one value tile
 
 using Vec = __m512;
 
@@ -36,7 +37,7 @@ VP_INLINE Vec vcopysign(Vec size, Vec sign) {
 VP_INLINE Vec vless(Vec a, Vec b, Vec then, Vec otherwise) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), otherwise, then);
 }
-// p * 2^n, or 0 where x < -126; a NaN stays one.
+// p * 2^n, or 0 where x < -126; a NaN stays NaN.
 VP_INLINE Vec vscale(Vec x, Vec p, Vec n) {
   return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ), p, n);
 }
@@ -44,7 +45,7 @@ VP_INLINE Vec vand_bits(Vec x, const uint32_t* mask) {
   return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(x), _mm512_loadu_si512(mask)));
 }
 
-// Lane i becomes the sum of acc[i], by the same tree for every i: equal rows get equal logits
+// Lane i is the sum of acc[i], by the same tree for every i, so equal keys get equal logits
 // wherever they lie in a tile.
 VP_INLINE Vec vreduce(const Vec* acc) {
   Vec quad[4];
@@ -74,8 +75,8 @@ VP_INLINE Vec vspread_max(Vec x) {
   return x;
 }
 
-// A unit is 2 * kWidth elements. Both halves hold them in an order of the type's own (bfloat16:
-// even elements, then odd ones); q, k and the output accumulators share it.
+// A unit is 2 * kWidth elements in two registers. Their order depends on the type (bfloat16: even
+// elements, then odd ones); q, K and the sums of V share it.
 VP_INLINE void load_unit(const float* p, Vec& a, Vec& b) {
   a = _mm512_loadu_ps(p);
   b = _mm512_loadu_ps(p + 16);
@@ -93,7 +94,7 @@ VP_INLINE void load_unit(const f16* p, Vec& a, Vec& b) {
   b = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 16)));
 }
 
-// The first n elements of a unit, zeros behind; reads no byte past them.
+// The first n elements of a unit, then zeros. Reads no byte past the elements.
 VP_INLINE void load_tail(const float* p, int n, Vec& a, Vec& b) {
   const uint32_t mask = (1u << n) - 1;
   a = _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask & 0xffff), p);
@@ -126,13 +127,13 @@ VP_INLINE Vec dot_pairs(Vec acc, Pairs q, Pairs k) { return _mm512_dpbf16_ps(acc
 VP_INLINE int write_kept(const uint32_t* codes, int n, int32_t base, uint32_t pivot, int& ties,
                          int32_t* out) {
   const __m512i step = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512i want = _mm512_set1_epi32(static_cast<int>(pivot));
+  const __m512i target = _mm512_set1_epi32(static_cast<int>(pivot));
   int written = 0;
   for (int i = 0; i < n; i += 16) {
     const __mmask16 in = static_cast<__mmask16>(n - i >= 16 ? 0xffff : (1u << (n - i)) - 1);
     const __m512i code = _mm512_maskz_loadu_epi32(in, codes + i);
-    uint32_t kept = _mm512_mask_cmpgt_epu32_mask(in, code, want);
-    uint32_t equal = ties > 0 ? _mm512_mask_cmpeq_epu32_mask(in, code, want) : 0;
+    uint32_t kept = _mm512_mask_cmpgt_epu32_mask(in, code, target);
+    uint32_t equal = ties > 0 ? _mm512_mask_cmpeq_epu32_mask(in, code, target) : 0;
     for (; equal != 0 && ties > 0; equal &= equal - 1, --ties) kept |= equal & (0u - equal);
     if (kept == 0) continue;
     const __m512i at = _mm512_add_epi32(step, _mm512_set1_epi32(base + i));
@@ -149,13 +150,13 @@ VP_INLINE int write_kept(const uint32_t* codes, int n, int32_t base, uint32_t pi
 // space for n + 16.
 VP_INLINE int filter_prefix(const uint32_t* codes, int n, int shift, uint32_t prefix,
                             uint32_t* out) {
-  const __m512i want = _mm512_set1_epi32(static_cast<int>(prefix));
+  const __m512i target = _mm512_set1_epi32(static_cast<int>(prefix));
   const __m128i by = _mm_cvtsi32_si128(shift);
   int written = 0;
   for (int i = 0; i < n; i += 16) {
     const __mmask16 in = static_cast<__mmask16>(n - i >= 16 ? 0xffff : (1u << (n - i)) - 1);
     const __m512i code = _mm512_maskz_loadu_epi32(in, codes + i);
-    const __mmask16 equal = _mm512_mask_cmpeq_epi32_mask(in, _mm512_srl_epi32(code, by), want);
+    const __mmask16 equal = _mm512_mask_cmpeq_epi32_mask(in, _mm512_srl_epi32(code, by), target);
     _mm512_storeu_si512(out + written, _mm512_maskz_compress_epi32(equal, code));
     written += __builtin_popcount(equal);
   }

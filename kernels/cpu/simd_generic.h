@@ -31,7 +31,7 @@ VP_INLINE Vec blend(Bits mask, Vec then, Vec otherwise) {
 }
 VP_INLINE Vec vmax_number(Vec x, Vec so_far) { return blend((Bits)(x > so_far), x, so_far); }
 VP_INLINE Vec vround(Vec x) {
-  // adding 1.5 * 2^23 leaves no fraction; exact for |x| < 2^22, and larger exponents vanish anyway
+  // adding 1.5 * 2^23 leaves no fraction. Exact for |x| < 2^22; beyond that vscale gives 0
   const Vec magic = vset(12582912.0f);
   return (x + magic) - magic;
 }
@@ -45,7 +45,7 @@ VP_INLINE Vec vless(Vec a, Vec b, Vec then, Vec otherwise) {
 VP_INLINE Vec vscale(Vec x, Vec p, Vec n) {
   const Vec magic = vset(12582912.0f);
   const Bits power = ((Bits)(n + magic) - (Bits)magic + 127u) << 23;
-  // a product, so that a NaN in p stays one whatever its power came to
+  // a product, so a NaN in p stays NaN whatever the power is
   return (Vec)(~(Bits)(x < vset(-126.0f)) & (Bits)(p * (Vec)power));
 }
 VP_INLINE Vec vand_bits(Vec x, const uint32_t* mask) {
@@ -60,7 +60,7 @@ VP_INLINE Vec vreduce(const Vec* acc) {
   return sums;
 }
 
-// Exact for every half: subnormals and infinities included.
+// Exact for every half, subnormals and infinities included.
 VP_INLINE float half_to_float(uint16_t half) {
   const uint32_t sign = (half & 0x8000u) << 16, rest = half & 0x7fffu;
   const uint32_t exponent = rest >> 10;

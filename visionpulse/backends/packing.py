@@ -6,15 +6,13 @@
 import torch
 from torch import Tensor
 
-from ..cache import Cache
+from ..cache import MAX_GROUP, MAX_HEAD_DIM, Cache
 from ..call import Params
 from ..selection import Selection
 from ..visual import VisualTokens
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SCORES = {"prob": 0, "logit": 1, "prob_tau": 2}
-MAX_HEAD_DIM = 256
-MAX_GROUP = 32
 NO_VISUAL = (0, 0, 0)
 NO_OUT = (0, 0, 0)
 

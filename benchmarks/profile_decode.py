@@ -17,10 +17,10 @@ from pathlib import Path
 
 import profile_table
 import torch
+from profile_ranges import stage
 from shapes import SHAPES, Layers
 
 import visionpulse as vp
-from visionpulse import tracing
 from visionpulse.bench.rows import DTYPES
 from visionpulse.schedule import Role, roles
 
@@ -38,10 +38,10 @@ class Step:
     def __call__(self) -> None:
         selection = None
         common = {"workspace": self.workspace, "backend": self.backend}
-        with tracing.stage("step"):
+        with stage("step"):
             for layer, role in enumerate(self.roles):
                 q, kv = self.layers.at(layer)
-                with tracing.stage(role.value):
+                with stage(role.value):
                     if role is Role.ANCHOR:
                         selection = self.anchor(q, kv, common)
                     elif role is Role.FOLLOWER:
@@ -53,11 +53,11 @@ class Step:
         visual, config = self.layers.visual, self.config
         if self.fused:
             return vp.decode(q, kv, visual, config, **common)[1]
-        with tracing.stage("score"):
+        with stage("score"):
             scores, mass, mean = vp.score(q, kv, visual, config, **common)
-        with tracing.stage("select"):
+        with stage("select"):
             selection = vp.select(scores, mass, visual, config, mass_mean=mean, **common)
-        with tracing.stage("attend"):
+        with stage("attend"):
             vp.attend(q, kv, visual, selection, **common)
         return selection
 
@@ -137,18 +137,14 @@ def main() -> int:
     if options.graph:
         step = as_graph(step)
         step()
-    tracing.enable()
-    try:
-        if options.torch_profiler:
-            recorded(step, device, options.torch_profiler)
-            print(profile_table.table(profile_table.stages(options.torch_profiler)))
-        else:
-            with captured(device):
-                step()
-            if device.type != "cuda":
-                print("no GPU, so nothing was captured: --torch-profiler FILE", file=sys.stderr)
-    finally:
-        tracing.enable(False)
+    if options.torch_profiler:
+        recorded(step, device, options.torch_profiler)
+        print(profile_table.table(profile_table.stages(options.torch_profiler)))
+        return 0
+    with captured(device):
+        step()
+    if device.type != "cuda":
+        print("no GPU, so nothing was captured: --torch-profiler FILE", file=sys.stderr)
     return 0
 
 

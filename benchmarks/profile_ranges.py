@@ -1,14 +1,35 @@
-"""The ranges and kernels of a profile: nsys's sqlite export, or a trace of torch's profiler."""
+"""The ranges around the stages of a step, and a profile read back: its ranges and its kernels.
+
+A profile is nsys's sqlite export, or a trace of torch's profiler.
+"""
 
 import gzip
 import json
 import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import torch
 
 PREFIX = "visionpulse::"
 _SQLITE = b"SQLite format 3\x00"
 _PUSH_POP = 59  # NVTX_EVENTS.eventType of a range that one thread pushed and popped
+
+
+@contextmanager
+def stage(name: str) -> Iterator[None]:
+    """A range named `visionpulse::<name>` in a torch profile, and in NVTX where CUDA runs.
+
+    Both, because torch's profiler does not see NVTX, nor nsys what torch records.
+    """
+    with torch.profiler.record_function(PREFIX + name):
+        if not torch.cuda.is_available():
+            yield
+            return
+        with torch.cuda.nvtx.range(PREFIX + name):
+            yield
 
 
 class Range(NamedTuple):

@@ -15,7 +15,6 @@ RECORDS = {"cache", "call", "selection", "visual", "workspace"}
 ALLOWED = {
     "budgets": set(),
     "workspace": set(),
-    "tracing": set(),
     "_native": set(),
     "tensor_checks": set(),
     "cache": {"tensor_checks"},
@@ -34,13 +33,13 @@ ALLOWED = {
     "backends.triton": {"backends", "_triton", *RECORDS},
     "library": {"backends", *RECORDS},
     "ops": {
-        "backends", "budgets", "checks", "config", "library", "tensor_checks", "tracing", *RECORDS
+        "backends", "budgets", "checks", "config", "library", "tensor_checks", *RECORDS
     },
     "prepared": {"backends", "config", "ops", *RECORDS},
     "figures": set(),
     "trace": {"figures", *RECORDS},
     "models": {
-        "backends", "config", "ops", "prepared", "schedule", "trace.record", "tracing", *RECORDS
+        "backends", "config", "ops", "prepared", "schedule", "trace.record", *RECORDS
     },
     "data": set(),
     "calibration": {"config", "figures", "models", "ops", *RECORDS},

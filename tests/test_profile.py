@@ -7,9 +7,9 @@ import sqlite3
 import profile_table as profile
 import pytest
 import torch
+from profile_ranges import stage
 
 import visionpulse as vp
-from visionpulse import tracing
 from visionpulse.testing.draw import Draws
 
 PID, TID = 77, 5
@@ -158,14 +158,10 @@ def test_a_trace_of_torch_on_the_cpu_has_the_stages(tmp_path):
     draws = Draws(0)
     kv = vp.KVCache(draws.normal(1, 2, 64, 16), draws.normal(1, 2, 64, 16))
     visual, q = vp.VisualTokens.from_spans([[(4, 50)]]), draws.normal(1, 4, 16)
-    tracing.enable()
-    try:
-        with torch.profiler.profile() as recorded, tracing.stage("step"):
-            for _ in range(3):
-                with tracing.stage("anchor"):
-                    vp.decode(q, kv, visual, backend="reference")
-    finally:
-        tracing.enable(False)
+    with torch.profiler.profile() as recorded, stage("step"):
+        for _ in range(3):
+            with stage("anchor"):
+                vp.decode(q, kv, visual, backend="reference")
     recorded.export_chrome_trace(str(tmp_path / "c.json"))
     lines = by_name(profile.stages(tmp_path / "c.json"))
     assert lines["anchor"].calls == 3 and lines["step"].calls == 1

@@ -297,6 +297,15 @@ BUGS = {
         what="choices",
         gpu=HALF_GPU,
     ),
+    "merge-that-skips-the-remainder": Bug(
+        (Edit(MERGE, "if (done >= count) return;", "if (done >= 0) return;"),), ""
+    ),
+    "merge-that-joins-a-part-twice": Bug(
+        (Edit(MERGE, "done += kFlight) {", "done += kFlight - 1) {"),), "", gpu=HALF_GPU
+    ),
+    "merge-that-counts-surplus-loads": Bug(
+        (Edit(MERGE, "to = counts ? to + x * weight : to;", "to += x * weight;"),), ""
+    ),
     "global-histogram-of-a-neighbour": Bug(
         (Edit(SELECT, "all[rank * kSelectBins + i]", "all[i]"),), "", what="choices", gpu=HALF_GPU
     ),

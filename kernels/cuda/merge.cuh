@@ -13,6 +13,26 @@ VP_DEVICE float part_factor(float m, float top, float inverse_tau) {
   return fast_exp2(rescale_exponent(m, top) * inverse_tau);
 }
 
+// Calls `use(i, load(i), true)` for 0 <= i < count in ascending order, with kFlight loads under way
+// at a time: the order of the uses, and so the bits of a sum, are those of a plain loop. Nothing
+// here may branch between two loads: the compiler would move the later one down to its use, one
+// trip to L2 each. So the remainder repeats the last load, and its surplus uses get `false`.
+constexpr int kFlight = 8;
+
+template <class Load, class Use>
+VP_DEVICE void load_ahead(int count, Load load, Use use) {
+  decltype(load(0)) value[kFlight];
+  int done = 0;
+  VP_UNROLL_1 for (; done + kFlight <= count; done += kFlight) {
+    VP_UNROLL for (int u = 0; u < kFlight; ++u) value[u] = load(done + u);
+    VP_UNROLL for (int u = 0; u < kFlight; ++u) use(done + u, value[u], true);
+  }
+  if (done >= count) return;
+  const auto at = [&](int u) { return done + u < count ? done + u : count - 1; };
+  VP_UNROLL for (int u = 0; u < kFlight - 1; ++u) value[u] = load(at(u));
+  VP_UNROLL for (int u = 0; u < kFlight - 1; ++u) use(at(u), value[u], done + u < count);
+}
+
 struct Joined {
   float m, l, l_tau, l_visual;
 };
@@ -68,10 +88,14 @@ template <class T, int D, bool kScore>
 VP_DEVICE void merge_splits(const StreamArgs& args, const Share& share, int rows, float* shared) {
   const int64_t first = place_of(share) * args.max_splits;
   const int stride = rows * kPartStats;
-  // all statistics at once: one by one each would be a trip to memory
-  for (int i = threadIdx.x; i < share.splits * stride; i += blockDim.x) {
-    shared[i] = load_fresh(args.part_stats + first * stride + i);
-  }
+  static_assert(kPartStats == 4, "one float4 is the state of one head");
+  const auto* stats = reinterpret_cast<const float4*>(args.part_stats + first * stride);
+  auto* held = reinterpret_cast<float4*>(shared);
+  const int own = threadIdx.x, heads = share.splits * rows, threads = blockDim.x;
+  load_ahead(
+      own < heads ? (heads - own + threads - 1) / threads : 0,
+      [&](int i) { return load_fresh(stats + own + i * threads); },
+      [&](int i, float4 one, bool) { held[own + i * threads] = one; });
   __syncthreads();
   if (kScore && static_cast<int>(threadIdx.x) < args.group) {
     const int row = threadIdx.x;
@@ -92,16 +116,28 @@ VP_DEVICE void merge_splits(const StreamArgs& args, const Share& share, int rows
     }
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < args.group * D; i += blockDim.x) {
-    const int row = i / D;
-    const float* from = args.part_out + (first * rows + row) * D + i % D;
-    float sum = 0.0f;
-#pragma unroll 8
-    for (int s = 0; s < share.splits; ++s) {
-      sum += load_fresh(from + static_cast<int64_t>(s) * rows * D) *
-             shared[s * stride + row * kPartStats + 1];
-    }
-    write_output<T>(args, share, row, i % D, sum, l[row]);
+  // Four columns a thread: the wider the load, the fewer trips to L2.
+  constexpr int kWide = 4, kColumns = D / kWide;
+  for (int i = threadIdx.x; i < args.group * kColumns; i += blockDim.x) {
+    const int row = i / kColumns, d = i % kColumns * kWide;
+    const float* from = args.part_out + (first * rows + row) * D + d;
+    const float* weights = shared + row * kPartStats + 1;
+    float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
+    load_ahead(
+        share.splits,
+        [&](int s) {
+          return load_fresh(
+              reinterpret_cast<const float4*>(from + static_cast<int64_t>(s) * rows * D));
+        },
+        [&](int s, float4 part, bool counts) {
+          const float weight = weights[s * stride];
+          const auto add = [&](float& to, float x) { to = counts ? to + x * weight : to; };
+          add(sum.x, part.x), add(sum.y, part.y), add(sum.z, part.z), add(sum.w, part.w);
+        });
+    write_output<T>(args, share, row, d, sum.x, l[row]);
+    write_output<T>(args, share, row, d + 1, sum.y, l[row]);
+    write_output<T>(args, share, row, d + 2, sum.z, l[row]);
+    write_output<T>(args, share, row, d + 3, sum.w, l[row]);
   }
 }
 

@@ -133,6 +133,16 @@ def test_select_keeps_its_keys_where_they_fit(engine, chip):
         assert fits or chip[2] - plan["shared_bytes"] < 64
 
 
+@pytest.mark.parametrize("chip", ("h200", "b200", "rtx5090"))
+def test_older_code_gets_nothing_that_it_lacks(engine, chip):
+    """A build for sm_80 alone, which the driver compiles for the chip at hand."""
+    facts, (auto, plain, bulk) = (*CHIPS[chip], 80), range(3)
+    assert not engine.plan_select(facts, 131072)["cluster"]
+    assert not engine.bulk_copies(facts, auto) and not engine.bulk_copies(facts, plain)
+    with pytest.raises(ValueError, match=r"this GPU has .* kernels built for 8\.0"):
+        engine.bulk_copies(facts, bulk)
+
+
 def test_a_head_dim_without_kernel_is_refused_by_name(engine):
     with pytest.raises(ValueError, match="head dim 257"):
         engine.plan(False, CHIPS["h200"], shape(head_dim=257), True, True)

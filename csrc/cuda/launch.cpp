@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "csrc/cuda/launch.h"
 
+#include <algorithm>
 #include <map>
 #include <mutex>
 #include <utility>
@@ -23,6 +24,11 @@ int attribute(cudaDeviceAttr which, int32_t device) {
   int value = 0;
   check("cudaDeviceGetAttribute", cudaDeviceGetAttribute(&value, which, device));
   return value;
+}
+
+int32_t capability_of(int32_t device) {
+  return attribute(cudaDevAttrComputeCapabilityMajor, device) * 10 +
+         attribute(cudaDevAttrComputeCapabilityMinor, device);
 }
 
 // Names the calls inside for a profiler that looks; nothing where the toolkit came without NVTX.
@@ -71,7 +77,7 @@ std::string unavailable(int32_t device) try {
   error = cudaFuncGetAttributes(&attributes, rank_kernel());
   if (error == cudaSuccess) return "";
   cudaGetLastError();
-  const int32_t capability = chip_of(device).capability;
+  const int32_t capability = capability_of(device);
   return "the kernels do not load on this GPU of compute capability " +
          std::to_string(capability / 10) + "." + std::to_string(capability % 10) + " (" +
          cudaGetErrorString(error) +
@@ -86,8 +92,11 @@ const Chip& chip_of(int32_t device) {
   const auto found = chips.find(device);
   if (found != chips.end()) return found->second;
   Chip chip = {};
-  chip.capability = attribute(cudaDevAttrComputeCapabilityMajor, device) * 10 +
-                    attribute(cudaDevAttrComputeCapabilityMinor, device);
+  chip.capability = capability_of(device);
+  // All kernels are built for the same list; this one is empty where its code has no clusters.
+  cudaFuncAttributes loaded = {};
+  check("cudaFuncGetAttributes", cudaFuncGetAttributes(&loaded, select_kernel(true)));
+  chip.code = std::min(chip.capability, loaded.ptxVersion);
   chip.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device);
   chip.shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   return chips.emplace(device, chip).first->second;

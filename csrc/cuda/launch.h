@@ -20,6 +20,7 @@ struct CudaError : std::runtime_error {
 // Why no kernel can run on `device`, or an empty string.
 std::string unavailable(int32_t device);
 
+// The device must be the current one.
 const Chip& chip_of(int32_t device);
 
 // Makes a device current for the calls of one op.

@@ -74,11 +74,14 @@ void fit(StreamPlan& plan, const Memory& memory, const Chip& chip) {
 
 // By default on the chips with HBM: sm_120 was seen to bring tiles from L2 faster without it.
 bool bulk_copies(const Chip& chip, Copies wish) {
-  const bool able = chip.capability >= 90;
+  const bool able = chip.bulk_copies();
   if (wish == Copies::kBulk && !able) {
+    const auto version = [](int32_t of) {
+      return std::to_string(of / 10) + "." + std::to_string(of % 10);
+    };
     throw std::invalid_argument("bulk copies need compute capability 9.0, this GPU has " +
-                                std::to_string(chip.capability / 10) + "." +
-                                std::to_string(chip.capability % 10) + "; ask for auto or async");
+                                version(chip.capability) + " and runs kernels built for " +
+                                version(chip.code) + "; ask for auto or async");
   }
   return wish == Copies::kAuto ? able && chip.capability < 120 : wish == Copies::kBulk;
 }

@@ -11,10 +11,14 @@ namespace visionpulse::cuda {
 // What a plan needs to know of a GPU.
 struct Chip {
   int32_t capability;  // 90 for compute capability 9.0
+  // The architecture that the loaded kernels were compiled for: below `capability` where an older
+  // build runs through its PTX. What needs code, and not the device alone, goes by it.
+  int32_t code;
   int32_t multiprocessors;
   int32_t shared_bytes;  // that one block may ask for
-  bool clusters() const { return capability >= 90; }
-  bool dependent_launch() const { return capability >= 90; }
+  bool clusters() const { return code >= 90; }
+  bool dependent_launch() const { return code >= 90; }
+  bool bulk_copies() const { return code >= 90; }
 };
 
 // How tiles reach shared memory, where a caller insists on one way.

@@ -104,13 +104,19 @@ def _touched(source: str, edits: tuple[Edit, ...]) -> bool:
 
 
 def _objects(
-    folder: Path, sources: tuple[str, ...], extra: tuple[str, ...], roots: tuple[Path, ...]
+    folder: Path,
+    sources: tuple[str, ...],
+    extra: tuple[str, ...],
+    roots: tuple[Path, ...],
+    of_kernels: tuple[str, ...] = (),
 ) -> list[Path]:
+    """One object a source; `of_kernels` are options that host code must not see."""
     folder.mkdir(parents=True, exist_ok=True)
     targets = [folder / (Path(source).name + ".o") for source in sources]
     missing = [(s, t) for s, t in zip(sources, targets, strict=True) if not t.exists()]
     with ThreadPoolExecutor(2) as pool:
-        for job in [pool.submit(_compile, s, t, extra, roots) for s, t in missing]:
+        options = {s: (*of_kernels, *extra) if s in KERNELS else extra for s in sources}
+        for job in [pool.submit(_compile, s, t, options[s], roots) for s, t in missing]:
             job.result()
     return targets
 
@@ -130,19 +136,25 @@ def _prelude(folder: Path, mode: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def build(
-    asan: bool = False, edits: tuple[Edit, ...] = (), kernels: tuple[str, ...] | None = None
+    asan: bool = False,
+    edits: tuple[Edit, ...] = (),
+    kernels: tuple[str, ...] | None = None,
+    arch: str = "",
 ) -> Path:
     """The module `_cusim`, of those rows of entries.cuh alone that `kernels` names.
 
-    What `edits` reach is compiled anew; the rest is that of the build without edits.
+    What `edits` reach is compiled anew; the rest is that of the build without edits. With `arch`
+    the kernels are what nvcc makes of them for that architecture.
     """
-    mode = ASAN if asan else ()
-    sources, place = _sources(), ROOT / "build" / "cusim"
-    whole = place / _digest(sources, "objects", *mode)
-    bindings = place / _digest(sources, "objects")
     rows = " ".join(f"X({row})" for row in kernels or ())
+    few = (f"-DVP_STREAM_KERNELS(X)={rows}",) if kernels else ()
+    mode = ASAN if asan else ()
+    code = (f"-D__CUDA_ARCH__={arch}0", "-include", PRELUDE[0], *few) if arch else ()
+    sources, place = _sources(), ROOT / "build" / "cusim"
+    whole = place / _digest(sources, "objects", *mode, *code)
+    bindings = place / _digest(sources, "objects")
     part = edits or kernels
-    folder = place / _digest(sources, *mode, rows, *map(repr, edits)) if part else whole
+    folder = place / _digest(sources, *mode, *code, rows, *map(repr, edits)) if part else whole
     module = folder / "_cusim.so"
     if module.exists():
         return module
@@ -153,10 +165,9 @@ def build(
     objects = []
     if changed:
         roots = (_overlay(folder / "overlay", edits), ROOT)
-        extra = (*mode, f"-DVP_STREAM_KERNELS(X)={rows}") if kernels else mode
         # first: of a function that two objects have, the linker takes the first
-        objects += _objects(folder, changed, (*extra, *_prelude(whole, mode)), roots)
-    objects += _objects(whole, tuple(s for s in every if s not in changed), mode, (ROOT,))
+        objects += _objects(folder, changed, (*mode, *few), roots, (*code, *_prelude(whole, mode)))
+    objects += _objects(whole, tuple(s for s in every if s not in changed), mode, (ROOT,), code)
     objects += _objects(bindings, (BINDINGS,), ("-O0",), (ROOT,))
     partial = folder / f"partial.{uuid4()}.so"
     link = [os.environ.get("CXX", "g++"), "-shared", *mode]

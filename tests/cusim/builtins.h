@@ -4,6 +4,13 @@
 
 #include "cusim.h"
 
+#if defined(__CUDA_ARCH__)
+namespace {
+[[maybe_unused]] const bool cusim_compiled = (cusim::compiled_for = __CUDA_ARCH__ / 10, true);
+}
+inline uint32_t __float_as_uint(float x) { return __builtin_bit_cast(uint32_t, x); }
+#endif
+
 #define __global__
 #define __device__
 #define __host__

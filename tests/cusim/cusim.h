@@ -108,6 +108,11 @@ struct Block {
   std::map<void*, LandingState> landings;
 };
 
+// What the kernels of this module were compiled for, as __CUDA_ARCH__ says; 0: for whatever GPU is
+// plugged in, with all that it has.
+inline int compiled_for = 0;
+inline int code_of(int capability) { return compiled_for ? compiled_for : capability; }
+
 struct Settings {
   unsigned seed = 1;
   bool early = false;  // when asynchronous copies land

@@ -10,6 +10,16 @@
 
 namespace py = pybind11;
 
+namespace {
+
+// (compute capability, multiprocessors, shared bytes of a block, and what the kernels were compiled
+// for where that is older)
+visionpulse::cuda::Chip chip_of(const std::vector<int>& of) {
+  return {of.at(0), of.size() > 3 ? of[3] : of.at(0), of.at(1), of.at(2)};
+}
+
+}  // namespace
+
 PYBIND11_MODULE(_cusim, m) {
   m.attr("has_cuda") = true;
   visionpulse::cuda::register_cuda(m);
@@ -25,14 +35,14 @@ PYBIND11_MODULE(_cusim, m) {
   // Names of the ranges since the last call.
   m.def("ranges", [] { return std::exchange(cusim::ranges, {}); });
   // The plan of a stage on a chip, for tests of the host functions.
-  m.def("plan", [](bool score, const std::array<int, 3>& chip, const std::array<int, 6>& shape,
+  m.def("plan", [](bool score, const std::vector<int>& chip, const std::array<int, 6>& shape,
                    bool keys, bool values) {
     using namespace visionpulse::cuda;
     const auto stage = score ? Stage::kScore : Stage::kAttend;
     const auto dtype = static_cast<visionpulse::DType>(shape[0]);
     const StreamPlan plan =
-        plan_stream(stage, {chip[0], chip[1], chip[2]},
-                    {dtype, shape[1], shape[2], shape[3], shape[4], shape[5]}, {keys, values});
+        plan_stream(stage, chip_of(chip), {dtype, shape[1], shape[2], shape[3], shape[4], shape[5]},
+                    {keys, values});
     py::dict of;
     of["kernel"] = std::string(plan.kernel->name);
     of["row_tile"] = plan.kernel->row_tile;
@@ -50,8 +60,8 @@ PYBIND11_MODULE(_cusim, m) {
     const visionpulse::SplitRule rule = {of[0], of[1], 1 << 30, of[2]};
     return visionpulse::split_count(keys, visionpulse::split_length(rule, keys, blocks));
   });
-  m.def("plan_select", [](const std::array<int, 3>& chip, int candidates) {
-    const auto plan = visionpulse::cuda::plan_select({chip[0], chip[1], chip[2]}, candidates);
+  m.def("plan_select", [](const std::vector<int>& chip, int candidates) {
+    const auto plan = visionpulse::cuda::plan_select(chip_of(chip), candidates);
     py::dict of;
     of["cluster"] = plan.cluster;
     of["blocks"] = plan.blocks;
@@ -61,9 +71,9 @@ PYBIND11_MODULE(_cusim, m) {
     of["bins"] = plan.bins;
     return of;
   });
-  m.def("bulk_copies", [](const std::array<int, 3>& chip, int wish) {
+  m.def("bulk_copies", [](const std::vector<int>& chip, int wish) {
     using namespace visionpulse::cuda;
-    return bulk_copies({chip[0], chip[1], chip[2]}, static_cast<Copies>(wish));
+    return bulk_copies(chip_of(chip), static_cast<Copies>(wish));
   });
   m.def("plug_in", [](int capability, int multiprocessors, int shared_bytes) {
     cusim::gpu = {capability, multiprocessors, shared_bytes};

@@ -205,6 +205,7 @@ class Bug:
 
 
 WAIT = "copy_wait_for(args.stages - 1);"
+FIRST = "  __syncthreads();\n  if (threadIdx.x == 0) {"
 LANDED = "if (kBulk && args.bulk) landing_wait(landings + stage, phase);\n      meet();"
 BUGS = {
     "missing-barrier-after-wait": Bug(
@@ -308,6 +309,22 @@ BUGS = {
         what="choices",
         gpu=HALF_GPU,
     ),
+    "arrival-before-the-block-is-done": Bug(
+        (Edit(LAST, FIRST, FIRST.removeprefix("  __syncthreads();\n")),),
+        "no barrier of the block beside its arrival",
+    ),
+    "arrival-before-its-fence": Bug(
+        (Edit(LAST, "memory_fence();\n    *flag", "*flag"),), "no fence between the barrier"
+    ),
+    "takes-over-without-a-fence": Bug(
+        (Edit(LAST, "blocks - 1;\n    memory_fence();", "blocks - 1;"),),
+        "no fence between an arrival",
+    ),
+    "fence-before-the-block-is-done": Bug(
+        (Edit(LAST, FIRST, "  memory_fence();\n" + FIRST),
+         Edit(LAST, "    memory_fence();\n    *flag", "    *flag")),
+        "no fence between the barrier",
+    ),
     "early-launch-that-the-code-does-not-know": Bug(
         (Edit(LAUNCH, "std::min(chip.capability, loaded.ptxVersion)", "chip.capability"),),
         "an early launch",
@@ -326,7 +343,7 @@ BUGS = {
         (Edit(MERGE, "done += kFlight) {", "done += kFlight - 1) {"),), "", gpu=HALF_GPU
     ),
     "merge-that-counts-surplus-loads": Bug(
-        (Edit(MERGE, "to = counts ? to + x * weight : to;", "to += x * weight;"),), ""
+        (Edit(MERGE, "value[u], done + u < count);", "value[u], true);"),), ""
     ),
     "global-histogram-of-a-neighbour": Bug(
         (Edit(SELECT, "all[rank * kSelectBins + i]", "all[i]"),), "", what="choices", gpu=HALF_GPU

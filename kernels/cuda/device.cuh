@@ -145,7 +145,8 @@ template <class T>
 VP_DEVICE T load_fresh(const T* at) {
   return __ldcg(at);
 }
-VP_DEVICE void memory_fence() { __threadfence(); }
+// Orders what this thread has seen, and so what it met at a barrier, for the whole GPU.
+VP_DEVICE void memory_fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 // Meets the other warps of a team, `threads` in all; teams of a block have numbers of their own,
 // from 1 on: 0 is __syncthreads.
 VP_DEVICE void team_barrier(int32_t number, int32_t threads) {
@@ -156,7 +157,7 @@ template <class T>
 VP_DEVICE T load_fresh(const T* at) {
   return *at;
 }
-VP_DEVICE void memory_fence() {}
+VP_DEVICE void memory_fence() { cusim::memory_fence(); }
 VP_DEVICE void team_barrier(int32_t number, int32_t threads, cusim::Place place = CUSIM_HERE) {
   cusim::named_barrier(number, threads, place);
 }

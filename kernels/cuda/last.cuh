@@ -9,13 +9,17 @@ namespace visionpulse::cuda {
 // True in all threads of the block that comes last of `blocks`: what the others wrote before is
 // there for it. The counter wraps to 0, ready for the next launch. `flag` is shared memory.
 VP_DEVICE bool came_last(uint32_t* counter, uint32_t blocks, uint32_t* flag) {
-  memory_fence();
   __syncthreads();
-  if (threadIdx.x == 0) *flag = atomicInc(counter, blocks - 1) == blocks - 1;
+  if (threadIdx.x == 0) {
+    // One thread's fences are enough, since a barrier hands on what they order: the first makes the
+    // writes of the block visible before its arrival, the second its reads newer than all arrivals.
+    memory_fence();
+    *flag = atomicInc(counter, blocks - 1) == blocks - 1;
+    memory_fence();
+  }
   __syncthreads();
   const bool mine = *flag != 0;
   __syncthreads();  // the flag's memory may be used anew
-  memory_fence();
   return mine;
 }
 

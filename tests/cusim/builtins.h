@@ -74,9 +74,9 @@ T atomicAdd(T* at, T value) {
   *at = before + value;
   return before;
 }
-inline unsigned atomicInc(unsigned* at, unsigned last) {
+inline unsigned atomicInc(unsigned* at, unsigned last, cusim::Place place = CUSIM_HERE) {
+  cusim::arrive(place);
   const unsigned before = *at;
   *at = before >= last ? 0 : before + 1;
   return before;
 }
-inline void __threadfence() {}

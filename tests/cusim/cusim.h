@@ -85,7 +85,10 @@ struct Thread {
   Place place{};
   std::vector<Copy> open;
   std::vector<std::vector<Copy>> groups;
-  bool fenced = false;  // for the copy engine
+  bool fenced = false;    // for the copy engine
+  bool released = false;  // fenced since its last barrier of the block
+  Place barrier{};        // the last one of the block
+  bool stale = false;     // has counted its block, and not fenced since
 };
 
 // A barrier of some threads of a block, by its number.
@@ -192,7 +195,26 @@ inline void wake_warps(const std::vector<Thread*>& threads) {
   }
 }
 
+// Counts the block of this thread among those that are done. Memory here is in order, a GPU's is
+// not. So the form is checked: a barrier that ends the writes of the block, a fence that orders
+// them, the count, a fence that orders the reads of the block, a barrier.
+inline void arrive(Place place) {
+  Thread& me = *machine.current;
+  if (me.barrier.file == nullptr || !same_text(me.barrier.file, place.file)) {
+    fail("no barrier of the block beside its arrival", place);
+  }
+  if (!me.released) fail("no fence between the barrier of the block and its arrival", place);
+  me.stale = true;
+}
+inline void memory_fence() {
+  machine.current->released = true;
+  machine.current->stale = false;
+}
+
 inline void block_barrier(Place place) {
+  if (machine.current->stale) fail("no fence between an arrival and the barrier", place);
+  machine.current->released = false;
+  machine.current->barrier = place;
   Block& block = *machine.current->block;
   if (block.live != block.threads.size()) fail("barrier after a thread of the block left", place);
   if (block.at_barrier > 0 && !(block.barrier == place)) {

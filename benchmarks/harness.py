@@ -19,6 +19,7 @@ from visionpulse.bench.ceilings import Ceilings, Limits
 from visionpulse.bench.progress import progress_bar
 from visionpulse.bench.rows import DTYPES, Machine, Row
 from visionpulse.bench.timing import Times, interleaved
+from visionpulse.call import Call
 
 Variant = Callable[[int], object]
 # On a GPU the L2 cache is overwritten before each call: two sets of inputs show what many would,
@@ -65,11 +66,11 @@ class Bench:
     def backends(self, q: Tensor, kv: vp.KVCache, visual: vp.VisualTokens) -> Iterator[str]:
         """Our backends that serve these tensors; the reference has no speed to measure."""
         wanted = [name for name in self.options.backends.split(",") if name]
-        params = vp.ops.numbers(q, None, None, None)
+        call = Call(q, kv, vp.ops.numbers(q, None, None, None), visual)
         for name in wanted or names():
             backend = get(name)
             away = self.device.type not in (backend.auto_devices or ())
-            reason = backend.unavailable() or backend.refuses(q, kv, visual, params)
+            reason = backend.unavailable() or backend.refuses(call)
             if name in wanted and reason:
                 raise SystemExit(f"backend {name} cannot run here: {reason}")
             if name in wanted or not (away or reason):

@@ -20,7 +20,7 @@ ALLOWED = {
     "cache": {"tensor_checks"},
     "visual": {"tensor_checks"},
     "selection": set(),
-    "call": set(),
+    "call": {"cache", "selection", "visual", "workspace"},
     "checks": {"cache", "selection", "tensor_checks", "visual"},
     "config": {"budgets"},
     "schedule": {"config"},
@@ -28,18 +28,19 @@ ALLOWED = {
     "backends": {"config", *RECORDS},
     "backends.reference": {"backends", "reference", *RECORDS},
     "backends.packing": {*RECORDS},
-    "backends.cpu": {"backends", "backends.packing", "_native", *RECORDS},
-    "backends.cuda": {"backends", "backends.packing", "_native", *RECORDS},
+    "backends.native": {"backends", "backends.packing", *RECORDS},
+    "backends.cpu": {"backends.native", "backends.packing", "_native", *RECORDS},
+    "backends.cuda": {"backends.native", "backends.packing", "_native", *RECORDS},
     "backends.triton": {"backends", "_triton", *RECORDS},
-    "library": {"backends", *RECORDS},
+    "torch_ops": {"backends", *RECORDS},
     "ops": {
-        "backends", "budgets", "checks", "config", "library", "tensor_checks", *RECORDS
+        "backends", "budgets", "checks", "config", "tensor_checks", "torch_ops", *RECORDS
     },
-    "prepared": {"backends", "config", "ops", *RECORDS},
+    "layer_ops": {"backends", "config", "ops", *RECORDS},
     "figures": set(),
     "trace": {"figures", *RECORDS},
     "models": {
-        "backends", "config", "ops", "prepared", "schedule", "trace.record", *RECORDS
+        "backends", "config", "layer_ops", "ops", "schedule", "trace.record", *RECORDS
     },
     "data": set(),
     "calibration": {"config", "figures", "models", "ops", *RECORDS},
@@ -157,7 +158,10 @@ def test_no_file_is_longer_than_a_room():
 
 BANNED = (
     # nothing in a decode step reads the device
-    (r"\.(item|tolist|cpu|numpy)\(", ("ops.py", "library.py", "backends/", "models/attention.py")),
+    (
+        r"\.(item|tolist|cpu|numpy)\(",
+        ("ops.py", "torch_ops.py", "backends/", "models/attention.py"),
+    ),
     (r"\bprint\(", ("",)),
     (r"\bexcept\s*:", ("",)),
 )

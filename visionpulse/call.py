@@ -1,8 +1,15 @@
-"""What one call of an op asks for, resolved from a config and the arguments."""
+"""What a backend method takes: one record for score, attend and decode, one for select."""
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+from .cache import Cache
+from .selection import Selection
+from .visual import VisualTokens
+from .workspace import Workspace
+from .workspace import default as default_workspace
 
 
 class Params(NamedTuple):
@@ -20,3 +27,76 @@ class Params(NamedTuple):
     k_max: int = 1
     ratio: Tensor | None = None  # float32 [B], stands in for the mass
     wanted: Tensor | None = None  # int32 [B], stands in for the whole budget
+
+
+class Scored(NamedTuple):
+    """What select takes: the results of score, and what cuts the candidates."""
+
+    scores: Tensor  # [B, N], contiguous; -inf where there is no candidate
+    mass: Tensor  # [B], the largest of the heads
+    mass_mean: Tensor  # [B]
+    visual: VisualTokens
+    params: Params
+    starts: Tensor | None = None  # int32 [B]
+    lengths: Tensor | None = None  # int32 [B]
+    workspace: Workspace | None = None
+
+    @property
+    def scratch(self) -> Workspace:
+        """The scratch memory of the call."""
+        return self.workspace or default_workspace(self.scores.device)
+
+
+class Call(NamedTuple):
+    """What score, attend and decode take. The caller has checked that its parts fit."""
+
+    q: Tensor  # [B, H, D]
+    kv: Cache
+    params: Params
+    visual: VisualTokens | None = None  # attend may do without
+    selection: Selection | None = None  # None attends to all visible keys
+    out: Tensor | None = None  # filled with the output, [B, H, D]; None is a new tensor
+    scores: Tensor | None = None  # filled with the scores, [B, N]
+    workspace: Workspace | None = None  # None is the one of this thread and stream
+
+    @property
+    def scratch(self) -> Workspace:
+        """The scratch memory of the call."""
+        return self.workspace or default_workspace(self.q.device)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether an anchor's output comes from all visible keys."""
+        return self.params.anchor_output == "dense"
+
+    @property
+    def visual_set(self) -> VisualTokens:
+        """The visual set of a call that scores."""
+        assert self.visual is not None
+        return self.visual
+
+    def new_out(self) -> Tensor:
+        """Where the output goes: the caller's tensor, or a new one."""
+        if self.out is not None:
+            return self.out
+        return torch.empty(self.q.shape, dtype=self.q.dtype, device=self.q.device)
+
+    def new_scores(self) -> Tensor:
+        """Where the scores go: the caller's tensor, or a new one."""
+        if self.scores is not None:
+            return self.scores
+        shape = (self.kv.batch, self.kv.capacity)
+        return torch.empty(shape, dtype=score_dtype(self.q), device=self.q.device)
+
+    def scored(self, scores: Tensor, mass: Tensor, mass_mean: Tensor) -> Scored:
+        """What select takes after this call."""
+        kv = self.kv
+        return Scored(
+            scores, mass, mass_mean, self.visual_set, self.params, kv.starts, kv.lengths,
+            self.workspace,
+        )  # fmt: skip
+
+
+def score_dtype(q: Tensor) -> torch.dtype:
+    """The dtype of scores and masses: float32, but float64 for float64 inputs."""
+    return torch.float64 if q.dtype == torch.float64 else torch.float32

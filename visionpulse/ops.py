@@ -1,27 +1,21 @@
-"""The functional ops: check, choose a backend, run it. Tensors in, tensors out.
-
-In eager mode a call goes straight to its backend. While torch compiles, it goes through
-`torch.ops.visionpulse`, which library.py defines.
-"""
+"""The functional ops: check, make a `Call`, hand it to a backend. Tensors in, tensors out."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import budgets, checks, library
-from .backends import Against, Backend, Choice, choice, mass_dtype, resolve
+from . import budgets, checks
+from .backends import Against, Backend, Choice, choice, resolve
 from .cache import Cache
-from .call import Params
+from .call import Call, Params, Scored
 from .config import PulseConfig
 from .config import resolve as resolve_config
 from .selection import Selection
 from .tensor_checks import are_readable
+from .torch_ops import Compiled
 from .visual import VisualTokens
 from .workspace import Workspace
-from .workspace import default as default_workspace
-
-compiling = torch.compiler.is_compiling
 
 
 def decode(
@@ -57,19 +51,11 @@ def decode(
     checks.scores_buffer(scores, kv.batch, kv.capacity, q)
     params = numbers(q, scale, softcap, window)
     params, policy = budget(params, config, visual, q.shape[0], q.device)
-    name = backend or config.backend
-    if policy is None and not compiling():
-        runner = backend_for(name, q, kv, visual, params)
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
-        work = workspace or default_workspace(q.device)
-        return out, runner.decode(q, kv, visual, params, scores=scores, out=out, workspace=work)
-    if policy is None and scores is None:
-        fields = library.cache_fields(kv) + library.visual_fields(visual)
-        result, indices, counts, mass, mass_mean = torch.ops.visionpulse.decode(
-            q, *fields, *_scoring(params), *_budgeting(params), name
-        )
-        return _into(out, result), Selection(indices, counts, mass, mass_mean, trusted=True)
-    return _staged(q, kv, visual, params, policy, out, scores, workspace, name)
+    call = Call(q, kv, params, visual, out=out, scores=scores, workspace=workspace)
+    runner = _backend_of(call, backend or config.backend)
+    if policy is None:
+        return runner.decode(call)
+    return runner.staged(call, lambda scored: _asked(policy, scored))
 
 
 def score(
@@ -92,8 +78,9 @@ def score(
     check(q, kv, visual)
     params = numbers(q, scale, softcap, window)
     params = params._replace(tau=config.tau, mass_of=config.mass, score=config.score)
-    name = backend or config.backend
-    return _run_score(q, kv, visual, params, workspace, name)[:3]
+    call = Call(q, kv, params, visual, workspace=workspace)
+    scored, _ = _backend_of(call, backend or config.backend).score(call)
+    return scored.scores, scored.mass, scored.mass_mean
 
 
 def select(
@@ -129,12 +116,11 @@ def select(
         mass_mean = mass
     params = Params(scale=1.0, window=0 if window is None else checks.window(window))
     params, policy = budget(params, config, visual, scores.shape[0], scores.device)
+    scored = Scored(scores, mass, mass_mean, visual, params, starts, lengths, workspace)
     if policy is not None:
-        bounds = (scores.shape[1], starts, lengths, params.window)
-        chosen = mass if config.mass == "max" else mass_mean
-        params = params._replace(wanted=_counts(policy, chosen, visual, scores, bounds))
-    name = backend or config.backend
-    return _run_select(scores, mass, mass_mean, visual, params, starts, lengths, workspace, name)
+        scored = _asked(policy, scored)
+    runner = _backend(backend or config.backend, scores.device, lambda b: b.refuses_select(scored))
+    return runner.select(scored)
 
 
 def attend(
@@ -165,7 +151,8 @@ def attend(
         checks.selection(selection, kv.batch, kv.capacity, kv.device)
     checks.buffer("out", out, tuple(q.shape), q)
     params = numbers(q, scale, softcap, window)
-    return _run_attend(q, kv, visual, selection, params, out, workspace, backend or "auto")
+    call = Call(q, kv, params, visual, selection, out, workspace=workspace)
+    return _backend_of(call, backend or "auto").attend(call)
 
 
 def explain(
@@ -182,8 +169,8 @@ def explain(
     params = numbers(q, None, None, None)
     if visual is not None:
         params, _ = budget(params, config, visual, q.shape[0], q.device)
-    against = _against(q, kv, visual, params)
-    return choice(backend or config.backend, q.device, against)
+    call = Call(q, kv, params, visual)
+    return choice(backend or config.backend, q.device, lambda b: b.refuses(call))
 
 
 def check(q: Tensor, kv: Cache, visual: VisualTokens | None) -> None:
@@ -239,145 +226,23 @@ def budget(
     return params, between
 
 
-def _counts(
-    policy: Any,
-    mass: Tensor,
-    visual: VisualTokens,
-    scores: Tensor,
-    bounds: tuple[int, Tensor | None, Tensor | None, int],
-) -> Tensor:
+def _backend(name: str, device: torch.device, against: Against) -> Backend:
+    """Resolve a backend; while torch compiles, the ops of the graph do so when they run."""
+    if torch.compiler.is_compiling():
+        return Compiled(name)
+    return resolve(name, device, against)
+
+
+def _backend_of(call: Call, name: str) -> Backend:
+    return _backend(name, call.q.device, lambda b: b.refuses(call))
+
+
+def _asked(policy: Any, scored: Scored) -> Scored:
     """Ask a policy that runs between score and select for its K."""
-    size, starts, lengths, window = bounds
-    n_visual = visual.visible_counts(size, starts, lengths, window)
-    return checks.counts(policy.counts(mass, n_visual, scores), n_visual, policy)
-
-
-def _staged(
-    q: Tensor,
-    kv: Cache,
-    visual: VisualTokens,
-    params: Params,
-    policy: Any,
-    out: Tensor | None,
-    scores: Tensor | None,
-    workspace: Workspace | None,
-    name: str,
-) -> tuple[Tensor, Selection]:
-    """Decode in three calls, for a policy that runs between them."""
-    ranked, mass, mass_mean, dense = _run_score(q, kv, visual, params, workspace, name, scores)
-    if policy is not None:
-        bounds = (kv.capacity, kv.starts, kv.lengths, params.window)
-        chosen = mass if params.mass_of == "max" else mass_mean
-        params = params._replace(wanted=_counts(policy, chosen, visual, ranked, bounds))
-    selection = _run_select(
-        ranked, mass, mass_mean, visual, params, kv.starts, kv.lengths, workspace, name
+    scores, params = scored.scores, scored.params
+    n_visual = scored.visual.visible_counts(
+        scores.shape[1], scored.starts, scored.lengths, params.window
     )
-    if dense is not None:
-        return _into(out, dense), selection
-    return _run_attend(q, kv, visual, selection, params, out, workspace, name), selection
-
-
-def _run_score(
-    q: Tensor,
-    kv: Cache,
-    visual: VisualTokens,
-    params: Params,
-    workspace: Workspace | None,
-    name: str,
-    scores: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    dense = params.anchor_output == "dense"
-    if compiling():
-        fields = library.cache_fields(kv) + library.visual_fields(visual)
-        ranked, mass, mass_mean, out = torch.ops.visionpulse.score(
-            q, *fields, *_scoring(params), name
-        )
-        return _into(scores, ranked), mass, mass_mean, out if dense else None
-    runner = backend_for(name, q, kv, visual, params)
-    if scores is None:
-        shape = (kv.batch, kv.capacity)
-        scores = torch.empty(shape, dtype=mass_dtype(q), device=q.device)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if dense else None
-    work = workspace or default_workspace(q.device)
-    mass, mass_mean = runner.score(q, kv, visual, params, scores=scores, out=out, workspace=work)
-    return scores, mass, mass_mean, out
-
-
-def _run_select(
-    scores: Tensor,
-    mass: Tensor,
-    mass_mean: Tensor,
-    visual: VisualTokens,
-    params: Params,
-    starts: Tensor | None,
-    lengths: Tensor | None,
-    workspace: Workspace | None,
-    name: str,
-) -> Selection:
-    if compiling():
-        indices, counts = torch.ops.visionpulse.select(
-            scores, mass, mass_mean, *library.visual_fields(visual), starts, lengths,
-            params.window, *_budgeting(params), name,
-        )  # fmt: skip
-        return Selection(indices, counts, mass, mass_mean, trusted=True)
-    runner = resolve(name, scores.device, lambda b: b.refuses_select(scores, params))
-    return runner.select(
-        scores,
-        mass,
-        mass_mean,
-        visual,
-        params,
-        starts=starts,
-        lengths=lengths,
-        workspace=workspace or default_workspace(scores.device),
-    )
-
-
-def _run_attend(
-    q: Tensor,
-    kv: Cache,
-    visual: VisualTokens | None,
-    selection: Selection | None,
-    params: Params,
-    out: Tensor | None,
-    workspace: Workspace | None,
-    name: str,
-) -> Tensor:
-    if compiling():
-        fields, math_ = library.cache_fields(kv), (params.scale, params.softcap, params.window)
-        if visual is None or selection is None:
-            return _into(out, torch.ops.visionpulse.attend_dense(q, *fields, *math_, name))
-        result = torch.ops.visionpulse.attend(
-            q, *fields, *library.visual_fields(visual), selection.indices, selection.counts,
-            *math_, name,
-        )  # fmt: skip
-        return _into(out, result)
-    runner = backend_for(name, q, kv, visual, params)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
-    work = workspace or default_workspace(q.device)
-    return runner.attend(q, kv, visual, selection, params, out=out, workspace=work)
-
-
-def _against(q: Tensor, kv: Cache, visual: VisualTokens | None, params: Params) -> Against:
-    return lambda backend: backend.refuses(q, kv, visual, params)
-
-
-def backend_for(
-    name: str, q: Tensor, kv: Cache, visual: VisualTokens | None, params: Params
-) -> Backend:
-    """Resolve a backend for these tensors."""
-    return resolve(name, q.device, _against(q, kv, visual, params))
-
-
-def _scoring(params: Params) -> tuple[Any, ...]:
-    math_ = (params.scale, params.softcap, params.window)
-    return *math_, params.tau, params.score, params.anchor_output
-
-
-def _budgeting(params: Params) -> tuple[Any, ...]:
-    clamp = (params.r_min, params.r_max, params.mass_of)
-    return *clamp, params.k_max, params.ratio, params.wanted
-
-
-def _into(given: Tensor | None, result: Tensor) -> Tensor:
-    return result if given is None else given.copy_(result)
+    mass = scored.mass if params.mass_of == "max" else scored.mass_mean
+    wanted = checks.counts(policy.counts(mass, n_visual, scores), n_visual, policy)
+    return scored._replace(params=params._replace(wanted=wanted))

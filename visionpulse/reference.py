@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .budgets import clamp_count
 from .cache import Cache, PagedKVCache
-from .call import Params
+from .call import Call, Params, Scored
 from .selection import Selection
 from .visual import VisualTokens
 
@@ -150,50 +150,38 @@ def attended_keys(visible: Tensor, visual: VisualTokens, selection: Selection) -
     return visible & (kept | ~visual.mask(size))
 
 
-def score(q: Tensor, kv: Cache, visual: VisualTokens, params: Params) -> tuple[Tensor, ...]:
-    """Scores, masses, and the dense output: [B, N], [B], [B], [B, H, D]."""
+def score(call: Call) -> tuple[Scored, Tensor]:
+    """Scores and masses, and the dense output [B, H, D]."""
+    q, kv, params = call.q, call.kv, call.params
     k, v = keys_and_values(kv, q.shape[1])
     visible = visible_in(kv, params)
     z = logits(q, k, visible, params)
-    candidate = visible & visual.mask(kv.capacity)
-    return *score_of(z, candidate, params), weigh(z, v, visible, q.dtype)
+    candidate = visible & call.visual_set.mask(kv.capacity)
+    return call.scored(*score_of(z, candidate, params)), weigh(z, v, visible, q.dtype)
 
 
-def select(
-    scores: Tensor,
-    mass: Tensor,
-    mass_mean: Tensor,
-    visual: VisualTokens,
-    params: Params,
-    starts: Tensor | None = None,
-    lengths: Tensor | None = None,
-) -> Selection:
+def select(scored: Scored) -> Selection:
     """The selection from scores alone."""
+    scores, params = scored.scores, scored.params
     rows, size = scores.shape
-    visible = visible_keys(size, rows, scores.device, starts, lengths, params.window)
-    return select_of(scores, mass, mass_mean, visible & visual.mask(size), params)
+    cut = (scored.starts, scored.lengths, params.window)
+    candidate = visible_keys(size, rows, scores.device, *cut) & scored.visual.mask(size)
+    return select_of(scores, scored.mass, scored.mass_mean, candidate, params)
 
 
-def attend(
-    q: Tensor,
-    kv: Cache,
-    visual: VisualTokens | None,
-    selection: Selection | None,
-    params: Params,
-) -> Tensor:
+def attend(call: Call) -> Tensor:
     """Attention over text and selected keys, or over all of them: [B, H, D]."""
+    q, kv, params = call.q, call.kv, call.params
     k, v = keys_and_values(kv, q.shape[1])
-    visible = visible_in(kv, params)
-    attended = visible
-    if visual is not None and selection is not None:
-        attended = attended_keys(visible, visual, selection)
+    visible = attended = visible_in(kv, params)
+    if call.selection is not None:
+        attended = attended_keys(visible, call.visual_set, call.selection)
     return weigh(logits(q, k, visible, params), v, attended, q.dtype)
 
 
-def decode(
-    q: Tensor, kv: Cache, visual: VisualTokens, params: Params
-) -> tuple[Tensor, Selection, Tensor]:
+def decode(call: Call) -> tuple[Tensor, Selection, Tensor]:
     """One step at the anchor: output [B, H, D], selection, and the scores [B, N] it ranked."""
+    q, kv, visual, params = call.q, call.kv, call.visual_set, call.params
     k, v = keys_and_values(kv, q.shape[1])
     visible = visible_in(kv, params)
     candidate = visible & visual.mask(kv.capacity)

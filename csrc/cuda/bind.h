@@ -94,7 +94,7 @@ inline void register_cuda(py::module_& m) {
   cuda.def("unavailable", &unavailable);
   cuda.def("attend", &bound_attend);
   cuda.def("score", &bound_score);
-  cuda.def("choose", &bound_choose);
+  cuda.def("select", &bound_choose);
   cuda.def("decode", &bound_decode);
 }
 

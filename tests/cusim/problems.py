@@ -22,6 +22,7 @@ import torch
 import visionpulse as vp
 from visionpulse import ops
 from visionpulse.backends import cuda, get
+from visionpulse.call import Call
 from visionpulse.testing.cases import CASES, Case, Problem
 from visionpulse.testing.compare import (
     Exact,
@@ -51,8 +52,9 @@ def check_decode(problem: Problem, config: vp.PulseConfig) -> vp.Selection:
     for scores in (buffer, None):
         workspace = vp.Workspace()
         workspace.take("cuda", 1 << 22, torch.uint8, q.device).fill_(0 if scores is None else 255)
-        out, given = torch.full_like(q, torch.nan), (q, kv, visual, params)
-        chosen = backend.decode(*given, scores=scores, out=out, workspace=workspace)
+        out = torch.full_like(q, torch.nan)
+        call = Call(q, kv, params, visual, out=out, scores=scores, workspace=workspace)
+        _, chosen = backend.decode(call)
         results.append((out, chosen.indices, chosen.counts, chosen.mass, chosen.mass_mean))
     for a, b in zip(*results, strict=True):
         assert torch.equal(a.nan_to_num(9), b.nan_to_num(9)), "two runs gave two results"
@@ -170,8 +172,8 @@ def garbage(dtype: torch.dtype) -> None:
     backend, exact = get("cuda"), Exact(q, kv, visual, params)
     for selection in (None, chosen):
         out = torch.full_like(q, torch.nan)
-        given = (q, kv, visual if selection else None, selection, params)
-        backend.attend(*given, out=out, workspace=vp.Workspace())
+        seen = visual if selection else None
+        backend.attend(Call(q, kv, params, seen, selection, out, workspace=vp.Workspace()))
         check_output(out, exact, selection)
     # a visual position without a page is no candidate, counts in no N_v, and is never kept
     holes = problem._replace(kv=kv)

@@ -10,7 +10,8 @@ import torch
 from methods import block64
 
 import visionpulse as vp
-from visionpulse import library, workspace
+from visionpulse import torch_ops, workspace
+from visionpulse.call import Call, Params
 from visionpulse.testing import CASES, ceilings, layers, rows, timing
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -132,11 +133,9 @@ def test_a_compiled_op_holds_no_memory_after_it(monkeypatch):
     """It may have run in the pool of a graph, where torch refuses what outlives it."""
     q, kv, visual = CASES["grouped"].build(torch.bfloat16, "cuda")[1:4]
     monkeypatch.setattr(workspace, "default", None)
-    cache, seen = library.cache_fields(kv), library.visual_fields(visual)
-    math, budget = (0.125, 0.0, 0), (0.05, 0.5, "max", 43, None, None)
-    dense = library._attend_dense(q, *cache, *math, "reference")
-    out, indices, counts, *_ = library._decode(
-        q, *cache, *seen, *math, 0.4, "prob", "pruned", *budget, "reference"
-    )
-    followed = library._attend(q, *cache, *seen, indices, counts, *math, "reference")
+    call = Call(q, kv, Params(0.125, tau=0.4, r_min=0.05, r_max=0.5, k_max=43), visual)
+    fields = torch_ops.fields_of(call) | {"backend": "reference"}
+    dense = torch_ops._attend(fields)
+    out, indices, counts, *_ = torch_ops._decode(fields)
+    followed = torch_ops._attend(fields | {"indices": indices, "counts": counts})
     assert torch.equal(out.cpu(), followed.cpu()) and not torch.equal(out.cpu(), dense.cpu())

@@ -231,7 +231,7 @@ def native(module):
 
         return call
 
-    names = ("attend", "score", "choose", "decode")
+    names = ("attend", "score", "select", "decode")
     cuda = SimpleNamespace(unavailable=module.cuda.unavailable)
     for name in names:
         setattr(cuda, name, entry(getattr(module.cuda, name)))

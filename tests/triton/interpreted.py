@@ -13,6 +13,7 @@ import torch
 import visionpulse as vp
 from visionpulse.backends import BackendUnavailableError, get
 from visionpulse.cache import KVCache, PagedKVCache
+from visionpulse.call import Call
 from visionpulse.selection import Selection
 from visionpulse.testing import CASES
 from visionpulse.testing.compare import Exact
@@ -117,10 +118,9 @@ def test_scratch_is_written_before_it_is_read(output):
 def both(q, kv, visual, params):
     """The same call, unchecked, on this backend and on the reference."""
     for name in ("triton", "reference"):
-        out, scores = torch.empty_like(q), torch.empty(kv.batch, kv.capacity)
-        selection = get(name).decode(
-            q, kv, visual, params, scores=scores, out=out, workspace=Workspace()
-        )
+        scores = torch.empty(kv.batch, kv.capacity)
+        call = Call(q, kv, params, visual, scores=scores, workspace=Workspace())
+        out, selection = get(name).decode(call)
         yield out, selection, scores
 
 
@@ -158,10 +158,8 @@ def test_selected_positions_out_of_range_are_skipped(params_of):
     counts = torch.tensor([6, 99], dtype=torch.int32)
     mass = torch.zeros(2)
     selection = Selection(indices.int(), counts, mass, mass, trusted=True)
-    out, wanted = torch.empty_like(q), torch.empty_like(q)
-    for name, into in (("triton", out), ("reference", wanted)):
-        get(name).attend(q, kv, visual, selection, params, out=into, workspace=Workspace())
-    torch.testing.assert_close(out, wanted)
+    call = Call(q, kv, params, visual, selection, workspace=Workspace())
+    torch.testing.assert_close(*(get(name).attend(call) for name in ("triton", "reference")))
 
 
 def test_an_index_list_longer_than_the_cache_is_attended(params_of):
@@ -173,11 +171,10 @@ def test_an_index_list_longer_than_the_cache_is_attended(params_of):
     counts = torch.tensor([500, 500], dtype=torch.int32)
     mass = torch.zeros(2)
     selection = Selection(indices, counts, mass, mass, trusted=True)
-    out, wanted, workspace = torch.empty_like(q), torch.empty_like(q), Workspace()
+    call = Call(q, kv, params, visual, selection, workspace=Workspace())
     for _ in range(2):
-        get("triton").attend(q, kv, visual, selection, params, out=out, workspace=workspace)
-    get("reference").attend(q, kv, visual, selection, params, out=wanted, workspace=workspace)
-    torch.testing.assert_close(out, wanted)
+        out = get("triton").attend(call)
+    torch.testing.assert_close(out, get("reference").attend(call))
 
 
 def far_apart(t, axis):

@@ -9,7 +9,7 @@ import visionpulse._triton as kernels
 from visionpulse._triton import tuning
 
 from visionpulse.cache import KVCache, PagedKVCache
-from visionpulse.call import Params
+from visionpulse.call import Call, Params
 from visionpulse.visual import VisualTokens
 from visionpulse.workspace import Workspace
 
@@ -115,9 +115,7 @@ def decode(shape, *, score, output):
     params = Params(
         scale=0.1, softcap=shape.softcap, score=score, anchor_output=output, k_max=400, tau=0.4
     )
-    TritonBackend().decode(
-        q, kv, visual, params, scores=None, out=torch.empty_like(q), workspace=Workspace()
-    )
+    TritonBackend().decode(Call(q, kv, params, visual, workspace=Workspace()))
 
 
 def follow(shape):
@@ -144,7 +142,4 @@ def score(shape):
     from visionpulse.backends.triton import TritonBackend
 
     q, kv, visual = _inputs(shape)
-    scores = torch.empty(2, shape.capacity, device="meta")
-    TritonBackend().score(
-        q, kv, visual, Params(scale=0.1), scores=scores, out=None, workspace=Workspace()
-    )
+    TritonBackend().score(Call(q, kv, Params(scale=0.1), visual, workspace=Workspace()))

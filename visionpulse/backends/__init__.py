@@ -16,11 +16,8 @@ import torch
 from torch import Tensor
 
 from .. import config as _config
-from ..cache import Cache
-from ..call import Params
+from ..call import Call, Scored
 from ..selection import Selection
-from ..visual import VisualTokens
-from ..workspace import Workspace
 
 _CLASSES = {
     "cuda": "CudaBackend",
@@ -46,101 +43,45 @@ class Backend:
 
     def unavailable(self) -> str | None:
         """Why it cannot run on this machine, or None."""
-        raise NotImplementedError
+        return None
 
-    def refuses(
-        self, q: Tensor, kv: Cache, visual: VisualTokens | None, params: Params
-    ) -> str | None:
+    def refuses(self, call: Call) -> str | None:
         """Why it does not serve these tensors, or None; looks at host data only."""
-        raise NotImplementedError
+        return None
 
-    def refuses_select(self, scores: Tensor, params: Params) -> str | None:
+    def refuses_select(self, scored: Scored) -> str | None:
         """Why it does not select from these scores, or None."""
-        raise NotImplementedError
+        return None
 
     def rounds_weights(self, dtype: torch.dtype) -> bool:
         """Whether it rounds the weights of V to `dtype`, as tensor cores need; else float32."""
         return False
 
-    def score(
-        self,
-        q: Tensor,
-        kv: Cache,
-        visual: VisualTokens,
-        params: Params,
-        *,
-        scores: Tensor,
-        out: Tensor | None,
-        workspace: Workspace,
-    ) -> tuple[Tensor, Tensor]:
-        """Fill `scores` [B, N], and `out` with dense attention if given; give both masses [B]."""
+    def score(self, call: Call) -> tuple[Scored, Tensor | None]:
+        """Scores and masses; also dense attention, if the anchor's output is dense."""
         raise NotImplementedError
 
-    def select(
-        self,
-        scores: Tensor,
-        mass: Tensor,
-        mass_mean: Tensor,
-        visual: VisualTokens,
-        params: Params,
-        *,
-        starts: Tensor | None,
-        lengths: Tensor | None,
-        workspace: Workspace,
-    ) -> Selection:
+    def select(self, scored: Scored) -> Selection:
         """Turn scores and masses into the kept positions."""
         raise NotImplementedError
 
-    def attend(
-        self,
-        q: Tensor,
-        kv: Cache,
-        visual: VisualTokens | None,
-        selection: Selection | None,
-        params: Params,
-        *,
-        out: Tensor,
-        workspace: Workspace,
-    ) -> Tensor:
+    def attend(self, call: Call) -> Tensor:
         """Attend to text and selected keys, or to all keys without a selection."""
         raise NotImplementedError
 
-    def decode(
-        self,
-        q: Tensor,
-        kv: Cache,
-        visual: VisualTokens,
-        params: Params,
-        *,
-        scores: Tensor | None,
-        out: Tensor,
-        workspace: Workspace,
-    ) -> Selection:
-        """Join the three stages; a backend may override this with fewer passes."""
-        if scores is None:
-            scores = q.new_empty((kv.batch, kv.capacity), dtype=mass_dtype(q))
-        dense = out if params.anchor_output == "dense" else None
-        mass, mass_mean = self.score(
-            q, kv, visual, params, scores=scores, out=dense, workspace=workspace
-        )
-        selection = self.select(
-            scores,
-            mass,
-            mass_mean,
-            visual,
-            params,
-            starts=kv.starts,
-            lengths=kv.lengths,
-            workspace=workspace,
-        )
-        if dense is None:
-            self.attend(q, kv, visual, selection, params, out=out, workspace=workspace)
-        return selection
+    def decode(self, call: Call) -> tuple[Tensor, Selection]:
+        """Output and selection of an anchor; a backend may override this with fewer passes."""
+        return self.staged(call)
 
-
-def mass_dtype(like: Tensor) -> torch.dtype:
-    """The dtype of scores and masses: float32, but float64 for float64 inputs."""
-    return torch.float64 if like.dtype == torch.float64 else torch.float32
+    def staged(
+        self, call: Call, between: Callable[[Scored], Scored] | None = None
+    ) -> tuple[Tensor, Selection]:
+        """Run the stages one by one; `between` may change what select takes."""
+        scored, out = self.score(call)
+        selection = self.select(scored if between is None else between(scored))
+        if out is None:
+            out = self.attend(call._replace(selection=selection))
+        return out, selection
 
 
 @cache

@@ -1,11 +1,5 @@
-"""The CUDA kernels: addresses, strides, host numbers and the stream handed to `_C.cuda`.
+"""The CUDA kernels: launched on the current stream of the tensors' device."""
 
-Each call goes down once and returns when its launches are queued. It comes back with the bytes of
-scratch memory it lacks, or 0; so the scratch grows with the largest shapes seen, and a steady
-decode loop allocates nothing but its results.
-"""
-
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -13,18 +7,16 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from ..cache import Cache
-from ..call import Params
+from ..call import Call, Scored
 from ..selection import Selection
 from ..visual import VisualTokens
 from ..workspace import Workspace
-from . import Backend
 from . import packing as pack
+from .native import NativeBackend
 
 _MAX_CAPACITY = 2**29  # the kernels mark positions with the bits above
 _MAX_HEADS = 1024  # head masses that the select kernel holds at once
 _MAX_ROWS = 65535  # of a grid
-_NO_SELECTION = (0, 0, 0, 0)
 _COPIES = ("auto", "async", "bulk")  # numbered as in plan.h
 _copies = 0
 
@@ -50,7 +42,7 @@ def _unavailable(device: int) -> str | None:
     return _entries().unavailable(device) or None
 
 
-def _place(device: torch.device, visual: VisualTokens | None = None) -> tuple[int, int, int, int]:
+def _place(device: torch.device, visual: VisualTokens | None) -> tuple[int, int, int, int]:
     candidates = 0 if visual is None else visual.max_count
     if device.type != "cuda":  # the simulated GPU of the tests
         return 0, 0, candidates, _copies
@@ -58,20 +50,7 @@ def _place(device: torch.device, visual: VisualTokens | None = None) -> tuple[in
     return stream.device_index, stream.cuda_stream, candidates, _copies
 
 
-def _run(
-    workspace: Workspace,
-    device: torch.device,
-    counters: int,
-    call: Callable[[tuple[int, int, int]], int],
-) -> None:
-    armed = workspace.zeroed("cuda counters", counters, torch.int32, device)
-    lacking = 1
-    while lacking:
-        scratch = workspace.take("cuda", lacking, torch.uint8, device)
-        lacking = call((scratch.data_ptr(), scratch.numel(), armed.data_ptr()))
-
-
-class CudaBackend(Backend):
+class CudaBackend(NativeBackend):
     """CUDA C++ kernels for float32, bfloat16 and float16 on NVIDIA GPUs from sm_80 on."""
 
     name = "cuda"
@@ -90,9 +69,8 @@ class CudaBackend(Backend):
         is_up = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         return _unavailable(torch.cuda.current_device() if is_up else 0)
 
-    def refuses(
-        self, q: Tensor, kv: Cache, visual: VisualTokens | None, params: Params
-    ) -> str | None:
+    def refuses(self, call: Call) -> str | None:
+        q, kv = call.q, call.kv
         reason = self._refuses_device(q)
         if reason is not None:
             return reason
@@ -102,11 +80,11 @@ class CudaBackend(Backend):
             return f"it serves up to {_MAX_ROWS} rows of {_MAX_CAPACITY} slots"
         return pack.refuses(q, kv)
 
-    def refuses_select(self, scores: Tensor, params: Params) -> str | None:
-        reason = self._refuses_device(scores)
+    def refuses_select(self, scored: Scored) -> str | None:
+        reason = self._refuses_device(scored.scores)
         if reason is not None:
             return reason
-        return pack.refuses_scores(scores)
+        return pack.refuses_scores(scored.scores)
 
     def _refuses_device(self, tensor: Tensor) -> str | None:
         if tensor.device.type not in self.auto_devices:
@@ -116,94 +94,23 @@ class CudaBackend(Backend):
     def rounds_weights(self, dtype: torch.dtype) -> bool:
         return dtype != torch.float32
 
-    def score(
-        self,
-        q: Tensor,
-        kv: Cache,
-        visual: VisualTokens,
-        params: Params,
-        *,
-        scores: Tensor,
-        out: Tensor | None,
-        workspace: Workspace,
-    ) -> tuple[Tensor, Tensor]:
-        mass, mass_mean = pack.masses(kv.batch, q.device)
-        place = _place(q.device, visual)
-        given = (place, pack.query(q, kv), pack.cache(kv), pack.visual(visual), pack.params(params))
-        chosen = (0, 0, mass.data_ptr(), mass_mean.data_ptr())
-        to = pack.NO_OUT if out is None else pack.output(out)
-        entry, at = _entries().score, scores.data_ptr()
-        counters = q.shape[0] * q.shape[1]
-        _run(workspace, q.device, counters, lambda s: entry(*given, chosen, to, at, s))
-        return mass, mass_mean
+    def _kept(self, selection: Selection | None) -> tuple[int, ...]:
+        check = selection is not None and not selection.trusted  # here its values were not read
+        return *pack.kept(selection), check
 
-    def select(
+    def _run(
         self,
-        scores: Tensor,
-        mass: Tensor,
-        mass_mean: Tensor,
-        visual: VisualTokens,
-        params: Params,
-        *,
-        starts: Tensor | None,
-        lengths: Tensor | None,
+        stage: str,
+        like: Tensor,
         workspace: Workspace,
-    ) -> Selection:
-        mass, mass_mean = mass.float().contiguous(), mass_mean.float().contiguous()
-        scores = scores.contiguous()
-        selection = pack.empty_selection(scores.shape[0], params.k_max, mass, mass_mean)
-        cut = (*scores.shape, pack.address(starts), pack.address(lengths))
-        given = (_place(scores.device, visual), *cut, pack.visual(visual), pack.params(params))
-        entry, chosen, at = _entries().choose, pack.chosen(selection), scores.data_ptr()
-        _run(workspace, scores.device, scores.shape[0], lambda s: entry(*given, chosen, at, s))
-        return selection
-
-    def attend(
-        self,
-        q: Tensor,
-        kv: Cache,
         visual: VisualTokens | None,
-        selection: Selection | None,
-        params: Params,
-        *,
-        out: Tensor,
-        workspace: Workspace,
-    ) -> Tensor:
-        seen, kept = pack.NO_VISUAL, _NO_SELECTION
-        if visual is not None and selection is not None:
-            seen = pack.visual(visual)
-            indices, check = selection.indices, not selection.trusted
-            kept = (indices.data_ptr(), selection.counts.data_ptr(), indices.shape[1], check)
-        given = (
-            _place(q.device),
-            pack.query(q, kv),
-            pack.cache(kv),
-            seen,
-            kept,
-            pack.params(params),
-        )
-        entry, to = _entries().attend, pack.output(out)
-        counters = q.shape[0] * q.shape[1]
-        _run(workspace, q.device, counters, lambda s: entry(*given, to, s))
-        return out
-
-    def decode(
-        self,
-        q: Tensor,
-        kv: Cache,
-        visual: VisualTokens,
-        params: Params,
-        *,
-        scores: Tensor | None,
-        out: Tensor,
-        workspace: Workspace,
-    ) -> Selection:
-        selection = pack.empty_selection(kv.batch, params.k_max, *pack.masses(kv.batch, q.device))
-        place = _place(q.device, visual)
-        given = (place, pack.query(q, kv), pack.cache(kv), pack.visual(visual), pack.params(params))
-        dense = params.anchor_output == "dense"
-        entry, at = _entries().decode, pack.address(scores)
-        after = (pack.chosen(selection), pack.output(out), dense, at)
-        counters = q.shape[0] * q.shape[1]
-        _run(workspace, q.device, counters, lambda s: entry(*given, *after, s))
-        return selection
+        packed: tuple[Any, ...],
+    ) -> None:
+        device, counters = like.device, like.numel() // like.shape[-1]  # one per row and head
+        enter, place = getattr(_entries(), stage), _place(device, visual)
+        armed = workspace.zeroed("cuda counters", counters, torch.int32, device)
+        lacking = 1
+        while lacking:
+            scratch = workspace.take("cuda", lacking, torch.uint8, device)
+            given = (scratch.data_ptr(), scratch.numel(), armed.data_ptr())
+            lacking = enter(place, *packed, given)

@@ -6,15 +6,13 @@
 import torch
 from torch import Tensor
 
-from ..cache import MAX_GROUP, MAX_HEAD_DIM, Cache
+from ..cache import MAX_GROUP, MAX_HEAD_DIM, Cache, PagedKVCache
 from ..call import Params
 from ..selection import Selection
 from ..visual import VisualTokens
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SCORES = {"prob": 0, "logit": 1, "prob_tau": 2}
-NO_VISUAL = (0, 0, 0)
-NO_OUT = (0, 0, 0)
 
 
 def address(tensor: Tensor | None) -> int:
@@ -25,26 +23,27 @@ def address(tensor: Tensor | None) -> int:
 def query(q: Tensor, kv: Cache) -> tuple[int, ...]:
     """Q [B, H, D], and the sizes of the call."""
     rows, heads, dim = q.shape
-    return (
-        *(q.data_ptr(), q.stride(0), q.stride(1)),
-        *(DTYPES[q.dtype], rows, heads, kv.kv_heads, dim),
-    )
+    row_stride, head_stride, _ = q.stride()
+    return q.data_ptr(), row_stride, head_stride, DTYPES[q.dtype], rows, heads, kv.kv_heads, dim
 
 
 def cache(kv: Cache) -> tuple[int, ...]:
     """K and V, contiguous or paged."""
-    table: Tensor | None = kv.block_table if kv.is_paged else None  # type: ignore[union-attr]
+    k, v = kv.k_data, kv.v_data
+    table = kv.block_table if isinstance(kv, PagedKVCache) else None
     return (
-        *(kv.k_data.data_ptr(), kv.v_data.data_ptr(), address(kv.starts), address(kv.lengths)),
+        *(k.data_ptr(), v.data_ptr(), address(kv.starts), address(kv.lengths)),
         *((0, 0) if table is None else (table.data_ptr(), table.stride(0))),
         *kv.k_strides,
         *kv.v_strides,
-        *(kv.capacity, kv.page_size, kv.k_data.shape[0]),
+        *(kv.capacity, kv.page_size, k.shape[0]),
     )
 
 
-def visual(tokens: VisualTokens) -> tuple[int, int, int]:
+def visual(tokens: VisualTokens | None) -> tuple[int, int, int]:
     """Its spans and their offsets."""
+    if tokens is None:
+        return 0, 0, 0
     return tokens.spans.data_ptr(), tokens.offsets.data_ptr(), tokens.spans.shape[1]
 
 
@@ -57,8 +56,10 @@ def params(given: Params) -> tuple[float, ...]:
     )
 
 
-def output(out: Tensor) -> tuple[int, int, int]:
+def output(out: Tensor | None) -> tuple[int, int, int]:
     """Where the output [B, H, D] goes."""
+    if out is None:
+        return 0, 0, 0
     return out.data_ptr(), out.stride(0), out.stride(1)
 
 
@@ -72,6 +73,14 @@ def empty_selection(rows: int, k_max: int, mass: Tensor, mass_mean: Tensor) -> S
     indices = torch.empty(rows, k_max, dtype=torch.int32, device=mass.device)
     counts = torch.empty(rows, dtype=torch.int32, device=mass.device)
     return Selection(indices, counts, mass, mass_mean, trusted=True)
+
+
+def kept(selection: Selection | None) -> tuple[int, int, int]:
+    """The lists of a selection that is attended."""
+    if selection is None:
+        return 0, 0, 0
+    indices = selection.indices
+    return indices.data_ptr(), selection.counts.data_ptr(), indices.shape[1]
 
 
 def chosen(selection: Selection) -> tuple[int, int, int, int]:

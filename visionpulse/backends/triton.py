@@ -10,11 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cache import Cache
-from ..call import Params
+from ..call import Call, Scored
 from ..selection import Selection
-from ..visual import VisualTokens
-from ..workspace import Workspace
 from . import Backend
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -66,95 +63,55 @@ class TritonBackend(Backend):
             )
         return f"TRITON_INTERPRET=1 runs it on CPU tensors, got {tensor.device}; unset it for a GPU"
 
-    def refuses(
-        self, q: Tensor, kv: Cache, visual: VisualTokens | None, params: Params
-    ) -> str | None:
-        return self._refuses(q, _DTYPES)
+    def refuses(self, call: Call) -> str | None:
+        return self._refuses(call.q, _DTYPES)
 
-    def refuses_select(self, scores: Tensor, params: Params) -> str | None:
-        return self._refuses(scores, (torch.float32,))
+    def refuses_select(self, scored: Scored) -> str | None:
+        return self._refuses(scored.scores, (torch.float32,))
 
     def rounds_weights(self, dtype: torch.dtype) -> bool:
         return dtype != torch.float32
 
-    def score(
-        self,
-        q: Tensor,
-        kv: Cache,
-        visual: VisualTokens,
-        params: Params,
-        *,
-        scores: Tensor,
-        out: Tensor | None,
-        workspace: Workspace,
-    ) -> tuple[Tensor, Tensor]:
+    def score(self, call: Call) -> tuple[Scored, Tensor | None]:
+        q, kv, params, visual = call.q, call.kv, call.params, call.visual
         sums = params.score == "logit"
+        scores, out = call.new_scores(), call.new_out() if call.is_dense else None
         kernels = _kernels()
         with _on(q.device):
             stored_logits, head_stats = kernels.score(
-                q, kv, visual, params, sums_only=sums, out=out, workspace=workspace
+                q, kv, visual, params, sums_only=sums, out=out, workspace=call.scratch
             )
-            mass, mass_mean = kernels.finish_scores(
+            masses = kernels.finish_scores(
                 stored_logits, head_stats, kv, q.shape[1], visual, params,
                 sums_only=sums, scores=scores,
             )  # fmt: skip
-        return mass, mass_mean
+        return call.scored(scores, *masses), out
 
-    def select(
-        self,
-        scores: Tensor,
-        mass: Tensor,
-        mass_mean: Tensor,
-        visual: VisualTokens,
-        params: Params,
-        *,
-        starts: Tensor | None,
-        lengths: Tensor | None,
-        workspace: Workspace,
-    ) -> Selection:
-        with _on(scores.device):
+    def select(self, scored: Scored) -> Selection:
+        with _on(scored.scores.device):
             selected = _kernels().select(
-                scores, mass, mass_mean, visual, params,
-                starts=starts, lengths=lengths, workspace=workspace,
+                scored.scores, scored.mass, scored.mass_mean, scored.visual, scored.params,
+                starts=scored.starts, lengths=scored.lengths, workspace=scored.scratch,
             )  # fmt: skip
         return _selection(selected)
 
-    def attend(
-        self,
-        q: Tensor,
-        kv: Cache,
-        visual: VisualTokens | None,
-        selection: Selection | None,
-        params: Params,
-        *,
-        out: Tensor,
-        workspace: Workspace,
-    ) -> Tensor:
-        kernels = _kernels()
+    def attend(self, call: Call) -> Tensor:
+        q, kv, params, selection, out = call.q, call.kv, call.params, call.selection, call.new_out()
         with _on(q.device):
-            if visual is None or selection is None:
-                kernels.dense(q, kv, params, out=out, workspace=workspace)
+            if selection is None:
+                _kernels().dense(q, kv, params, out=out, workspace=call.scratch)
             else:
-                kernels.attend(
-                    q, kv, visual, selection.indices, selection.counts, params,
-                    stored_logits=None, out=out, workspace=workspace,
+                _kernels().attend(
+                    q, kv, call.visual, selection.indices, selection.counts, params,
+                    stored_logits=None, out=out, workspace=call.scratch,
                 )  # fmt: skip
         return out
 
-    def decode(
-        self,
-        q: Tensor,
-        kv: Cache,
-        visual: VisualTokens,
-        params: Params,
-        *,
-        scores: Tensor | None,
-        out: Tensor,
-        workspace: Workspace,
-    ) -> Selection:
+    def decode(self, call: Call) -> tuple[Tensor, Selection]:
         """Score, select, and for a pruned output gather V: two launches, or three."""
-        kernels = _kernels()
-        dense = params.anchor_output == "dense"
+        q, kv, params, visual = call.q, call.kv, call.params, call.visual
+        kernels, out, workspace = _kernels(), call.new_out(), call.scratch
+        dense = call.is_dense
         # a pruned output needs the logits of each head; a dense one by "logit" only their sums
         sums = dense and params.score == "logit"
         with _on(q.device):
@@ -164,14 +121,15 @@ class TritonBackend(Backend):
             )  # fmt: skip
             selected = kernels.select_by_logits(
                 stored_logits, head_stats, kv, q.shape[1], visual, params,
-                sums_only=sums, scores=scores, workspace=workspace,
+                sums_only=sums, scores=call.scores, workspace=workspace,
             )  # fmt: skip
+            selection = _selection(selected)
             if not dense:
                 kernels.attend(
-                    q, kv, visual, selected.indices, selected.counts, params,
+                    q, kv, visual, selection.indices, selection.counts, params,
                     stored_logits=stored_logits, out=out, workspace=workspace,
                 )  # fmt: skip
-        return _selection(selected)
+        return out, selection
 
 
 def _selection(selected: Any) -> Selection:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..config import PulseConfig
 from ..config import resolve as resolve_config
-from ..prepared import Prepared
+from ..layer_ops import LayerOps
 from ..trace.record import Trace, trace_of
 from ..visual import VisualTokens
 from . import registry
@@ -40,7 +40,7 @@ class Session:
         self.plan: Plan = plan_of(config, parts)
         self.asked = config
         self.recorder = Recorder(record)
-        self.layers: dict[Any, Prepared] = {}
+        self.layers: dict[Any, LayerOps] = {}
         self.heads = head_group(parts.decoder)
         self.is_paused = False
         self._names = itertools.count()

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops, prepared
+from .. import ops
 from ..cache import KVCache
 from ..config import PulseConfig
-from ..prepared import Prepared
+from ..layer_ops import LayerOps, cache_of
 from ..schedule import Role
 from ..selection import Selection
 from ..visual import VisualTokens
+from ..workspace import default as default_workspace
 from .plan import Plan
 from .state import CacheState
 from .stats import Recorder
@@ -29,7 +30,7 @@ class Step:
         self,
         plan: Plan,
         state: CacheState,
-        layers: dict[Any, Prepared],
+        layers: dict[Any, LayerOps],
         recorder: Recorder,
         heads: HeadGroup | None,
         token: Tensor | None,
@@ -57,7 +58,7 @@ class Step:
             else:
                 self.roles = plan.fresh
         # the shape that was prepared, and the cut of its rows
-        self.ready: Prepared | None = None
+        self.ready: LayerOps | None = None
         self.shapes: tuple[Any, ...] = ()
         self.mask: Tensor | None = None
         self.lengths: Tensor | None = None
@@ -86,7 +87,7 @@ class Step:
         shapes = (query.shape, key.shape, key.device, key.dtype, scale, softcap)
         if shapes != self.shapes:
             self._prepare(q, key, value, shapes)
-        kv = prepared.cache_of(key, value, self.lengths, self.starts)
+        kv = cache_of(key, value, self.lengths, self.starts)
         ready, work = self.ready, self.work
         assert ready is not None  # made by _prepare
         if role is Role.FOLLOWER:
@@ -113,10 +114,10 @@ class Step:
         name = (query_shape, key_shape[1], key_shape[3], device, dtype, scale, softcap, self.plan)
         ready = self.layers.get(name)
         if ready is None:
-            ready = Prepared(q, kv, self.visual, self.config, scale=scale, softcap=softcap)
+            ready = LayerOps(q, kv, self.visual, self.config, scale=scale, softcap=softcap)
             self.layers[name] = ready
         self.ready, self.shapes = ready, shapes
-        self.work = prepared.workspace_for(device)
+        self.work = default_workspace(device)
 
     def _compiled(
         self,

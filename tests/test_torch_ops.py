@@ -4,9 +4,10 @@ import pytest
 import torch
 
 import visionpulse as vp
-from visionpulse import library
+from visionpulse.call import Call, Params, Scored
 from visionpulse.testing import CASES
 from visionpulse.testing.draw import Draws
+from visionpulse.torch_ops import arguments, fields_of
 
 NAMES = ("grouped", "left-padding", "paged-hnd", "no-visual-at-all")
 
@@ -16,35 +17,34 @@ def problem(request):
     return CASES[request.param].build(torch.float32)
 
 
-def fields_of(problem):
-    return library.cache_fields(problem.kv), library.visual_fields(problem.visual)
+PARAMS = Params(0.125, tau=0.4, r_min=0.05, r_max=0.5, k_max=43)
 
 
-MATH = (0.125, 0.0, 0)
-BUDGET = (0.05, 0.5, "max", 43, None, None)
+def opcheck(op, call, backend):
+    """The checks of torch on an op, then its result."""
+    op_of, given = getattr(torch.ops.visionpulse, op), arguments(op, fields_of(call), backend)
+    torch.library.opcheck(op_of, given)
+    return op_of(*given)
 
 
 @pytest.mark.parametrize("output", ("pruned", "dense"))
 def test_opcheck_decode_and_score(problem, backend, output):
-    cache, visual = fields_of(problem)
-    scoring = (*MATH, 0.4, "prob", output)
-    ops = torch.ops.visionpulse
-    torch.library.opcheck(ops.decode, (problem.q, *cache, *visual, *scoring, *BUDGET, backend))
-    torch.library.opcheck(ops.score, (problem.q, *cache, *visual, *scoring, backend))
+    params = PARAMS._replace(anchor_output=output)
+    call = Call(problem.q, problem.kv, params, problem.visual)
+    opcheck("decode", call, backend)
+    opcheck("score", call, backend)
 
 
 def test_opcheck_select_and_attend(problem, backend):
-    cache, visual = fields_of(problem)
-    ops = torch.ops.visionpulse
+    q, kv, visual = problem.q, problem.kv, problem.visual
     draws = Draws(0)
-    scores = draws.uniform(problem.kv.batch, problem.kv.capacity)
-    mass = draws.uniform(problem.kv.batch)
-    cut = (problem.kv.starts, problem.kv.lengths, 0)
-    arguments = (scores, mass, mass.clone(), *visual, *cut, *BUDGET, backend)
-    torch.library.opcheck(ops.select, arguments)
-    indices, counts = ops.select(*arguments)
-    torch.library.opcheck(ops.attend, (problem.q, *cache, *visual, indices, counts, *MATH, backend))
-    torch.library.opcheck(ops.attend_dense, (problem.q, *cache, *MATH, backend))
+    scores, mass = draws.uniform(kv.batch, kv.capacity), draws.uniform(kv.batch)
+    cut = (kv.starts, kv.lengths)
+    scored = Scored(scores, mass, mass.clone(), visual, PARAMS, *cut)
+    indices, counts = opcheck("select", scored, backend)
+    selection = vp.Selection(indices, counts, mass, mass)
+    opcheck("attend", Call(q, kv, PARAMS, visual, selection), backend)
+    opcheck("attend_dense", Call(q, kv, PARAMS), backend)
 
 
 def step(q, kv, visual, config, backend):

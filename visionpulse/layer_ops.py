@@ -1,26 +1,24 @@
 """The ops for layers that repeat one shape: checked once, then straight to the backend.
 
-A model calls the same op for every layer of a step. `Prepared` does the checks and the choice of a
+A model calls the same op for every layer of a step. `LayerOps` does the checks and the choice of a
 backend for the first of them; the others differ in values only, so they cost no check.
 """
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from . import ops
-from .backends import Backend
+from .backends import resolve
 from .cache import KVCache
-from .call import Params
+from .call import Call, Params
 from .config import PulseConfig
 from .selection import Selection
 from .visual import VisualTokens
 from .workspace import Workspace
-from .workspace import default as default_workspace
 
 
-class Prepared:
+class LayerOps:
     """Dense attention, anchor and follower for one shape of heads, dtype and device."""
 
     def __init__(
@@ -38,7 +36,8 @@ class Prepared:
         self.config = config
         self.numbers: dict[str, Any] = {"scale": scale, "softcap": softcap}
         self.params = ops.numbers(q, scale, softcap, None)
-        self.runner: Backend = ops.backend_for(config.backend, q, kv, visual, self.params)
+        call = Call(q, kv, self.params, visual)
+        self.backend = resolve(config.backend, q.device, lambda b: b.refuses(call))
         self._budgets: dict[tuple[int, int], Params] = {}
 
     def attend(
@@ -50,10 +49,7 @@ class Prepared:
         workspace: Workspace,
     ) -> Tensor:
         """Give `ops.attend` without its checks: [B, H, D]."""
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        return self.runner.attend(
-            q, kv, visual, selection, self.params, out=out, workspace=workspace
-        )
+        return self.backend.attend(Call(q, kv, self.params, visual, selection, workspace=workspace))
 
     def decode(
         self, q: Tensor, kv: KVCache, visual: VisualTokens, workspace: Workspace
@@ -62,11 +58,7 @@ class Prepared:
         params = self._budget(q, visual)
         if params is None:
             return ops.decode(q, kv, visual, self.config, workspace=workspace, **self.numbers)
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        selection = self.runner.decode(
-            q, kv, visual, params, scores=None, out=out, workspace=workspace
-        )
-        return out, selection
+        return self.backend.decode(Call(q, kv, params, visual, workspace=workspace))
 
     def _budget(self, q: Tensor, visual: VisualTokens) -> Params | None:
         """The anchor's numbers; None for a policy that runs between the stages."""
@@ -79,11 +71,6 @@ class Prepared:
             if params.ratio is None:  # else it was drawn for this step alone
                 self._budgets[key] = params
         return params
-
-
-def workspace_for(device: torch.device) -> Workspace:
-    """The scratch memory of this thread and stream."""
-    return default_workspace(device)
 
 
 def cache_of(k: Tensor, v: Tensor, lengths: Tensor | None, starts: Tensor | None) -> KVCache:

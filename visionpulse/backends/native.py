@@ -1,0 +1,81 @@
+"""The stages of an engine in `_C`, the same for the CPU and CUDA.
+
+A call goes down once. It comes back with the bytes of scratch memory it lacks, or 0 when it has
+run or is queued; so the scratch grows with the longest rows seen, and a steady decode loop
+allocates nothing but its results.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from ..call import Call, Scored
+from ..selection import Selection
+from ..visual import VisualTokens
+from ..workspace import Workspace
+from . import Backend
+from . import packing as pack
+
+
+class NativeBackend(Backend):
+    """Arguments packed and results allocated; `_run` enters the engine."""
+
+    def _run(
+        self,
+        stage: str,
+        like: Tensor,
+        workspace: Workspace,
+        visual: VisualTokens | None,
+        packed: tuple[Any, ...],
+    ) -> None:
+        """Enter the engine for a stage; `like` is q [B, H, D], or the scores [B, N] of select."""
+        raise NotImplementedError
+
+    def score(self, call: Call) -> tuple[Scored, Tensor | None]:
+        mass, mass_mean = pack.masses(call.kv.batch, call.q.device)
+        scores, out = call.new_scores(), call.new_out() if call.is_dense else None
+        packed = (
+            *(pack.query(call.q, call.kv), pack.cache(call.kv), pack.visual(call.visual)),
+            *(pack.params(call.params), (0, 0, mass.data_ptr(), mass_mean.data_ptr())),
+            *(pack.output(out), scores.data_ptr()),
+        )
+        self._run("score", call.q, call.scratch, call.visual, packed)
+        return call.scored(scores, mass, mass_mean), out
+
+    def select(self, scored: Scored) -> Selection:
+        scores, params = scored.scores, scored.params
+        masses = (scored.mass.float().contiguous(), scored.mass_mean.float().contiguous())
+        selection = pack.empty_selection(scores.shape[0], params.k_max, *masses)
+        packed = (
+            *(*scores.shape, pack.address(scored.starts), pack.address(scored.lengths)),
+            *(pack.visual(scored.visual), pack.params(params), pack.chosen(selection)),
+            scores.data_ptr(),
+        )
+        self._run("select", scores, scored.scratch, scored.visual, packed)
+        return selection
+
+    def attend(self, call: Call) -> Tensor:
+        q, kv, params, visual, selection, *_ = call
+        out = call.new_out()
+        packed = (
+            *(pack.query(q, kv), pack.cache(kv)),
+            *(pack.visual(visual if selection is not None else None), self._kept(selection)),
+            *(pack.params(params), pack.output(out)),
+        )
+        self._run("attend", q, call.scratch, None, packed)
+        return out
+
+    def _kept(self, selection: Selection | None) -> tuple[int, ...]:
+        return pack.kept(selection)
+
+    def decode(self, call: Call) -> tuple[Tensor, Selection]:
+        rows, k_max = call.kv.batch, call.params.k_max
+        selection = pack.empty_selection(rows, k_max, *pack.masses(rows, call.q.device))
+        out = call.new_out()
+        packed = (
+            *(pack.query(call.q, call.kv), pack.cache(call.kv), pack.visual(call.visual)),
+            *(pack.params(call.params), pack.chosen(selection), pack.output(out)),
+            *(call.is_dense, pack.address(call.scores)),
+        )
+        self._run("decode", call.q, call.scratch, call.visual, packed)
+        return out, selection

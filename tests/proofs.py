@@ -73,7 +73,8 @@ TRITON = (
 # The kernels under a model are the other proofs' business.
 MODELS = (
     "visionpulse/*.py", "visionpulse/models/", "visionpulse/backends/__init__.py",
-    "visionpulse/trace/", "visionpulse/data/", "tests/models/", "tests/conftest.py",
+    "visionpulse/trace/", "visionpulse/data/", "visionpulse/cli/run.py",
+    "visionpulse/integrations/", "examples/", "tests/models/", "tests/conftest.py",
 )  # fmt: skip
 TWO = ("-n", "2", "--dist", "worksteal")
 
@@ -99,7 +100,7 @@ PROOFS = {
     "cuda-plans": Proof(
         ("tests/test_cuda_plan.py",),
         (*CUDA_BACKEND, "tests/test_cuda_plan.py", "tests/cuda_registers.json",
-         "tests/gpu_facts.py", "docs/cuda-bounds.md"), ("g++",),
+         "tests/gpu_facts.py", "docs/cuda-bounds.md", "visionpulse/bench/cost.py"), ("g++",),
     ),
     "cuda-simulated": Proof(
         ("tests/test_cusim.py", "-k", "not bug"), (*CUDA_BACKEND, *SHARED_TESTS), ("g++", "torch")
@@ -134,13 +135,15 @@ PROOFS = {
     "models-on-a-device": Proof(
         ("tests/test_fake_gpu.py", "-k", "patched_models"),
         (*MODELS, "tests/fakegpu/", "tests/test_fake_gpu.py", "visionpulse/bench/",
-         "visionpulse/testing/", "benchmarks/*.py", "benchmarks/methods/"),
+         "visionpulse/testing/", "visionpulse/calibration/", "benchmarks/*.py",
+         "benchmarks/methods/"),
         ("torch", "transformers"),
     ),
     "answers": Proof(
         ("tests/test_accuracy.py", "tests/test_calibration.py", *TWO),
-        (*MODELS, "visionpulse/calibration/", "benchmarks/accuracy/", "benchmarks/methods/",
-         "tests/test_accuracy.py", "tests/test_calibration.py"),
+        (*MODELS, "visionpulse/calibration/", "visionpulse/bench/progress.py",
+         "benchmarks/accuracy/", "benchmarks/methods/", "tests/test_accuracy.py",
+         "tests/test_calibration.py"),
         ("torch", "transformers"),
     ),
     "install": Proof(

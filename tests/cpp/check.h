@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The smallest test harness: CHECK prints what failed and where, and report() is the exit status.
+// CHECK prints what failed and where; report() returns the exit status.
 #pragma once
 
 #include <cstdio>

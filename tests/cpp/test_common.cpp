@@ -75,8 +75,8 @@ void masses_take_max_mean_and_nan() {
   for (int at = 0; at < 4; ++at) {
     float spoiled[4] = {0.25f, 0.5f, 0.125f, 0.125f};
     spoiled[at] = kNan;
-    const Masses of = masses_of_heads(spoiled, 4);
-    CHECK(of.max != of.max && of.mean != of.mean);
+    const Masses masses = masses_of_heads(spoiled, 4);
+    CHECK(masses.max != masses.max && masses.mean != masses.mean);
   }
 }
 

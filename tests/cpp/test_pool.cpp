@@ -48,9 +48,9 @@ void callers_do_not_wait_for_each_other() {
   CHECK_THAT(total == 4 * 300 * 20, "total=%d", total.load());
 }
 
-#if !defined( \
-    __SANITIZE_THREAD__)  // ThreadSanitizer refuses new threads in the child of a threaded parent
-void a_child_starts_afresh() {
+// ThreadSanitizer refuses new threads in the child of a threaded parent.
+#if !defined(__SANITIZE_THREAD__)
+void a_child_makes_a_new_pool() {
   parallel(8, 4, [](int) {});
   const pid_t child = fork();
   if (child == 0) {
@@ -71,8 +71,8 @@ int main() {
   results_are_seen_by_the_caller();
   callers_do_not_wait_for_each_other();
 #if !defined(__SANITIZE_THREAD__)
-  // qemu's user mode itself dies in the child of a threaded parent
-  if (std::getenv("VP_UNDER_QEMU") == nullptr) a_child_starts_afresh();
+  // qemu's user mode dies in the child of a threaded parent
+  if (std::getenv("VP_UNDER_QEMU") == nullptr) a_child_makes_a_new_pool();
 #endif
   return check::report("pool");
 }

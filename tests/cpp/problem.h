@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <limits>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include "kernels/common/visual_spans.h"
@@ -17,10 +18,26 @@ namespace problem {
 
 using namespace visionpulse;
 
+// Its integers are the same everywhere; the distributions of the standard library, and its shuffle,
+// are not, so both are made from the integers here.
 using Random = std::mt19937;
 
 inline int between(Random& r, int low, int high) {
   return low + static_cast<int>(r() % static_cast<uint32_t>(high - low + 1));
+}
+
+// Twelve uniform numbers added: mean 0, variance 1, exact in float.
+inline float normal(Random& r) {
+  int sum = 0;
+  for (int i = 0; i < 6; ++i) {
+    const uint32_t two = r();
+    sum += static_cast<int>(two & 0xffff) + static_cast<int>(two >> 16);
+  }
+  return static_cast<float>(sum - 6 * 0xffff) / 65536.0f;
+}
+
+inline void shuffle(std::vector<int32_t>& items, Random& r) {
+  for (size_t i = items.size(); i > 1; --i) std::swap(items[i - 1], items[r() % i]);
 }
 
 inline float half_value(uint16_t h) {
@@ -118,7 +135,7 @@ inline void draw_cache(Problem& p, Random& r, int rows, int kv_heads, int dim, i
     p.table.assign(rows * a.table_stride, -7);
     std::vector<int32_t> ids(a.pages);
     for (int i = 0; i < a.pages; ++i) ids[i] = i;
-    std::shuffle(ids.begin(), ids.end(), r);
+    shuffle(ids, r);
     for (int b = 0; b < rows; ++b)
       for (int i = 0; i < pages; ++i) p.table[b * a.table_stride + i] = ids[b * pages + i];
     a.table = p.table.data();
@@ -203,7 +220,8 @@ inline Problem make(Random& r) {
   draw_cache(p, r, c.B, c.G, c.D, size);
   const int capacity = c.cache.capacity;
   for (int b = 0; b < c.B; ++b) {
-    p.lengths.push_back(between(r, 0, capacity + 1) - (r() % 8 == 0 ? 5 : 0));
+    const int below = r() % 8 == 0 ? 5 : 0;
+    p.lengths.push_back(between(r, 0, capacity + 1) - below);
     p.starts.push_back(between(r, 0, capacity / 2 + 1) - 1);
   }
   if (r() % 3 != 0) c.cache.lengths = p.lengths.data();
@@ -213,7 +231,6 @@ inline Problem make(Random& r) {
   c.score.scale = 1.0f / std::sqrt(static_cast<float>(c.D));
   draw_visual(p, r);
   draw_budget(p, r);
-  std::normal_distribution<float> normal;
   p.q.make(c.dtype, int64_t{c.B} * c.H * c.D);
   for (int64_t i = 0; i < int64_t{c.B} * c.H * c.D; ++i) p.q.set(i, normal(r));
   c.q = p.q.data();

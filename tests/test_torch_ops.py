@@ -75,6 +75,7 @@ CONFIGS = {
 }
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 def test_one_graph_gives_the_eager_bits(problem, backend, config):
     torch._dynamo.reset()
@@ -88,6 +89,7 @@ def test_one_graph_gives_the_eager_bits(problem, backend, config):
         assert torch.equal(got.nan_to_num(7), expected.nan_to_num(7))
 
 
+@pytest.mark.bits
 def test_a_cache_made_inside_the_graph_serves_three_prompts(backend):
     """With a capacity no shape depends on the prompt: one graph, compiled once."""
     torch._dynamo.reset()
@@ -113,6 +115,7 @@ def test_a_cache_made_inside_the_graph_serves_three_prompts(backend):
     assert len(graphs) == 1
 
 
+@pytest.mark.bits
 def test_a_given_output_is_filled_under_compile(backend):
     problem = CASES["grouped"].build(torch.float32)
     q, kv, visual = problem.q, problem.kv, problem.visual

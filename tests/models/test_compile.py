@@ -59,6 +59,7 @@ def test_three_prompts_share_one_graph(tiny, family):
         assert session.stats.steps == 21
 
 
+@pytest.mark.deep  # a C++ compiler runs for a minute
 def test_inductor_gives_the_same_tokens(tiny):
     made = tiny("llava", num_hidden_layers=2)
     with vp.patch(made.model, PRUNED):

@@ -65,7 +65,7 @@ def exact_of(name, dtype=torch.bfloat16):
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
 def test_an_output_a_little_off_fails(dtype):
-    """In one place, the largest, by a few more ulps than torch's own error."""
+    """In one place, the largest, by a few ulps more than its bound."""
     problem, exact = exact_of("grouped", dtype)
     out = vp.attend(problem.q, problem.kv, backend="reference")
     assert_output(out, exact, None)

@@ -2,9 +2,11 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..schedule import Role
+from . import registry
 from .registry import base_attention
 
 CONTEXT = "visionpulse"  # the keyword that carries the step of one forward
@@ -40,5 +42,24 @@ def attention(
                 kwargs.get("scaling"), kwargs.get("softcap"),
             )  # fmt: skip
             return out, None
+        if role is not Role.MODEL:
+            step.refused = _refusal(query, key, value, attention_mask, kwargs)
+    elif query.shape[2] == 1 and not torch.compiler.is_compiling():
+        registry.passed_by(module)
     result = base_attention(module)(module, query, key, value, attention_mask, **kwargs)
     return result  # type: ignore[no-any-return]
+
+
+def _refusal(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
+) -> str:
+    """Why a layer was left to the model's own attention."""
+    if key.shape != value.shape:
+        return f"keys are {tuple(key.shape)}, values {tuple(value.shape)}"
+    if query.requires_grad:
+        return "a gradient is wanted; decode under torch.no_grad()"
+    if kwargs.get("s_aux") is not None:
+        return "it has sinks"
+    if kwargs.get("position_bias") is not None:
+        return "it has a position bias"
+    return "a static cache came without a mask; pass attention_mask"

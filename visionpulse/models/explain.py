@@ -16,6 +16,7 @@ from . import registry
 from .families import TESTED, Anatomy, anatomy, attention_layers
 from .plan import Plan, plan_of
 from .session import session_of
+from .stats import Stats
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class ModelExplanation:
     visual_ids: tuple[int, ...]
     base_attention: str
     backend: Choice
+    ran: Stats | None  # since the patch or the last reset; None of an unpatched model
 
     @property
     def sparse_layers(self) -> tuple[int, ...]:
@@ -50,11 +52,13 @@ class ModelExplanation:
             f"{self.model} ({self.family}, {matrix}), {'patched' if self.patched else 'unpatched'}",
             f"decoder    {self.decoder}, {self.layers} layers",
             f"anchor     {anchor}",
-            f"sparse     {_runs(self.sparse_layers) or 'no layer'}",
+            f"sparse     {_runs(self.sparse_layers) or 'no layer'}, as planned",
             f"model's    {_runs([i for i, r in enumerate(self.roles) if r == 'model']) or 'none'}",
             f"visual ids {', '.join(map(str, self.visual_ids))}",
             f"attention  {self.base_attention}, for prefill and the model's own layers",
         ]
+        if self.ran is not None:
+            rows.append(f"ran        {self.ran.ran}")
         if self.dense_because:
             rows.append(f"stays dense: {self.dense_because}")
         return "\n".join([*rows, "backends", str(self.backend)])
@@ -79,6 +83,7 @@ def explain_model(model: Any, config: PulseConfig | str = "10pct") -> ModelExpla
         visual_ids=parts.visual_ids,
         base_attention=registry.base_name(parts.config),
         backend=_backend(parts, plan),
+        ran=None if session is None else session.stats,
     )
 
 

@@ -26,6 +26,8 @@ class _Entry:
 
 _entries: dict[int, _Entry] = {}  # by id(config)
 _lock = threading.Lock()
+# one attention layer of each patched model, and what to do when it decodes past the hooks
+_watched: "weakref.WeakKeyDictionary[nn.Module, Callable[[], None]]" = weakref.WeakKeyDictionary()
 
 
 def base_name(config: Any) -> str:
@@ -52,6 +54,21 @@ def base_mask(*args: Any, **kwargs: Any) -> Any:
 
     make = ALL_MASK_ATTENTION_FUNCTIONS.get(base_name(kwargs["config"]))
     return None if make is None else make(*args, **kwargs)
+
+
+def watch(layer: nn.Module, call: Callable[[], None] | None) -> None:
+    """Call `call` when this attention layer decodes without a step; None ends it."""
+    if call is None:
+        _watched.pop(layer, None)
+    else:
+        _watched[layer] = call
+
+
+def passed_by(layer: nn.Module) -> None:
+    """Say that a layer decodes without a step."""
+    call = _watched.get(layer)
+    if call is not None:
+        call()
 
 
 def enter(decoder: nn.Module, attention: Callable[..., Any]) -> None:

@@ -15,12 +15,12 @@ from ..config import PulseConfig
 from ..config import resolve as resolve_config
 from ..layer_ops import LayerOps
 from ..trace.record import Trace, trace_of
-from ..visual import VisualTokens
 from . import registry
 from .attention import attention
 from .cache import release
 from .families import Anatomy, UnsupportedModelError, anatomy
 from .hooks import Hooks
+from .notices import Notices
 from .plan import Plan, plan_of
 from .state import CacheState
 from .stats import Recorder, Stats
@@ -44,7 +44,7 @@ class Session:
         self.heads = head_group(parts.decoder)
         self.is_paused = False
         self._names = itertools.count()
-        self._warned: set[str] = set()
+        self.notices = Notices()
         registry.enter(parts.decoder, attention)
         self._finalizer = weakref.finalize(parts.decoder, registry.leave, id(parts.config))
         self._hooks = Hooks(self)
@@ -61,7 +61,8 @@ class Session:
 
     @property
     def stats(self) -> Stats:
-        """What was kept since the patch or the last `reset_stats`; summed up by this call."""
+        """What ran and was kept since the patch or the last `reset_stats`; summed up here."""
+        self._hooks.flush()
         return self.recorder.stats()
 
     @property
@@ -130,6 +131,7 @@ class Session:
             if not self._finalizer.alive:
                 warnings.warn("this session has ended: the model is not patched", stacklevel=2)
                 return
+            self._hooks.flush()
             self._hooks.remove()
             self._finalizer()
             # generate() keeps a static cache on the model for its next call
@@ -156,45 +158,6 @@ class Session:
     def new_state(self) -> CacheState:
         """The state of a new conversation."""
         return CacheState(name=next(self._names))
-
-    def warn_about(self, cache: Any) -> None:
-        """Say once where a cache gives the benefit away."""
-        names = {type(layer).__name__ for layer in getattr(cache, "layers", ())}
-        if any("Quantized" in name for name in names):
-            self._warn(
-                "quantised",
-                "a quantised cache gives full dense copies of keys and values in every step: "
-                "pruning stays correct but saves no bandwidth; use a dynamic or a static cache",
-            )
-        elif getattr(cache, "offloading", False):
-            self._warn(
-                "offloaded",
-                "an offloaded cache moves all keys and values in every step: pruning stays "
-                "correct but saves none of that; use a dynamic or a static cache if it fits",
-            )
-
-    def warn_about_prompt(self, visual: VisualTokens | None, is_embedded: bool) -> None:
-        """Say once what is odd about a prompt without image features; only at prefill."""
-        is_empty = visual is None or int(visual.counts.max()) == 0
-        if is_embedded and is_empty:
-            self._warn(
-                "embeds",
-                "no visual token was recognised in inputs_embeds, so decode stays dense; if "
-                "pictures are merged into them, call visionpulse.set_visual_mask(model, mask) "
-                "before generate",
-            )
-        elif not is_embedded and not is_empty:
-            self._warn(
-                "features",
-                "the prompt has image tokens but no image came with it, so the answer does not "
-                "depend on a picture: transformers drops pixel_values where prefill_chunk_size is "
-                "set, and for an assistant model; prefill in one piece",
-            )
-
-    def _warn(self, kind: str, text: str) -> None:
-        if kind not in self._warned:
-            self._warned.add(kind)
-            warnings.warn(text, stacklevel=3)
 
 
 def session_of(model: Any) -> Session | None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..selection import Selection
 from ..visual import VisualTokens
 from .lookback import LookBack
+from .notices import DenseReason
 
 
 @dataclass
@@ -19,6 +20,8 @@ class CacheState:
     inverse: Tensor | None = None  # float32 [B], 1 / N_v, and 0 for rows without visual tokens
     model_path: bool = False  # rows have hidden keys in the middle: the model's attention only
     needs_mask: bool = False  # a static cache: without a mask its empty slots would be keys
+    has_picture: bool = False  # whether some row had a visual token at the last prefill or crop
+    blind: DenseReason | None = None  # why its pictures are unknown
     steps: int = 0  # decode steps since the last prefill or crop
     kept: Selection | None = None  # of the previous step, for the schedule that looks back
     kept_by: object = field(default=None, repr=False)  # the plan that made `kept`
@@ -29,6 +32,7 @@ class CacheState:
         """Take a new visual set; the steps start anew."""
         self.visual = visual
         self.inverse = None
+        self.has_picture = visual is not None and bool((visual.counts > 0).any())
         if visual is not None:
             n = visual.counts
             self.inverse = torch.where(n > 0, 1.0 / n.clamp(min=1), 0.0)

@@ -1,13 +1,15 @@
 """What a session counts: kept on the device while it runs, summed up only when it is read."""
 
 import threading
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ..selection import Selection
 from ..trace.record import Entry
+from .notices import DenseReason
 from .state import CacheState
 
 QUANTITIES = ("retention", "kept", "mass", "mass_mean")
@@ -33,24 +35,33 @@ _NONE = Summary(float("nan"), float("nan"), float("nan"))
 class Stats:
     """What the steps of a session kept; rows without visual tokens are left out."""
 
-    steps: int  # decode steps in which an anchor selected
+    steps: int  # decode steps in which an anchor selected visual tokens
     rows: int  # selections, a row of the batch each
     retention: Summary = _NONE  # K / N_v
     kept: Summary = _NONE  # K
     mass: Summary = _NONE  # of the head with the largest
     mass_mean: Summary = _NONE  # of all heads
+    dense: dict[str, int] = field(default_factory=dict)  # other decode steps, by reason
+
+    @property
+    def ran(self) -> str:
+        """The decode steps that ran, in words."""
+        if not self.steps and not self.dense:
+            return "nothing yet"
+        why = ", ".join(f"{count} {reason}" for reason, count in self.dense.items())
+        return f"{self.steps} sparse, {sum(self.dense.values())} dense steps" + (
+            f" ({why})" if why else ""
+        )
 
     def __str__(self) -> str:
-        if not self.rows:
-            return f"{self.steps} sparse decode steps"
-        return (
-            f"{self.steps} sparse decode steps, retention {self.retention}, K {self.kept}, "
-            f"mass {self.mass}"
-        )
+        said = f"{self.steps} sparse decode steps"
+        if self.rows:
+            said += f", retention {self.retention}, K {self.kept}, mass {self.mass}"
+        return said + "".join(f", {count} dense: {why}" for why, count in self.dense.items())
 
 
 class _Sums:
-    """Sums of one device, float64: [quantity] each, and two tallies."""
+    """Sums of one device, float64: [quantity] each, and the steps by kind."""
 
     def __init__(self, device: torch.device) -> None:
         with torch.inference_mode(False):
@@ -58,20 +69,26 @@ class _Sums:
             self.low = torch.full((4,), torch.inf, dtype=torch.float64, device=device)
             self.high = torch.full((4,), -torch.inf, dtype=torch.float64, device=device)
             self.tally = torch.zeros(2, dtype=torch.float64, device=device)  # steps, rows
-        for buffer in (self.total, self.low, self.high, self.tally):
+            self.dense = torch.zeros(len(DenseReason), dtype=torch.float64, device=device)
+        for buffer in (self.total, self.low, self.high, self.tally, self.dense):
             # a graph may then write them in place
             torch._dynamo.mark_static_address(buffer)
 
     def add(
-        self, counts: Tensor, mass: Tensor, mass_mean: Tensor, inverse: Tensor, steps: int
+        self, counts: Tensor, mass: Tensor, mass_mean: Tensor, inverse: Tensor, first: list[bool]
     ) -> None:
-        """Add the rows [n] of some selections."""
+        """Add the rows [n] of some selections of one batch; the first of a step counts it."""
         live = inverse > 0
         values = torch.stack((counts * inverse, counts, mass, mass_mean)).double()  # [4, n]
         self.total.add_(values.masked_fill(~live, 0.0).sum(1))
         self.low.copy_(torch.minimum(self.low, values.masked_fill(~live, torch.inf).amin(1)))
         self.high.copy_(torch.maximum(self.high, values.masked_fill(~live, -torch.inf).amax(1)))
-        self.tally[0].add_(steps)
+        if any(first):
+            steps = torch.stack([part.any() for part in live.chunk(len(first))])
+            if not all(first):
+                steps = steps[torch.tensor(first, device=steps.device)]
+            self.tally[0].add_(steps.sum())
+            self.dense[0].add_((~steps).sum())  # a static cache has a set without a picture too
         self.tally[1].add_(live.sum())
 
     def reset(self) -> None:
@@ -79,6 +96,10 @@ class _Sums:
         self.low.fill_(torch.inf)
         self.high.fill_(-torch.inf)
         self.tally.zero_()
+        self.dense.zero_()
+
+
+_PLACES = {reason: i for i, reason in enumerate(DenseReason)}
 
 
 class Recorder:
@@ -88,7 +109,8 @@ class Recorder:
         self.record = record
         self.entries: list[Entry] = []
         self._sums: dict[torch.device, _Sums] = {}
-        self._pending: list[tuple[Tensor, Tensor, Tensor, Tensor, int]] = []
+        self._pending: list[tuple[Tensor, Tensor, Tensor, Tensor, bool]] = []
+        self._dense: Counter[DenseReason] = Counter()
         self._lock = threading.Lock()
 
     def prepare(self, device: torch.device) -> None:
@@ -110,18 +132,27 @@ class Recorder:
             return
         counts, mass, mass_mean = selection.counts, selection.mass, selection.mass_mean
         if torch.compiler.is_compiling():
-            self._sums[counts.device].add(counts, mass, mass_mean, inverse, int(is_first))
+            self._sums[counts.device].add(counts, mass, mass_mean, inverse, [is_first])
             return
-        self._pending.append((counts, mass, mass_mean, inverse, int(is_first)))
+        self._pending.append((counts, mass, mass_mean, inverse, is_first))
         if self.record and state.visual is not None:
             self.entries.append(Entry(selection, state.visual, state.name, *step))
         if len(self._pending) >= PENDING:
             self._fold()
 
+    def add_dense(self, reason: DenseReason, device: torch.device) -> None:
+        """Count a decode step that pruned nothing."""
+        if torch.compiler.is_compiling():
+            if device in self._sums:
+                self._sums[device].dense[_PLACES[reason]].add_(1)
+            return
+        with self._lock:
+            self._dense[reason] += 1
+
     def _fold(self) -> None:
         with self._lock:
             pending, self._pending = self._pending, []
-        groups: dict[tuple[int, torch.device], list[tuple[Tensor, Tensor, Tensor, Tensor, int]]]
+        groups: dict[tuple[int, torch.device], list[tuple[Tensor, Tensor, Tensor, Tensor, bool]]]
         groups = {}
         for item in pending:
             groups.setdefault((len(item[0]), item[0].device), []).append(item)
@@ -131,17 +162,18 @@ class Recorder:
                 torch.cat(part) for part in list(zip(*items, strict=True))[:4]
             )
             with self._lock:
-                self._sums[device].add(counts, mass, mass_mean, inverse, sum(i[4] for i in items))
+                self._sums[device].add(counts, mass, mass_mean, inverse, [i[4] for i in items])
 
     def stats(self) -> Stats:
         """Sum up; reads the device."""
         self._fold()
-        if not self._sums:
-            return Stats(0, 0)
         parts = list(self._sums.values())
+        dense = self._dense_steps(parts)
+        if not parts:
+            return Stats(0, 0, dense=dense)
         steps, rows = (int(n) for n in torch.stack([s.tally.cpu() for s in parts]).sum(0))
         if not rows:
-            return Stats(steps, 0)
+            return Stats(steps, 0, dense=dense)
         mean = torch.stack([s.total.cpu() for s in parts]).sum(0) / rows
         low = torch.stack([s.low.cpu() for s in parts]).amin(0)
         high = torch.stack([s.high.cpu() for s in parts]).amax(0)
@@ -149,11 +181,19 @@ class Recorder:
             name: Summary(float(mean[i]), float(low[i]), float(high[i]))
             for i, name in enumerate(QUANTITIES)
         }
-        return Stats(steps, rows, **summaries)
+        return Stats(steps, rows, **summaries, dense=dense)
+
+    def _dense_steps(self, parts: list[_Sums]) -> dict[str, int]:
+        with self._lock:
+            counts = Counter(self._dense)
+        for sums in parts:
+            for reason, count in zip(DenseReason, sums.dense.tolist(), strict=True):
+                counts[reason] += int(count)
+        return {reason.value: counts[reason] for reason in DenseReason if counts[reason]}
 
     def reset(self) -> None:
         """Start counting anew."""
         with self._lock:
-            self._pending, self.entries = [], []
+            self._pending, self.entries, self._dense = [], [], Counter()
             for sums in self._sums.values():
                 sums.reset()

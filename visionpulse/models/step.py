@@ -49,6 +49,7 @@ class Step:
         self.selection: Selection | None = None
         self.needs_mask = state.needs_mask
         self.is_first = True  # no anchor has selected yet
+        self.refused: str | None = None  # why a layer was left to the model
         if self.compiled and state.window is not None and self.roles is not plan.text:
             if plan.looks_back:  # the choice between a fresh and a later step is made on the device
                 self.roles, self.selection = plan.later, state.window.early(plan.config.refresh)

@@ -1,0 +1,235 @@
+"""A picture that is not pruned is said once, with the reason; a healthy model says nothing."""
+
+import warnings
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+import visionpulse as vp
+from visionpulse.models import stats
+from visionpulse.models.notices import DenseReason
+
+PRUNED = vp.PulseConfig(tau=0.5, ratio=(0.05, 0.4))
+
+
+def new_cache(made):
+    return DynamicCache(config=made.model.config.get_text_config())
+
+
+def dense(session):
+    return session.stats.dense
+
+
+@pytest.fixture
+def said():
+    """What was warned of, as text."""
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always", UserWarning)
+        yield lambda: [str(w.message) for w in seen if "prunes nothing" in str(w.message)]
+
+
+def test_a_healthy_model_says_nothing(tiny, said):
+    made = tiny("llava")
+    with vp.patch(made.model, PRUNED) as session:
+        assert "ran        nothing yet" in str(vp.explain(made.model))
+        made.generate(made.inputs())
+        assert session.stats.steps == 7
+        assert dense(session) == {}
+        assert "ran        7 sparse, 0 dense steps" in str(vp.explain(made.model))
+    assert "ran" not in str(vp.explain(made.model)).split("backends")[0].split()
+    assert said() == []
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_text_only_prompt_says_nothing_and_is_counted(tiny, said, static):
+    made = tiny("llava")
+    options = {"cache_implementation": "static", "disable_compile": True} if static else {}
+    with vp.patch(made.model, PRUNED) as session:
+        made.generate(made.inputs([12]), **options)
+        made.generate({"input_ids": torch.tensor([[5]])}, **options)  # a prompt of one token
+        assert session.stats.steps == 0
+        assert dense(session) in ({"no picture": 14}, {"no picture": 13}, {"no picture": 15})
+    assert said() == []
+
+
+def test_a_pause_is_counted_and_silent(tiny, said):
+    made = tiny("llava")
+    with vp.patch(made.model, PRUNED) as session:
+        with session.paused():
+            made.generate(made.inputs())
+        assert dense(session) == {"paused": 7}
+        session.reset_stats()
+        assert dense(session) == {}
+    assert said() == []
+
+
+def once(said, text):
+    (only,) = said()
+    assert text in only
+    assert "explain" in only
+
+
+def test_a_cache_of_an_unknown_kind(tiny, said, monkeypatch):
+    made = tiny("llava")
+    monkeypatch.setattr("visionpulse.models.hooks.has_layers", lambda cache: False)
+    with vp.patch(made.model, PRUNED) as session:
+        made.generate(made.inputs([12]))
+        assert said() == []
+        made.generate(made.inputs())
+        made.generate(made.inputs())
+        assert dense(session) == {"unknown cache": 21}
+    once(said, "DynamicCache")
+
+
+def test_a_cache_that_was_filled_elsewhere(tiny, said):
+    made = tiny("llava")
+    with torch.no_grad():
+        cache = new_cache(made)
+        made.model(**made.inputs(), past_key_values=cache, use_cache=True)
+        with vp.patch(made.model, PRUNED) as session:
+            for _ in range(3):
+                made.model(input_ids=torch.tensor([[7]]), past_key_values=cache)
+            assert dense(session) == {"cache filled elsewhere": 3}
+    once(said, "before the model was patched")
+
+
+def test_a_prompt_that_goes_past_the_base_model(tiny, said):
+    made = tiny("llava")
+    decoder, cache = made.model.get_decoder(), new_cache(made)
+    with vp.patch(made.model, PRUNED) as session, torch.no_grad():
+        embeds = torch.randn(1, 12, 64)
+        decoder(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
+        assert said() == []  # nothing is decoded yet
+        for _ in range(2):
+            decoder(inputs_embeds=embeds[:, :1], past_key_values=cache)
+        assert dense(session) == {"prompt not seen": 2}
+        once(said, "set_visual_mask")
+        vp.set_visual_mask(made.model, torch.zeros(1, 12, dtype=torch.bool))
+        cache = new_cache(made)
+        decoder(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
+        decoder(inputs_embeds=embeds[:, :1], past_key_values=cache)
+        assert dense(session) == {"no picture": 1, "prompt not seen": 2}
+
+
+def test_a_picture_whose_tokens_are_not_found(tiny, said, monkeypatch):
+    made = tiny("llava")
+    with vp.patch(made.model, PRUNED) as session:
+        monkeypatch.setattr(type(session._hooks), "_found", lambda *_: None)
+        made.generate(made.inputs())
+        assert dense(session) == {"visual tokens not found": 7}
+    once(said, "150")
+
+
+def test_a_static_cache_says_it_at_the_prefill(tiny, said, monkeypatch):
+    made = tiny("llava")
+    with vp.patch(made.model, PRUNED) as session, torch.no_grad():
+        monkeypatch.setattr(type(session._hooks), "_found", lambda *_: None)
+        cache = StaticCache(config=made.model.config.get_text_config(), max_cache_len=64)
+        made.model(**made.inputs(), past_key_values=cache, use_cache=True)
+    once(said, "none of its tokens")
+
+
+def test_a_layer_that_bypasses_the_attention_interface(tiny, said):
+    made = tiny("llava", num_hidden_layers=3)
+    with vp.patch(made.model, PRUNED) as session:
+        made.model.get_decoder().config._attn_implementation_internal = "sdpa"
+        made.generate(made.inputs())
+        assert dense(session) == {"attention not called": 7}
+        assert "0 sparse, 7 dense steps (7 attention not called)" in str(vp.explain(made.model))
+    once(said, "sdpa")
+
+
+def test_a_mask_with_holes(tiny, said):
+    made = tiny("llava")
+    given = made.inputs([9, "i", 9])
+    given["attention_mask"][0, 3:6] = 0
+    with vp.patch(made.model, PRUNED) as session:
+        made.generate(given)
+        assert dense(session) == {"holes in the mask": 7}
+    once(said, "pad on the left")
+
+
+def test_a_model_that_is_dense_by_design(tiny, said):
+    made = tiny("llava", num_hidden_layers=3)
+    for layer in made.model.get_decoder().layers:
+        layer.self_attn.sinks = torch.nn.Parameter(torch.zeros(4))
+    with vp.patch(made.model, PRUNED) as session:
+        made.generate(made.inputs())
+        assert dense(session) == {"dense by design": 7}
+        made.generate(made.inputs([12]))
+    once(said, "sinks")
+
+
+def test_a_model_in_training_mode(tiny, said):
+    made = tiny("llava", num_hidden_layers=3)
+    made.model.train()
+    with vp.patch(made.model, PRUNED) as session:
+        made.generate(made.inputs())
+        assert dense(session) == {"training": 7}
+    once(said, "model.eval()")
+
+
+def test_what_the_attention_refuses(tiny, said):
+    made = tiny("llava")
+    with vp.patch(made.model, PRUNED) as session:
+        cache = new_cache(made)
+        made.model(**made.inputs(), past_key_values=cache, use_cache=True)
+        made.model(input_ids=torch.tensor([[7]]), past_key_values=cache)
+        assert dense(session) == {"attention inputs": 1}
+    once(said, "no_grad")
+
+
+def replace(made, attribute):
+    """Put a copy with the same weights in place of a part, as a wrapper would."""
+    home = made.model.model if attribute == "language_model" else made.model
+    old = getattr(home, attribute)
+    new = type(old)(old.config)
+    new.load_state_dict(old.state_dict())
+    setattr(home, attribute, new.eval())
+
+
+@pytest.mark.parametrize("part", ["language_model", "model"])
+def test_a_part_that_was_replaced_after_the_patch(tiny, said, part):
+    made = tiny("llava", num_hidden_layers=3)
+    with vp.patch(made.model, PRUNED) as session:
+        replace(made, part)
+        made.generate(made.inputs([12]))
+        assert said() == []
+        made.generate(made.inputs())
+        assert dense(session) == {"decoder not called": 14}
+    once(said, "LlamaModel")
+
+
+def test_layers_that_are_called_without_their_decoder(tiny, said):
+    made = tiny("llava", num_hidden_layers=3)
+    decoder, cache = made.model.get_decoder(), new_cache(made)
+
+    def layers(hidden):
+        places = torch.arange(hidden.shape[1])[None] + cache.get_seq_length()
+        cos_sin = decoder.rotary_emb(hidden, places)
+        for layer in decoder.layers:
+            keys = next(n for n in ("cache", "past_key_values") if n in decoder_names(decoder))
+            hidden = layer(hidden, position_embeddings=cos_sin, **{keys: cache})
+        return hidden
+
+    with vp.patch(made.model, PRUNED) as session, torch.no_grad():
+        layers(torch.randn(1, 12, 64))
+        layers(torch.randn(1, 1, 64))
+        assert dense(session) == {"decoder not called": 1}
+    once(said, "replaced")
+
+
+def decoder_names(decoder):
+    import inspect
+
+    return inspect.signature(decoder.forward).parameters
+
+
+def test_every_reason_but_silence_has_a_way_out():
+    from visionpulse.models.notices import _TEXTS, SILENT
+
+    assert set(_TEXTS) | set(SILENT) == set(DenseReason)
+    assert str(stats.Stats(3, 0, dense={"training": 2})) == (
+        "3 sparse decode steps, 2 dense: training"
+    )

@@ -18,8 +18,9 @@ from . import registry
 from .arguments import Arguments, cache_of_output
 from .attention import CONTEXT
 from .cache import attach, has_layers, state_of, swap_layers
+from .dense_steps import DenseSteps
 from .families import attention_layers
-from .notices import SILENT, DenseReason
+from .notices import DenseReason
 from .state import CacheState, visual_of
 from .step import Step, visible_keys
 
@@ -58,9 +59,7 @@ class Hooks:
         self._decoder = Arguments(anatomy.decoder)
         self._layer = anatomy.first_full
         self._waiting = _Waiting()
-        self._unsaid: DenseReason | None = None  # of a compiled step, which cannot warn
-        self._unsaid_detail = ""
-        self._last_had_picture = False
+        self.dense = DenseSteps(anatomy, session.recorder, session.notices)
         self._watched = attention_layers(anatomy.decoder)[0]
         # a prefill reads the device; disabled here, not by decorators, which would import dynamo
         eager: Callable[..., Any] = torch.compiler.disable
@@ -108,7 +107,7 @@ class Hooks:
         self, ids: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """Mark the visual tokens of a prefill."""
-        self.flush()
+        self.dense.flush()
         waiting, wanted = self._waiting, self.session.anatomy.visual_ids
         waiting.is_known, waiting.is_embedded = True, False
         waiting.has_features = waiting.picture = _has_features(kwargs)
@@ -141,7 +140,7 @@ class Hooks:
         if waiting.awaits_decoder:
             waiting.awaits_decoder = False
             if output is not None and not self.session.is_paused:  # None: the forward failed
-                self._dense(DenseReason.DECODER, waiting.picture is True)
+                self.dense.add(DenseReason.DECODER, waiting.picture is True)
         if waiting.is_known or waiting.token is not None:
             waiting.found, waiting.is_known, waiting.token = None, False, None
             waiting.state = None
@@ -159,7 +158,7 @@ class Hooks:
         if session.is_paused or module.training:
             if is_eager and inputs is not None and inputs.shape[1] == 1:
                 reason = DenseReason.PAUSED if session.is_paused else DenseReason.TRAINING
-                self._dense(reason, self._waiting.picture is True)
+                self.dense.add(reason, self._waiting.picture is True)
             return None
         if inputs is None:
             raise TypeError(
@@ -173,9 +172,9 @@ class Hooks:
                 if not state.model_path:
                     return args, {**kwargs, CONTEXT: self._step(state)}
                 if not is_eager:
-                    self._dense_compiled(DenseReason.HOLES, inputs.device)
+                    self.dense.add_compiled(DenseReason.HOLES, inputs.device)
                 else:
-                    self._dense(DenseReason.HOLES, state.has_picture)
+                    self.dense.add(DenseReason.HOLES, state.has_picture)
                 return None
         mask = self._decoder.get("attention_mask", args, kwargs)
         self._prefill(cache, inputs, mask)
@@ -196,7 +195,7 @@ class Hooks:
         if cache is not None and not has_layers(cache):
             if inputs.shape[1] == 1:
                 might = waiting.picture is not False
-                self._dense(DenseReason.CACHE_KIND, might, type(cache).__name__)
+                self.dense.add(DenseReason.CACHE_KIND, might, type(cache).__name__)
             return
         is_new = True
         past, limit, state = 0, -1, None
@@ -212,7 +211,7 @@ class Hooks:
         state.model_path, state.needs_mask = _has_holes(mask, total), limit > 0
         self._see(state, inputs, found, past, limit)
         self._blind(state, inputs, past if is_new else 0, limit)
-        self._last_had_picture = state.has_picture
+        self.dense.last_had_picture = state.has_picture
         if limit > 0 and session.plan.looks_back:
             state.look_back(getattr(cache.layers[self._layer], "spare", None))
         session.recorder.prepare(inputs.device)
@@ -233,11 +232,13 @@ class Hooks:
         elif not waiting.is_known and not waiting.was_given and not is_step:
             state.blind = DenseReason.PROMPT_UNSEEN
         if is_step and state.blind is not None:
-            self._dense(state.blind, True)
+            self.dense.add(state.blind, True)
         elif is_step and unseen:
-            self._dense(DenseReason.TEXT, False)
+            self.dense.add(DenseReason.TEXT, False)
         elif limit > 0 and state.blind is not None:
-            self._warn(state.blind)  # a static cache may be compiled, and its steps cannot warn
+            self.dense.warn(
+                state.blind
+            )  # compiled steps, of a static cache, cannot
 
     def give(self, mask: Tensor) -> None:
         """Take the visual positions of this thread's next prefill from the user."""
@@ -315,7 +316,7 @@ class Hooks:
             return
         inputs = self._model.get("input_ids", args, kwargs)
         if inputs is not None and inputs.shape[1] == 1:
-            self._dense(DenseReason.DECODER, waiting.picture is True)
+            self.dense.add(DenseReason.DECODER, waiting.picture is True)
         else:
             waiting.picture = _has_features(kwargs)
 
@@ -323,7 +324,7 @@ class Hooks:
         """Notice a decode step in a layer, outside the decoder."""
         waiting = self._waiting
         if not (waiting.is_inside or self.session.is_paused):
-            self._dense(DenseReason.DECODER, waiting.picture is not False)
+            self.dense.add(DenseReason.DECODER, waiting.picture is not False)
 
     def _without_selection(self, step: Step, output: Any) -> None:
         """Find out why no anchor selected in a step."""
@@ -337,45 +338,15 @@ class Hooks:
         else:
             reason = DenseReason.ATTENTION
         if step.compiled:
-            self._dense_compiled(reason, self._device_of(output), detail)
+            self.dense.add_compiled(reason, self._device_of(output), detail)
         else:
             has_picture = step.state.has_picture or step.state.blind is not None
-            self._dense(reason, has_picture, detail)
+            self.dense.add(reason, has_picture, detail)
 
     @staticmethod
     def _device_of(output: Any) -> torch.device:
         hidden: Tensor = output[0]
         return hidden.device
-
-    def _dense(self, reason: DenseReason, has_picture: bool, detail: str = "") -> None:
-        """Count a dense decode step, and warn if a picture is lost by it."""
-        self.session.recorder.add_dense(reason, torch.device("cpu"))
-        if has_picture:
-            self._warn(reason, detail)
-
-    def _dense_compiled(self, reason: DenseReason, device: torch.device, detail: str = "") -> None:
-        """The same inside a graph: what is to be said waits for `flush`."""
-        self.session.recorder.add_dense(reason, device)
-        self._unsaid, self._unsaid_detail = reason, detail
-
-    def flush(self) -> None:
-        """Say what compiled steps could not."""
-        reason, self._unsaid = self._unsaid, None
-        if reason is not None and self._last_had_picture:
-            self._warn(reason, self._unsaid_detail)
-
-    def _warn(self, reason: DenseReason, detail: str = "") -> None:
-        if reason in SILENT:
-            return
-        parts = self.session.anatomy
-        details = {
-            DenseReason.DESIGN: parts.dense_because,
-            DenseReason.PROMPT_UNSEEN: type(parts.base).__name__,
-            DenseReason.POSITIONS: ", ".join(map(str, parts.visual_ids)),
-            DenseReason.DECODER: type(parts.decoder).__name__,
-            DenseReason.ATTENTION: parts.config._attn_implementation,
-        }
-        self.session.notices.dense(reason, detail or details.get(reason) or "")
 
 
 def _call(method: "weakref.WeakMethod[Callable[[], None]]") -> None:

@@ -62,7 +62,7 @@ class Session:
     @property
     def stats(self) -> Stats:
         """What ran and was kept since the patch or the last `reset_stats`; summed up here."""
-        self._hooks.flush()
+        self._hooks.dense.flush()
         return self.recorder.stats()
 
     @property
@@ -131,7 +131,7 @@ class Session:
             if not self._finalizer.alive:
                 warnings.warn("this session has ended: the model is not patched", stacklevel=2)
                 return
-            self._hooks.flush()
+            self._hooks.dense.flush()
             self._hooks.remove()
             self._finalizer()
             # generate() keeps a static cache on the model for its next call

@@ -236,9 +236,7 @@ class Hooks:
         elif is_step and unseen:
             self.dense.add(DenseReason.TEXT, False)
         elif limit > 0 and state.blind is not None:
-            self.dense.warn(
-                state.blind
-            )  # compiled steps, of a static cache, cannot
+            self.dense.warn(state.blind)  # compiled steps, of a static cache, cannot
 
     def give(self, mask: Tensor) -> None:
         """Take the visual positions of this thread's next prefill from the user."""

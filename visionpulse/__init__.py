@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .backends import BackendUnavailableError, backends
+from .backends import BackendUnavailableError
 from .budgets import Fixed, Random, TopK, TopP
 from .budgets import register as register_budget
 from .cache import KVCache, PagedKVCache
@@ -25,6 +25,12 @@ from .workspace import Workspace
 
 if TYPE_CHECKING:
     from .calibration.suggest import calibrate
+
+    def backends() -> dict[str, str]:
+        """Each backend with "available", or the reason why it cannot run on this machine."""
+        ...
+else:
+    from . import backends  # the package itself, which may be called: else it were shadowed
 
 __version__ = "0.1.0"
 

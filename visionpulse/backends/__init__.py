@@ -7,9 +7,11 @@ that `auto` tries.
 
 import importlib
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from types import ModuleType
 from typing import ClassVar, TypeAlias
 
 import torch
@@ -99,7 +101,7 @@ def names() -> tuple[str, ...]:
     return tuple(_CLASSES)
 
 
-def backends() -> dict[str, str]:
+def states() -> dict[str, str]:
     """Each backend with "available", or the reason why it cannot run on this machine."""
     return {name: get(name).unavailable() or "available" for name in _CLASSES}
 
@@ -171,3 +173,13 @@ def choice(name: str, device: torch.device, against: Against) -> Choice:
             chosen = candidate
         reasons[candidate] = reason or "serves this call"
     return Choice(chosen, reasons)
+
+
+class _Package(ModuleType):
+    """`visionpulse.backends` is this package, and `visionpulse.backends()` the states."""
+
+    def __call__(self) -> dict[str, str]:
+        return states()
+
+
+sys.modules[__name__].__class__ = _Package

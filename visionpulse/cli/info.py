@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from .. import __version__
-from ..backends import backends
+from ..backends import states
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -17,6 +17,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     print(f"visionpulse {__version__}, torch {torch.__version__}, Python {sys.version.split()[0]}")
     print(f"{platform.machine()}, {torch.get_num_threads()} threads, {gpu}")
-    for name, state in backends().items():
+    for name, state in states().items():
         print(f"  {name:<10} {state}")
     return 0

@@ -11,8 +11,9 @@ from methods import block64
 
 import visionpulse as vp
 from visionpulse import torch_ops, workspace
+from visionpulse.bench import ceilings, layers, rows, timing
 from visionpulse.call import Call, Params
-from visionpulse.testing import CASES, ceilings, layers, rows, timing
+from visionpulse.testing import CASES
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 SCRIPTS = {

@@ -217,7 +217,7 @@ def check(name: str, device: str, dtype: torch.dtype | None = None) -> None:
     visual = ((16, 80), (112, 240))
     problem = Case("baseline", (visual, visual), size=256).build(dtype, device)
     q, kv = problem.q, problem.kv
-    exact = Exact(q, kv, problem.visual, vp.ops.numbers(q, None, None, None))
+    exact = Exact.of(problem)
     rounds_weights = dtype != torch.float32  # as tensor cores do
     if form.dense is not None:
         assert_output(form.dense(q, kv), exact, None, rounds_weights=rounds_weights)

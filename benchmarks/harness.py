@@ -66,7 +66,7 @@ class Bench:
     def backends(self, q: Tensor, kv: vp.KVCache, visual: vp.VisualTokens) -> Iterator[str]:
         """Our backends that serve these tensors; the reference has no speed to measure."""
         wanted = [name for name in self.options.backends.split(",") if name]
-        call = Call(q, kv, vp.ops.numbers(q, None, None, None), visual)
+        call = Call(q, kv, vp.ops.numbers(q), visual)
         for name in wanted or names():
             backend = get(name)
             away = self.device.type not in (backend.auto_devices or ())

@@ -72,7 +72,7 @@ def test_stages_are_the_contract(backend, device, case, dtype, params_of, check_
     problem = case.build(dtype, device)
     q, kv, visual, config = problem.q, problem.kv, problem.visual, problem.config
     scores, mass, mass_mean = vp.score(q, kv, visual, config, backend=backend, **case.options)
-    exact = Exact(q, kv, visual, params_of(problem))
+    exact = Exact.of(problem, params_of(problem))
     assert_scores(scores, exact)
     assert_masses(mass, mass_mean, exact)
     selection = vp.select(
@@ -97,7 +97,7 @@ def test_stages_are_the_contract(backend, device, case, dtype, params_of, check_
 def test_dense_decode_is_the_contract(backend, device, case, dtype, params_of, check_output):
     problem = case.build(dtype, device)
     out = vp.attend(problem.q, problem.kv, backend=backend, **case.options)
-    exact = Exact(problem.q, problem.kv, problem.visual, params_of(problem))
+    exact = Exact.of(problem, params_of(problem))
     check_output(out, exact, None, backend)
 
 
@@ -108,7 +108,7 @@ def test_a_follower_leaves_out_what_its_window_hides(backend, device, params_of,
     _, selection = vp.decode(q, kv, visual, problem.config, backend=backend)
     out = vp.attend(q, kv, visual, selection, window=40, backend=backend)
     params = params_of(problem)._replace(window=40)
-    check_output(out, Exact(q, kv, visual, params), selection, backend)
+    check_output(out, Exact.of(problem, params), selection, backend)
 
 
 @cache
@@ -215,7 +215,7 @@ def test_keeping_all_is_dense_attention(backend, device, params_of, check_output
     q, kv, visual = problem.q, problem.kv, problem.visual
     out, selection = vp.decode(q, kv, visual, problem.config, backend=backend)
     assert torch.equal(selection.counts, visual.counts)
-    exact = Exact(q, kv, visual, params_of(problem))
+    exact = Exact.of(problem, params_of(problem))
     check_output(out, exact, None, backend)
     check_output(vp.attend(q, kv, visual, selection, backend=backend), exact, None, backend)
 
@@ -224,7 +224,7 @@ def test_a_given_output_is_filled(backend, device, params_of, check_output):
     """Strided, with poison around it that stays."""
     problem = CASES["grouped"].build(torch.float32, device)
     q, kv, visual = problem.q, problem.kv, problem.visual
-    exact = Exact(q, kv, visual, params_of(problem))
+    exact = Exact.of(problem, params_of(problem))
     memory = torch.full((q.shape[0], q.shape[1], q.shape[2] + 7), 7.0, device=device)
     view = memory[:, :, 3:-4]
     got, selection = vp.decode(q, kv, visual, problem.config, out=view, backend=backend)
@@ -310,7 +310,7 @@ def test_every_budget_runs(backend, device, policy, anchor_output, params_of, ch
     config = vp.PulseConfig(ratio=(0.1, 0.4), budget=policy, anchor_output=anchor_output)
     scores = torch.empty(kv.batch, kv.capacity, device=device)
     out, selection = vp.decode(q, kv, visual, config, scores=scores, backend=backend)
-    exact = Exact(q, kv, visual, params_of(problem, config))
+    exact = Exact.of(problem, params_of(problem, config))
     assert_valid_selection(selection, scores, exact.candidate)
     check_output(out, exact, selection if anchor_output == "pruned" else None, backend)
     n = exact.n_visual

@@ -24,7 +24,7 @@ class Row:
     def __init__(self, q, k, v, rounds_weights):
         self.q, self.k, self.v, self.rounds_weights = q, k, v, rounds_weights
         nothing = vp.VisualTokens.from_spans([()])
-        params = ops.numbers(q, None, None, None)
+        params = ops.numbers(q)
         self.exact = Exact(q, vp.KVCache(k, v), nothing, params)
         self.scale = params.scale
         assert self.over(vp.KVCache(k, v)) < 0.5, "the right output has no room"

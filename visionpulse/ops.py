@@ -166,7 +166,7 @@ def explain(
     """Say which backend serves these tensors, and what stands against each of the others."""
     config = resolve_config(config)
     check(q, kv, visual)
-    params = numbers(q, None, None, None)
+    params = numbers(q)
     if visual is not None:
         params, _ = budget(params, config, visual, q.shape[0], q.device)
     call = Call(q, kv, params, visual)
@@ -184,7 +184,12 @@ def check(q: Tensor, kv: Cache, visual: VisualTokens | None) -> None:
         kv.validate()
 
 
-def numbers(q: Tensor, scale: float | None, softcap: float | None, window: int | None) -> Params:
+def numbers(
+    q: Tensor,
+    scale: float | None = None,
+    softcap: float | None = None,
+    window: int | None = None,
+) -> Params:
     """Check the arguments of the logits; no budget yet."""
     return Params(
         scale=q.shape[2] ** -0.5 if scale is None else checks.number("scale", scale),

@@ -130,7 +130,7 @@ def check() -> None:
     )
     q, kv = problem.q, problem.kv
     clean = vp.KVCache(kv.k.nan_to_num(), kv.v.nan_to_num(), kv.lengths, kv.starts)
-    exact = Exact(q, kv, problem.visual, vp.ops.numbers(q, None, None, None))
+    exact = Exact.of(problem)
     assert_output(dense(q, kv), exact, None)
     out, blocks = anchor(q, kv, problem.visual, config)
     assert_output(out, exact, None)

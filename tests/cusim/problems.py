@@ -164,7 +164,7 @@ def garbage(dtype: torch.dtype) -> None:
     # pages beyond the pool; behind the row nothing is known, so its length ends at the capacity
     table = table.masked_fill(table == -1, 10**6)
     kv = vp.PagedKVCache(kv.k_pages, kv.v_pages, table, lengths, starts, kv.layout)
-    params = ops.numbers(q, None, None, None)
+    params = ops.numbers(q)
     indices = torch.tensor([[-9, 5, 20, 50, 10**6], [34, 40, 69, 95, 96]], dtype=torch.int32)
     counts = torch.tensor([99, 4], dtype=torch.int32)
     mass = torch.zeros(2)

@@ -12,6 +12,7 @@ from ..cache import Cache, KVCache, PagedKVCache
 from ..call import Params
 from ..selection import Selection
 from ..visual import VisualTokens
+from .cases import Problem
 
 _EPS = torch.finfo(torch.float32).eps
 
@@ -61,6 +62,12 @@ class Exact:
         self.z = reference.logits(q.double(), self.k, self.visible, params)
         self.scores, self.mass, self.mass_mean = reference.score_of(self.z, self.candidate, params)
         self.visual = visual
+
+    @classmethod
+    def of(cls, problem: Problem, params: Params | None = None) -> "Exact":
+        """The same of a problem, by default at the numbers of a plain call."""
+        q, kv, visual = problem.q, problem.kv, problem.visual
+        return cls(q, kv, visual, params or Params(q.shape[2] ** -0.5))
 
     @property
     def n_visual(self) -> Tensor:

@@ -8,31 +8,31 @@ READY := $(VENV)/.ready
 REQUIRED := reference,cpu
 CPP := $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' 2>/dev/null)
 
-.PHONY: demo test test-deep lint format bench gpu-check clean
+.PHONY: setup demo test test-deep lint format bench gpu-check clean
 
-demo: $(READY)
+demo: setup
 	$(BIN)/visionpulse demo
 
 # Broad, in minutes, the same on every CPU: no clock in it. Two processes, which take what the other
 # has left; a part, by PYTEST_ARGS, takes one.
 PYTEST := $(BIN)/pytest --require-backends $(REQUIRED)
 SHARED := -n 2 --dist worksteal
-test: $(READY)
+test: setup
 	$(PYTEST) $(if $(PYTEST_ARGS),,$(SHARED)) $(PYTEST_ARGS)
 
 # The rest, each proof only when what it depends on has changed: tests/proofs.py says on what.
 # PROOFS=name,name runs some; FORCE=1 those too that are fresh; ALSO_ONE=COMMIT one of these.
-test-deep: $(READY)
+test-deep: setup
 	$(BIN)/python tests/proofs.py $(if $(PROOFS),--only $(PROOFS)) $(if $(FORCE),--force) \
 		$(if $(ALSO_ONE),--also-one $(ALSO_ONE))
 
-lint: $(READY)
+lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
-format: $(READY)
+format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
@@ -41,7 +41,7 @@ format: $(READY)
 BENCH_ROWS := build/bench.jsonl
 GATED := bench_layers.py --device cpu --shapes b1-4k --dtypes bf16,fp32 --rounds 15 \
 	--baselines torch-sdpa-grouped
-bench: $(READY)
+bench: setup
 	$(BIN)/python benchmarks/bench_layers.py --device cpu --shapes b1-8k --dtypes bf16,fp32 --rounds 5 \
 		--out $(BENCH_ROWS) $(BENCH_ARGS)
 	$(BIN)/python benchmarks/bench_decode.py --device cpu --shapes b1-8k --dtypes bf16,fp32 --rounds 5 \
@@ -66,14 +66,22 @@ export VISIONPULSE_CUDA_ARCHS ?= none
 endif
 
 # The environment and the kernels: anew when a pin or the build changed, kernels when a source did.
+# They are compiled while torch is downloaded, which they do not need.
+setup:
+	@$(MAKE) --no-print-directory -j 2 $(VENV)/.deps $(READY)
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
-$(VENV)/.deps: requirements-dev.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+$(VENV)/.tools: requirements-dev.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet $$(grep -E '^(setuptools|cmake|ninja|pybind11)==' $<)
 	touch $@
 
-$(READY): $(VENV)/.deps pyproject.toml setup.py CMakeLists.txt $(CPP)
+$(VENV)/.deps: requirements-dev.txt $(VENV)/.tools
+	$(BIN)/python -m pip install --quiet -r $<
+	touch $@
+
+$(READY): $(VENV)/.tools pyproject.toml setup.py CMakeLists.txt $(CPP)
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@

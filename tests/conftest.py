@@ -121,7 +121,7 @@ def _why_not_here(item, chosen, missing):
 @pytest.hookimpl(trylast=True)  # behind -k and -m: what they leave out is nobody's loss
 def pytest_collection_modifyitems(config, items):
     chosen, kept, left_out = _listed(config, "--backends"), [], []
-    missing = {name: get(name).unavailable() for name in names()}
+    missing = {name: get(name).unavailable() for name in chosen or names()}
     for item in items:
         why = _why_not_here(item, chosen, missing)
         (kept if why is None else left_out).append(item)

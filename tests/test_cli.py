@@ -83,7 +83,8 @@ def test_calibrate_writes_a_config_that_patch_takes(tmp_path, capsys):
     options = ["tiny", "--count", "1", "--tokens", "24", "--out", str(out)]
     assert command_calibrate.main(options) == 0
     said = capsys.readouterr()
-    assert "suggested: anchor" in said.out and "95 %" in said.out and not said.err
+    assert "suggested: anchor" in said.out and "95 %" in said.out
+    assert "settings" not in said.err  # no bar of ours where nobody watches
     from visionpulse.data import tiny
 
     with vp.patch(tiny.load(), str(out)) as session:

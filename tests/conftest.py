@@ -29,7 +29,7 @@ def pytest_addoption(parser):
         default="",
         help="fail where one of these cannot run, so that a missing one hides nothing",
     )
-    parser.addoption("--examples", type=int, default=25, help="random problems that a test draws")
+    parser.addoption("--examples", type=int, default=50, help="random problems that a test draws")
     parser.addoption(
         "--worst-ratios",
         action="store_true",

@@ -1,9 +1,14 @@
 """The properties that judge a backend are themselves judged: right passes, wrong fails."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 import visionpulse as vp
+from visionpulse.backends import get
 from visionpulse.bench import timing
 from visionpulse.call import Params
 from visionpulse.testing import (
@@ -14,6 +19,7 @@ from visionpulse.testing import (
 )
 from visionpulse.testing.compare import Exact, assert_counts
 
+ROOT = Path(__file__).parents[1]
 SCORES = torch.tensor([[0.1, 0.9, 0.5, 0.5, 0.5, 0.2, torch.nan, 0.0]])
 CANDIDATE = torch.tensor([[True, True, True, True, True, True, True, False]])
 NOTHING = torch.zeros(1)
@@ -132,3 +138,13 @@ def test_quantiles_are_times_that_were_taken():
     times = timing.Times(tuple(float(i) for i in range(1, 12)))
     assert (times.best, times.p20, times.p50, times.p80) == (1.0, 3.0, 6.0, 9.0)
     assert timing.Times((2.0,)).p80 == 2.0
+
+
+@pytest.mark.parametrize("processes", ("0", "2"))
+def test_a_backend_that_cannot_run_here_is_one_line(processes):
+    command = [sys.executable, "-m", "pytest", "-q", "-n", processes, "-k", "dirty_workspace"]
+    done = subprocess.run([*command, "tests/test_gpu.py"], cwd=ROOT, capture_output=True, text=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("not here: ")]
+    missing = [name for name in ("cuda", "triton") if get(name).unavailable()]
+    assert [line.split()[2] for line in lines] == missing
+    assert all(line.endswith("): 1 tests") for line in lines) and "skipped" not in done.stdout

@@ -139,13 +139,13 @@ def test_every_architecture_has_the_same_kernels(matrix):
         assert names[arch] == names["90"], arch
     assert len(names["90"]) <= MOST_KERNELS
     expected = {
-        f"vp_{stage}_{dtype}_d{d}_r{rows}"
+        f"vp_{stage}_{dtype}_d{d}_h{heads}"
         for stage in ("attend", "score")
         for dtype in ("bf16", "fp16", "fp32")
         for d in (64, 80, 96, 128, 192, 256)
-        for rows in (4 if dtype == "fp32" else 8, 32)
+        for heads in (4 if dtype == "fp32" else 8, 32)
     }
-    assert expected | {"vp_rank", "vp_select_global", "vp_select_cluster"} == names["90"]
+    assert expected | {"vp_score_finish", "vp_select_global", "vp_select_cluster"} == names["90"]
 
 
 def test_no_kernel_spills(matrix):

@@ -57,12 +57,12 @@ def test_every_shape_fits_with_stages_to_spare(whole_engine, chip, dtype):
                 assert plan["shared_bytes"] <= chip[2]
                 assert plan["stages"] >= 2 and plan["warps"] in (1, 2, 4)
                 assert plan["warps"] % plan["team"] == 0
-                assert group <= plan["team"] * plan["warp_rows"] <= plan["row_tile"]
+                assert group <= plan["team"] * plan["warp_heads"] <= plan["head_tile"]
 
 
 @pytest.mark.parametrize(
     "group, kernel, team",
-    ((1, "r8", 1), (4, "r8", 1), (8, "r8", 1), (16, "r32", 1), (32, "r32", 2)),
+    ((1, "h8", 1), (4, "h8", 1), (8, "h8", 1), (16, "h32", 1), (32, "h32", 2)),
 )
 def test_two_blocks_of_the_common_shape_share_an_h200(engine, group, kernel, team):
     """And have the bytes on their way that hide a trip to memory."""
@@ -119,17 +119,17 @@ def test_one_row_fills_an_h200(engine):
 
 
 @by_chip
-def test_select_keeps_its_keys_where_they_fit(engine, chip):
+def test_select_keeps_its_codes_where_they_fit(engine, chip):
     for candidates in (0, 1, 4096, 131072, 1 << 20):
         plan = engine.plan_select(chip, candidates)
         assert plan["cluster"] == (chip[0] >= 90)
         assert plan["blocks"] == (8 if plan["cluster"] or candidates > 2048 else 1)
         assert plan["shared_bytes"] <= chip[2]
         hands_over = not plan["cluster"] and plan["blocks"] > 1
-        assert bool(plan["bins"]) == hands_over
+        assert bool(plan["histograms"]) == hands_over
         # by one block of a cluster, or by the last of a row
         fits = plan["cached"] * (8 if plan["cluster"] else 1) >= candidates
-        assert plan["keys_row"] >= candidates * (hands_over or not fits)
+        assert plan["codes_stride"] >= candidates * (hands_over or not fits)
         assert fits or chip[2] - plan["shared_bytes"] < 64
 
 

@@ -6,14 +6,15 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, LifoQueue
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "cusim"))
-from build import HERE, ROOT, Edit, build
+from planted import BUGS, CRAMPED, HALF_GPU, OLD_CODE, ONE_SM, SCARCE
+
+from build import HERE, ROOT, build
 
 COMPILER = os.environ.get("CXX", "g++")
 pytestmark = [
@@ -28,11 +29,6 @@ SMALL = {
     "bfloat16": ("bf16, BFloat16, 64, 8", "bf16, BFloat16, 64, 32"),
     "float32": ("fp32, float, 64, 4", "fp32, float, 64, 32"),
 }
-HALF_GPU = "80,5,101376"  # no clusters, and less shared memory
-SCARCE = "80,1,30000"  # neither, and no room for the keys of a long row
-CRAMPED = "90,1,20000"  # clusters, and no room for a block's part of it
-OLD_CODE = "80"  # what sm_80, 86 and 89 run, and newer chips where the build has no other
-ONE_SM = "90,1,232448"  # few splits: every warp meets more tiles than it has stages
 GPUS = ({"gpu": None}, {"gpu": HALF_GPU})
 SELECTS = (*GPUS, {"gpu": SCARCE}, {"gpu": CRAMPED})  # each selects in a way of its own
 
@@ -180,233 +176,6 @@ def test_the_copy_engine_changes_no_bit(plain):
 @pytest.mark.parametrize("dtype", RUNS.values())
 def test_each_key_is_read_once_in_few_launches(plain, dtype):
     hold(plain, "traffic", dtype, GPUS)
-
-
-LAUNCH = "csrc/cuda/launch.cpp"
-STREAM, MERGE = "kernels/cuda/stream.cuh", "kernels/cuda/merge.cuh"
-PLAN, LAST, ROW = "csrc/cuda/plan.cpp", "kernels/cuda/last.cuh", "kernels/cuda/row.cuh"
-DOTS, MMA = "kernels/cuda/dots.cuh", "kernels/cuda/mma.cuh"
-SELECT, RADIX = "kernels/cuda/select.cu", "kernels/cuda/radix.cuh"
-CANDIDATES = "kernels/cuda/candidates.cuh"
-
-
-@dataclass(frozen=True)
-class Bug:
-    """A change that must be caught, how: landing of copies, ASan, and a word of what is said."""
-
-    edits: tuple[Edit, ...]
-    says: str  # "" where the results are wrong
-    landing: str = "late"
-    asan: bool = False
-    what: str = "probe"
-    dtype: str = "bfloat16"
-    gpu: str = ONE_SM
-    arch: str = ""
-
-
-WAIT = "copy_wait_for(args.stages - 1);"
-FIRST = "  __syncthreads();\n  if (threadIdx.x == 0) {"
-LANDED = "if (kBulk && args.bulk) landing_wait(landings + stage, phase);\n      meet();"
-BUGS = {
-    "missing-barrier-after-wait": Bug(
-        (Edit(STREAM, LANDED, LANDED.removesuffix("meet();")),), ""
-    ),
-    "short-wait": Bug(
-        (Edit(STREAM, WAIT, "copy_wait_for(args.stages);"),), ""
-    ),
-    "team-that-does-not-meet": Bug(
-        (Edit(STREAM, "team_barrier(1 + team, args.team * 32);", "__syncwarp();"),), ""
-    ),
-    "teams-that-meet-each-other": Bug(
-        (Edit(STREAM, "team_barrier(1 + team, args.team", "team_barrier(1, args.team"),), ""
-    ),
-    "member-that-counts-no-group": Bug(
-        (Edit(STREAM, "== member) load(refill);\n      copy_commit();",
-              "== member) load(refill), copy_commit();"),),
-        "",
-    ),
-    "missing-barrier-before-weights": Bug(
-        (Edit(DOTS, "= p[i];\n    __syncwarp();", "= p[i];"),), "", dtype="float32"
-    ),
-    "missing-barrier-before-join": Bug(
-        (Edit(STREAM, "  __syncthreads();\n  finish<", "  finish<"),), ""
-    ),
-    "divergent-barrier": Bug(
-        (Edit(STREAM, "__syncthreads();  // the stages", "if (warp) __syncthreads();  // the"),),
-        "different barriers",
-    ),
-    "left-before-barrier": Bug(
-        (Edit(STREAM, "  let_next_start();\n", "  if (warps > 1 && warp == 0) return;\n"),),
-        "barrier after a thread",
-    ),
-    "bad-shuffle-mask": Bug(
-        (Edit(DOTS, "__shfl_xor_sync(kWarp, given", "__shfl_xor_sync(0xffffu, given"),),
-        "not in its own mask",
-        dtype="float32",
-    ),
-    "half-a-warp-skips": Bug(
-        (Edit(STREAM, "if (!__any_sync(kWarp, grown)) return;",
-              "if (lane() < 16 && !grown) return;\n    if (!__any_sync(kWarp, grown)) return;"),),
-        "",
-    ),
-    "off-by-one-key": Bug(
-        (Edit(STREAM, "index < share.end ? index", "index <= share.end ? index"),), ""
-    ),
-    "off-by-one-read": Bug(
-        (Edit(STREAM, "d < args.head_dim ? q", "d <= args.head_dim ? q"),),
-        "heap-buffer-overflow",
-        asan=True,
-    ),
-    "off-by-one-write": Bug(
-        (Edit(MERGE, "if (d >= args.head_dim) return;", "if (d > args.head_dim) return;"),),
-        "heap-buffer-overflow",
-        asan=True,
-    ),
-    "off-by-one-shared": Bug(
-        (Edit(PLAN, "plan.shared_bytes = bytes;", "plan.shared_bytes = bytes - 64;"),),
-        "",
-        asan=True,
-    ),
-    "stage-refilled-early": Bug(
-        (
-            Edit(STREAM, "int32_t t = 1 - args.stages;", "int32_t t = -args.stages;"),
-            Edit(STREAM, "next = t + args.stages - 1;", "next = t + args.stages;"),
-            Edit(STREAM, WAIT, "copy_wait_for(args.stages);"),
-        ),
-        "",
-        landing="early",
-    ),
-    "stage-refilled-before-all-are-done": Bug(
-        (Edit(STREAM, "meet();  // everybody", "// everybody"),), "", landing="early"
-    ),
-    "bulk-not-awaited": Bug(
-        (Edit(STREAM, LANDED, "meet();"),), "", dtype="float32"
-    ),
-    "bulk-phase-not-turned": Bug(
-        (Edit(STREAM, "stage = 0, phase ^= 1", "stage = 0"),), "", dtype="float32"
-    ),
-    "bulk-expects-too-little": Bug(
-        (Edit(STREAM, "whole ? k_bytes + args.v_bytes", "whole ? args.v_bytes"),),
-        "",
-        dtype="float32",
-    ),
-    "bulk-not-fenced": Bug(
-        (Edit(STREAM, "fence_copy_engine();  // behind", "// behind"),),
-        "without a fence",
-        dtype="float32",
-    ),
-    "bulk-of-rows-apart": Bug(
-        (Edit(STREAM, "apart && lane() < Tile::kKeys", "apart && lane() < 0"),),
-        "",
-        dtype="float32",
-    ),
-    "counter-not-rearmed": Bug(
-        (Edit(LAST, "atomicInc(counter, blocks - 1)", "atomicInc(counter, blocks + 6)"),), ""
-    ),
-    "last-but-one-takes-over": Bug(
-        (Edit(LAST, "blocks - 1) == blocks - 1", "blocks - 1) == blocks - 2"),),
-        "",
-        what="choices",
-        gpu=HALF_GPU,
-    ),
-    "arrival-before-the-block-is-done": Bug(
-        (Edit(LAST, FIRST, FIRST.removeprefix("  __syncthreads();\n")),),
-        "no barrier of the block beside its arrival",
-    ),
-    "arrival-before-its-fence": Bug(
-        (Edit(LAST, "memory_fence();\n    *flag", "*flag"),), "no fence between the barrier"
-    ),
-    "takes-over-without-a-fence": Bug(
-        (Edit(LAST, "blocks - 1;\n    memory_fence();", "blocks - 1;"),),
-        "no fence between an arrival",
-    ),
-    "fence-before-the-block-is-done": Bug(
-        (Edit(LAST, FIRST, "  memory_fence();\n" + FIRST),
-         Edit(LAST, "    memory_fence();\n    *flag", "    *flag")),
-        "no fence between the barrier",
-    ),
-    "early-launch-that-the-code-does-not-know": Bug(
-        (Edit(LAUNCH, "std::min(chip.capability, loaded.ptxVersion)", "chip.capability"),),
-        "an early launch",
-        arch=OLD_CODE,
-    ),
-    "cluster-that-the-code-does-not-know": Bug(
-        (Edit(PLAN, "plan.cluster = chip.clusters()", "plan.cluster = chip.capability >= 90"),),
-        "",
-        what="choices",
-        arch=OLD_CODE,
-    ),
-    "merge-that-skips-the-remainder": Bug(
-        (Edit(MERGE, "if (done >= count) return;", "if (done >= 0) return;"),), ""
-    ),
-    "merge-that-joins-a-part-twice": Bug(
-        (Edit(MERGE, "done += kFlight) {", "done += kFlight - 1) {"),), "", gpu=HALF_GPU
-    ),
-    "merge-that-counts-surplus-loads": Bug(
-        (Edit(MERGE, "value[u], done + u < count);", "value[u], true);"),), ""
-    ),
-    "global-histogram-of-a-neighbour": Bug(
-        (Edit(SELECT, "all[rank * kSelectBins + i]", "all[i]"),), "", what="choices", gpu=HALF_GPU
-    ),
-    "global-histogram-lost": Bug(
-        (Edit(SELECT, "other < kSelectBlocks; ++other) {\n        sum += load_fresh",
-              "other < kSelectBlocks - 1; ++other) {\n        sum += load_fresh"),),
-        "",
-        what="choices",
-        gpu=HALF_GPU,
-    ),
-    "keys-of-another-row": Bug(
-        (Edit(SELECT, "return args.keys + b * args.keys_row + i;", "return args.keys + i;"),),
-        "",
-        what="choices",
-        gpu=HALF_GPU,
-    ),
-    "page-that-is-not-there": Bug(
-        (Edit(CANDIDATES, "&& !has_key(args.kv, b, position[u])", "&& false"),),
-        "",
-        what="garbage",
-    ),
-    "page-beyond-the-pool": Bug(
-        (Edit(ROW, "page < kv.pages ? page", "page <= 1000000 ? page"),),
-        "",
-        asan=True,
-        what="garbage",
-    ),
-    "histogram-race-clear": Bug(
-        (Edit(RADIX, "scratch.bins[i] = 0;\n  __syncthreads();", "scratch.bins[i] = 0;"),), ""
-    ),
-    "histogram-race-read": Bug(
-        (Edit(RADIX, "  cluster_sync();\n  constexpr int kOwn", "  constexpr int kOwn"),),
-        "no cluster barrier yet",
-    ),
-    "histogram-race-total": Bug(
-        (Edit(RADIX, "  cluster_sync();\n  return scratch.total;", "  return scratch.total;"),), ""
-    ),
-    "candidates-past-their-run": Bug(
-        (Edit(CANDIDATES, "(reach < end ? reach : end - 1)", "(reach < end ? index : index)"),),
-        "",
-        what="choices",
-    ),
-    "list-of-the-bin-alone": Bug(
-        (Edit(SELECT, ">> pivot.shift >= pivot.prefix", ">> pivot.shift == pivot.prefix"),),
-        "",
-        what="choices",
-    ),
-    "list-read-before-it-is-written": Bug(
-        (Edit(SELECT, "__syncwarp();  // the other", "// the other"),),
-        "",
-        what="choices",
-        gpu=SCARCE,
-    ),
-    "ties-not-counted": Bug(
-        (Edit(SELECT, "is_equal(key) && ties < pivot", "is_equal(key) && ties <= pivot"),), ""
-    ),
-    "fragment-not-turned": Bug(
-        (Edit(MMA, "b[n][0] = transpose_matrix(Element<T>::pack(p[n * 4], p[n * 4 + 1]));",
-              "b[n][0] = Element<T>::pack(p[n * 4], p[n * 4 + 1]);"),),
-        "",
-    ),
-}  # fmt: skip
 
 
 @pytest.mark.parametrize(

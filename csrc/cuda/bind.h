@@ -10,7 +10,7 @@
 namespace visionpulse::cuda {
 
 // (device, stream handle, most visual tokens of a row, how tiles are copied)
-inline void read_place(Call& c, const py::tuple& items) {
+inline void read_target(Call& c, const py::tuple& items) {
   Reader r(items, 4);
   c.device = r.small();
   c.stream = static_cast<cudaStream_t>(r.address<void>());
@@ -27,10 +27,10 @@ inline Scratch read_scratch(const py::tuple& items) {
   return scratch;
 }
 
-inline Call read_call(const py::tuple& place, const py::tuple& query, const py::tuple& cache,
+inline Call read_call(const py::tuple& target, const py::tuple& query, const py::tuple& cache,
                       const py::tuple& visual, const py::tuple& params) {
   Call c = {};
-  read_place(c, place);
+  read_target(c, target);
   read_query(c, query);
   read_cache(c.cache, cache);
   read_visual(c.visual, visual);
@@ -38,11 +38,11 @@ inline Call read_call(const py::tuple& place, const py::tuple& query, const py::
   return c;
 }
 
-inline int64_t bound_attend(const py::tuple& place, const py::tuple& query, const py::tuple& cache,
+inline int64_t bound_attend(const py::tuple& target, const py::tuple& query, const py::tuple& cache,
                             const py::tuple& visual, const py::tuple& selection,
                             const py::tuple& params, const py::tuple& out,
                             const py::tuple& scratch) {
-  Call c = read_call(place, query, cache, visual, params);
+  Call c = read_call(target, query, cache, visual, params);
   Reader r(selection, 4);
   c.selection.indices = r.address<const int32_t>();
   c.selection.counts = r.address<const int32_t>();
@@ -52,21 +52,21 @@ inline int64_t bound_attend(const py::tuple& place, const py::tuple& query, cons
   return attend(c, read_scratch(scratch));
 }
 
-inline int64_t bound_score(const py::tuple& place, const py::tuple& query, const py::tuple& cache,
+inline int64_t bound_score(const py::tuple& target, const py::tuple& query, const py::tuple& cache,
                            const py::tuple& visual, const py::tuple& params,
                            const py::tuple& chosen, const py::tuple& out, uintptr_t scores,
                            const py::tuple& scratch) {
-  Call c = read_call(place, query, cache, visual, params);
+  Call c = read_call(target, query, cache, visual, params);
   read_chosen(c, chosen);
   read_out(c, out);
   return score(c, reinterpret_cast<float*>(scores), read_scratch(scratch));
 }
 
-inline int64_t bound_choose(const py::tuple& place, int rows, int capacity, uintptr_t starts,
+inline int64_t bound_select(const py::tuple& target, int rows, int capacity, uintptr_t starts,
                             uintptr_t lengths, const py::tuple& visual, const py::tuple& params,
                             const py::tuple& chosen, uintptr_t scores, const py::tuple& scratch) {
   Call c = {};
-  read_place(c, place);
+  read_target(c, target);
   c.B = rows;
   c.H = c.G = c.D = 1;
   c.cache.capacity = capacity;
@@ -75,14 +75,14 @@ inline int64_t bound_choose(const py::tuple& place, int rows, int capacity, uint
   read_visual(c.visual, visual);
   read_params(c.score, params);
   read_chosen(c, chosen);
-  return choose(c, reinterpret_cast<const float*>(scores), read_scratch(scratch));
+  return select(c, reinterpret_cast<const float*>(scores), read_scratch(scratch));
 }
 
-inline int64_t bound_decode(const py::tuple& place, const py::tuple& query, const py::tuple& cache,
+inline int64_t bound_decode(const py::tuple& target, const py::tuple& query, const py::tuple& cache,
                             const py::tuple& visual, const py::tuple& params,
                             const py::tuple& chosen, const py::tuple& out, bool dense,
                             uintptr_t scores, const py::tuple& scratch) {
-  Call c = read_call(place, query, cache, visual, params);
+  Call c = read_call(target, query, cache, visual, params);
   read_chosen(c, chosen);
   read_out(c, out);
   return decode(c, dense, reinterpret_cast<float*>(scores), read_scratch(scratch));
@@ -94,7 +94,7 @@ inline void register_cuda(py::module_& m) {
   cuda.def("unavailable", &unavailable);
   cuda.def("attend", &bound_attend);
   cuda.def("score", &bound_score);
-  cuda.def("select", &bound_choose);
+  cuda.def("select", &bound_select);
   cuda.def("decode", &bound_decode);
 }
 

@@ -15,7 +15,7 @@ Shape shape_of(const Call& call) {
   return {call.dtype, call.B, call.H, call.G, call.D, call.cache.capacity};
 }
 
-// The largest power of two, up to 16, that every row of K and V starts at a multiple of.
+// The largest power of two, up to 16, that all keys and values start at a multiple of.
 int32_t alignment(const Call& call) {
   const int64_t size = call.dtype == DType::kFloat32 ? 4 : 2;
   uint64_t all =
@@ -28,7 +28,7 @@ int32_t alignment(const Call& call) {
   return static_cast<int32_t>(all & (~all + 1));
 }
 
-// Whether keys that follow each other lie as they do in a tile.
+// Whether consecutive keys lie in memory as they do in a tile.
 bool lies_in_place(const Call& call, const StreamKernel& kernel) {
   return kernel.in_place && call.D == kernel.padded_dim && alignment(call) == 16 &&
          call.cache.k_stride.token == call.D && call.cache.v_stride.token == call.D;
@@ -81,89 +81,93 @@ void launch_stream(const char* range, const Call& call, const StreamPlan& plan,
 constexpr const char* kScoreRange = "visionpulse::score";
 constexpr const char* kAttendRange = "visionpulse::attend";
 
-// What the scoring pass leaves for the stages behind it.
-struct Kept {
-  float* logits;  // [B, H, row]
-  float* sums;    // [B, parts, row]
+// What the pass over K stores for the launches behind it.
+struct ScoreOutputs {
+  float* logits;  // [B, H, stride]
+  float* sums;    // [B, parts, stride]
   float* stats;   // [B, H, kHeadStats]
-  int64_t row;
+  int64_t stride;
   int32_t parts;     // G * team
-  bool by_position;  // a row holds all keys; else the visual ones alone, one after the other
+  bool by_position;  // an entry for each key of the row; else for its visual ones alone
 };
 
 int64_t rounded(int64_t count) { return (count + 7) / 8 * 8; }
 
 StreamArgs score_args(const Call& call, const StreamPlan& plan, bool all_logits, Arena& arena,
-                      const Scratch& scratch, Kept& kept) {
+                      const Scratch& scratch, ScoreOutputs& outputs) {
   StreamArgs args = stream_args(call, plan, arena, scratch);
   const bool sums = call.score.kind == ScoreKind::kLogit;
-  kept.by_position = all_logits;
-  kept.row = rounded(all_logits ? call.cache.capacity : call.candidates);
-  kept.parts = call.G * plan.team;
-  args.keep = all_logits ? Keep::kAll : sums ? Keep::kNone : Keep::kVisual;
+  outputs.by_position = all_logits;
+  outputs.stride = rounded(all_logits ? call.cache.capacity : call.candidates);
+  outputs.parts = call.G * plan.team;
+  args.store = all_logits ? StoredLogits::kAll : sums ? StoredLogits::kNone : StoredLogits::kVisual;
   const int64_t rows = call.B;
-  kept.stats = arena.take<float>(rows * call.H * kHeadStats);
-  kept.logits = args.keep == Keep::kNone ? nullptr : arena.take<float>(rows * call.H * kept.row);
-  kept.sums = sums ? arena.take<float>(rows * kept.parts * kept.row) : nullptr;
-  args.logits = kept.logits;
-  args.sums = kept.sums;
-  args.logits_row = kept.row;
-  args.stats = kept.stats;
+  outputs.stats = arena.take<float>(rows * call.H * kHeadStats);
+  outputs.logits = args.store == StoredLogits::kNone
+                       ? nullptr
+                       : arena.take<float>(rows * call.H * outputs.stride);
+  outputs.sums = sums ? arena.take<float>(rows * outputs.parts * outputs.stride) : nullptr;
+  args.logits = outputs.logits;
+  args.sums = outputs.sums;
+  args.logits_stride = outputs.stride;
+  args.stats = outputs.stats;
   return args;
 }
 
-// What select ranks: scores, or the sums of the logits as the scoring pass left them.
-struct Ranked {
-  const float* scores;  // [B, parts, row]
-  int64_t row;
+// What select reads: scores, or the sums of logits as the pass over K stores them.
+struct ScoreSource {
+  const float* scores;  // [B, parts, stride]
+  int64_t stride;
   int32_t parts;
   float weight;
   bool by_position;
 };
 
 // `scores` [B, N] are the caller's; nullptr: scratch memory for those of the candidates alone.
-RankArgs rank_args(const Call& call, const Kept& kept, float* scores, bool masses, Arena& arena) {
-  RankArgs args = {};
+ScoreFinishArgs score_finish_args(const Call& call, const ScoreOutputs& outputs, float* scores,
+                                  bool masses, Arena& arena) {
+  ScoreFinishArgs args = {};
   args.kv = call.cache;
   args.visual = call.visual;
   args.window = call.score.window;
   args.heads = call.H;
-  args.sum_parts = kept.parts;
+  args.sum_parts = outputs.parts;
   args.kind = call.score.kind;
   args.inverse_tau = 1.0f / call.score.tau;
-  args.logits = kept.logits;
-  args.sums = kept.sums;
-  args.logits_row = kept.row;
-  args.logits_by_position = kept.by_position;
+  args.logits = outputs.logits;
+  args.sums = outputs.sums;
+  args.logits_stride = outputs.stride;
+  args.logits_by_position = outputs.by_position;
   args.scores_by_position = scores != nullptr;
-  args.stats = kept.stats;
-  args.scores_row = scores ? call.cache.capacity : rounded(call.candidates);
-  args.scores = scores ? scores : arena.take<float>(call.B * args.scores_row);
+  args.stats = outputs.stats;
+  args.scores_stride = scores ? call.cache.capacity : rounded(call.candidates);
+  args.scores = scores ? scores : arena.take<float>(call.B * args.scores_stride);
   args.mass = masses ? call.mass : nullptr;
   args.mass_mean = call.mass_mean;
   return args;
 }
 
-void launch_rank(const Call& call, const RankArgs& args) {
-  const int64_t blocks = (args.scores_row + kRankThreads - 1) / kRankThreads;
+void launch_score_finish(const Call& call, const ScoreFinishArgs& args) {
+  const int64_t blocks = (args.scores_stride + kScoreFinishThreads - 1) / kScoreFinishThreads;
   const dim3 grid(std::max<int64_t>(blocks, 1), call.B);
-  launch({kScoreRange, "vp_rank", rank_kernel(), grid, kRankThreads, 2 * call.H * 4, 1}, &args,
-         call.device, call.stream);
+  launch({kScoreRange, "vp_score_finish", score_finish_kernel(), grid, kScoreFinishThreads,
+          2 * call.H * 4, 1},
+         &args, call.device, call.stream);
 }
 
-// `stats` nullptr: the masses are given.
-SelectArgs select_args(const Call& call, const SelectPlan& plan, const Ranked& ranked,
+// `stats` nullptr: the masses are the caller's.
+SelectArgs select_args(const Call& call, const SelectPlan& plan, const ScoreSource& source,
                        const float* stats, Arena& arena, const Scratch& scratch) {
   SelectArgs args = {};
   args.kv = call.cache;
   args.visual = call.visual;
   args.window = call.score.window;
-  args.scores = ranked.scores;
-  args.scores_row = ranked.parts * ranked.row;
-  args.scores_part = ranked.row;
-  args.parts = ranked.parts;
-  args.weight = ranked.weight;
-  args.by_position = ranked.by_position;
+  args.scores = source.scores;
+  args.scores_stride = source.parts * source.stride;
+  args.part_stride = source.stride;
+  args.parts = source.parts;
+  args.weight = source.weight;
+  args.by_position = source.by_position;
   args.stats = stats;
   args.heads = call.H;
   args.mass = call.mass;
@@ -178,10 +182,10 @@ SelectArgs select_args(const Call& call, const SelectPlan& plan, const Ranked& r
   args.cached = plan.cached;
   args.indices = call.indices;
   args.counts = call.counts;
-  args.keys = arena.take<uint32_t>(call.B * plan.keys_row);
-  args.positions = arena.take<uint32_t>(call.B * plan.keys_row);
-  args.keys_row = plan.keys_row;
-  args.bins = arena.take<uint32_t>(call.B * plan.bins);
+  args.sort_codes = arena.take<uint32_t>(call.B * plan.codes_stride);
+  args.positions = arena.take<uint32_t>(call.B * plan.codes_stride);
+  args.codes_stride = plan.codes_stride;
+  args.histograms = arena.take<uint32_t>(call.B * plan.histograms);
   args.counters = scratch.counters;
   return args;
 }
@@ -213,21 +217,21 @@ int64_t score(const Call& call, float* scores, const Scratch& scratch) {
   const StreamPlan plan =
       plan_stream(Stage::kScore, chip_of(call.device), shape_of(call), {true, call.out != nullptr});
   Arena arena(scratch.bytes, scratch.size, kScratchAlign);
-  Kept kept = {};
-  const StreamArgs args = score_args(call, plan, false, arena, scratch, kept);
-  const RankArgs rank = rank_args(call, kept, scores, true, arena);
+  ScoreOutputs outputs = {};
+  const StreamArgs args = score_args(call, plan, false, arena, scratch, outputs);
+  const ScoreFinishArgs finish = score_finish_args(call, outputs, scores, true, arena);
   if (arena.lacking()) return arena.lacking();
   launch_stream(kScoreRange, call, plan, args);
-  launch_rank(call, rank);
+  launch_score_finish(call, finish);
   return 0;
 }
 
-int64_t choose(const Call& call, const float* scores, const Scratch& scratch) {
+int64_t select(const Call& call, const float* scores, const Scratch& scratch) {
   const OnDevice current(call.device);
   const SelectPlan plan = plan_select(chip_of(call.device), call.candidates);
   Arena arena(scratch.bytes, scratch.size, kScratchAlign);
-  const Ranked ranked = {scores, call.cache.capacity, 1, 1.0f, true};
-  const SelectArgs args = select_args(call, plan, ranked, nullptr, arena, scratch);
+  const ScoreSource source = {scores, call.cache.capacity, 1, 1.0f, true};
+  const SelectArgs args = select_args(call, plan, source, nullptr, arena, scratch);
   if (arena.lacking()) return arena.lacking();
   launch_select(call, plan, args);
   return 0;
@@ -236,35 +240,36 @@ int64_t choose(const Call& call, const float* scores, const Scratch& scratch) {
 int64_t decode(const Call& call, bool dense, float* scores, const Scratch& scratch) {
   const OnDevice current(call.device);
   const Chip& chip = chip_of(call.device);
-  const StreamPlan plan = plan_stream(Stage::kScore, chip, shape_of(call), {true, dense});
-  const StreamPlan last = plan_stream(Stage::kAttend, chip, shape_of(call), {false, true});
-  const SelectPlan choice = plan_select(chip, call.candidates);
+  const StreamPlan score_plan = plan_stream(Stage::kScore, chip, shape_of(call), {true, dense});
+  const StreamPlan attend_plan = plan_stream(Stage::kAttend, chip, shape_of(call), {false, true});
+  const SelectPlan select_plan = plan_select(chip, call.candidates);
   Arena arena(scratch.bytes, scratch.size, kScratchAlign);
-  Kept kept = {};
-  const StreamArgs first = score_args(call, plan, !dense, arena, scratch, kept);
-  StreamArgs pruned = {};
+  ScoreOutputs outputs = {};
+  const StreamArgs score = score_args(call, score_plan, !dense, arena, scratch, outputs);
+  StreamArgs attend = {};
   if (!dense) {
-    pruned = stream_args(call, last, arena, scratch);
-    pruned.selection = {call.indices, call.counts, call.score.k_max};
-    pruned.kept = kept.logits;
-    pruned.logits_row = kept.row;
+    attend = stream_args(call, attend_plan, arena, scratch);
+    attend.selection = {call.indices, call.counts, call.score.k_max};
+    attend.stored_logits = outputs.logits;
+    attend.logits_stride = outputs.stride;
   }
-  // The logits' sums are ranked as they lie; probabilities become scores in chunks of their own.
+  // Select reads the sums of logits as they lie. Probabilities become scores in a launch of their
+  // own.
   const float weight = 1.0f / static_cast<float>(call.H);
-  Ranked ranked = {kept.sums, kept.row, kept.parts, weight, kept.by_position};
-  const bool ranks = scores != nullptr || call.score.kind != ScoreKind::kLogit;
-  RankArgs rank = {};
-  if (ranks) {
-    rank = rank_args(call, kept, scores, false, arena);
-    ranked = {rank.scores, rank.scores_row, 1, 1.0f, rank.scores_by_position};
+  ScoreSource source = {outputs.sums, outputs.stride, outputs.parts, weight, outputs.by_position};
+  const bool finishes = scores != nullptr || call.score.kind != ScoreKind::kLogit;
+  ScoreFinishArgs finish = {};
+  if (finishes) {
+    finish = score_finish_args(call, outputs, scores, false, arena);
+    source = {finish.scores, finish.scores_stride, 1, 1.0f, finish.scores_by_position};
   }
-  const SelectArgs select = select_args(call, choice, ranked, kept.stats, arena, scratch);
+  const SelectArgs select = select_args(call, select_plan, source, outputs.stats, arena, scratch);
   if (arena.lacking()) return arena.lacking();
 
-  launch_stream(kScoreRange, call, plan, first);
-  if (ranks) launch_rank(call, rank);
-  launch_select(call, choice, select);
-  if (!dense) launch_stream(kAttendRange, call, last, pruned);
+  launch_stream(kScoreRange, call, score_plan, score);
+  if (finishes) launch_score_finish(call, finish);
+  launch_select(call, select_plan, select);
+  if (!dense) launch_stream(kAttendRange, call, attend_plan, attend);
   return 0;
 }
 

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The ops, as launches. Each takes scratch memory from its caller: it gives back the bytes it
-// lacks, or 0 when everything is launched. Nothing is read back, and no size depends on device
-// memory.
+// The ops, as launches. Each returns the bytes of scratch memory that it lacks, before any launch,
+// or 0 when everything is launched. Nothing is read back, and no size depends on device memory.
 #pragma once
 
 #include <cstdint>
@@ -40,13 +39,13 @@ struct Scratch {
 
 int64_t attend(const Call& call, const Scratch& scratch);
 
-// Fills `scores` [B, N], the masses, and the dense output when there is an `out`.
+// Fills `scores` [B, N], the masses, and the dense output if the call has an `out`.
 int64_t score(const Call& call, float* scores, const Scratch& scratch);
 
-// Selection from scores [B, N] and masses that are given.
-int64_t choose(const Call& call, const float* scores, const Scratch& scratch);
+// Selection from scores [B, N] and the masses of the call.
+int64_t select(const Call& call, const float* scores, const Scratch& scratch);
 
-// Score, select and attend; fills `scores` [B, N] when given.
+// Score, select and attend; fills `scores` [B, N] unless it is nullptr.
 int64_t decode(const Call& call, bool dense, float* scores, const Scratch& scratch);
 
 }  // namespace visionpulse::cuda

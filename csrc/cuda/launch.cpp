@@ -74,7 +74,7 @@ std::string unavailable(int32_t device) try {
   }
   const OnDevice current(device);
   cudaFuncAttributes attributes;
-  error = cudaFuncGetAttributes(&attributes, rank_kernel());
+  error = cudaFuncGetAttributes(&attributes, score_finish_kernel());
   if (error == cudaSuccess) return "";
   cudaGetLastError();
   const int32_t capability = capability_of(device);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// How work is cut for a GPU: pure functions of host numbers, so that they are tested without one.
+// How work is divided on a GPU: pure functions of host numbers, so they are tested without one.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +21,7 @@ struct Chip {
   bool bulk_copies() const { return code >= 90; }
 };
 
-// How tiles reach shared memory, where a caller insists on one way.
+// How tiles reach shared memory; kAuto leaves it to the plan.
 enum class Copies : int32_t { kAuto, kAsync, kBulk };
 
 struct Shape {
@@ -34,7 +34,7 @@ enum class Stage { kScore, kAttend };
 
 // What a block streams.
 struct Streams {
-  bool keys;    // K; else the kept logits
+  bool keys;    // K; else the stored logits
   bool values;  // V
 };
 
@@ -42,7 +42,7 @@ struct StreamPlan {
   const StreamKernel* kernel;
   int32_t warps, stages;
   int32_t team;              // warps that share a tile
-  int32_t k_bytes, v_bytes;  // of a stage of one team
+  int32_t k_bytes, v_bytes;  // of one stage of one team
   int32_t shared_bytes;
   SplitRule rule;
   int32_t max_splits;
@@ -54,19 +54,16 @@ StreamPlan plan_stream(Stage stage, const Chip& chip, const Shape& shape, Stream
 struct SelectPlan {
   bool cluster;
   int32_t blocks;  // of a row
-  int32_t cached;  // keys, and positions, that a block has shared memory for
+  int32_t cached;  // candidates that a block has shared memory for: sort code and position
   int32_t shared_bytes;
-  int64_t keys_row;  // words of scratch memory of a row, twice; 0: all fit into shared memory
-  int64_t bins;      // words of scratch memory of a row; 0: the blocks hand nothing over
+  int64_t codes_stride;  // scratch words of a row, twice; 0: all fits into shared memory
+  int64_t histograms;    // scratch words of a row; 0: the blocks hand nothing over
 };
 
 // `candidates`: the most visual tokens that a row can have.
 SelectPlan plan_select(const Chip& chip, int32_t candidates);
 
-// Whether whole tiles come by the copy engine.
-bool bulk_copies(const Chip& chip, Copies wish);
-
-// The head dim that the kernels pad D to; 0 when they have none.
-int32_t padded_head_dim(int32_t head_dim);
+// Whether whole tiles come by bulk copies.
+bool bulk_copies(const Chip& chip, Copies requested);
 
 }  // namespace visionpulse::cuda

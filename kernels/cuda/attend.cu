@@ -1,22 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention over all keys, or over text and a list; with kept logits in place of K, over V alone.
+// Attention over all visible keys, or over text and a list. With stored logits it reads V alone.
 #include "kernels/cuda/entries.cuh"
 #include "kernels/cuda/stream.cuh"
 
 namespace visionpulse::cuda {
 
-#define VP_ENTRY(dtype, type, d, r)                       \
-  VP_KERNEL(kMaxWarps* kThreadsPerWarp, kResidentStreams) \
-  vp_attend_##dtype##_d##d##_r##r(VP_ARGS(StreamArgs) args) { stream<type, d, r, false>(args); }
+#define VP_ENTRY(dtype, type, d, h)                      \
+  VP_KERNEL(kMaxWarps* kThreadsPerWarp, kResidentBlocks) \
+  vp_attend_##dtype##_d##d##_h##h(VP_ARGS(StreamArgs) args) { stream<type, d, h, false>(args); }
 VP_STREAM_KERNELS(VP_ENTRY)
 #undef VP_ENTRY
 
-const StreamKernel* attend_kernel(DType dtype, int32_t head_dim, int32_t row_tile) {
-#define VP_ENTRY(dtype_name, type, d, r)                                                           \
-  if (dtype == kDType_##dtype_name && head_dim == d && row_tile == r) {                            \
+const StreamKernel* attend_kernel(DType dtype, int32_t head_dim, int32_t head_tile) {
+#define VP_ENTRY(dtype_name, type, d, h)                                                           \
+  if (dtype == kDType_##dtype_name && head_dim == d && head_tile == h) {                           \
     static const StreamKernel kernel =                                                             \
-        describe<type, d, r>(reinterpret_cast<const void*>(&vp_attend_##dtype_name##_d##d##_r##r), \
-                             "vp_attend_" #dtype_name "_d" #d "_r" #r);                            \
+        describe<type, d, h>(reinterpret_cast<const void*>(&vp_attend_##dtype_name##_d##d##_h##h), \
+                             "vp_attend_" #dtype_name "_d" #d "_h" #h);                            \
     return &kernel;                                                                                \
   }
   VP_STREAM_KERNELS(VP_ENTRY)

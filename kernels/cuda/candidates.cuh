@@ -1,20 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
-// The candidates of a row that one warp chooses from: where they are, and the keys of their scores.
+// The candidates of a row that one warp selects from: their positions, and the sort codes of their
+// scores.
 #pragma once
 
 #include "kernels/common/sort_codes.h"
 #include "kernels/cuda/args.h"
-#include "kernels/cuda/row.cuh"
+#include "kernels/cuda/spans.cuh"
 
 namespace visionpulse::cuda {
 
-constexpr int kAhead = 4;  // candidates of a lane that are on their way from memory at once
+constexpr int kAhead = 4;  // candidates of a lane whose scores are in flight at once
 
-// What stands for a candidate without a key; no score has it, NaN has 0 and -inf 0x7fffff.
-constexpr uint32_t kNoKey = 1;
+// Stands for a candidate without a key. No score has this sort code: NaN has 0, -inf 0x7fffff.
+constexpr uint32_t kNoCode = 1;
 
-// Candidates are counted from the first visible one of the row. A warp passes its own in order,
-// kAhead times 32 a step, of which a lane has `i`, i + 32 and so on.
+// Candidates are numbered from the first visible one of the row. A warp takes its own in order,
+// kAhead times 32 a step: a lane has candidates i, i + 32 and so on.
 struct Candidates {
   static constexpr int32_t kStep = kAhead * kThreadsPerWarp;
 
@@ -31,24 +32,24 @@ struct Candidates {
     if (begin < limit) cursor.seek(first + begin);
   }
 
-  // Positions of a lane's candidates of one step, the first of visual index `index`; -1 past the
-  // warp's end.
+  // Positions of a lane's candidates of one step, whose first has visual index `index`; -1 past the
+  // end of the warp's.
   __device__ __forceinline__ void locate(SpanCursor<Order::kVisual>& at, int32_t index,
                                          int32_t (&position)[kAhead]) const {
     const int32_t end = first + limit, reach = index + kStep - kThreadsPerWarp;
-    if ((reach < end ? reach : end - 1) < at.next) {  // most often: all in one run
+    if ((reach < end ? reach : end - 1) < at.next) {  // most often: all in one span
       VP_UNROLL for (int u = 0; u < kAhead; ++u) {
-        const int32_t place = index + u * kThreadsPerWarp;
-        position[u] = place < end ? place + at.held : -1;
+        const int32_t own = index + u * kThreadsPerWarp;
+        position[u] = own < end ? at.position_of(own) : -1;
       }
       return;
     }
     VP_UNROLL for (int u = 0; u < kAhead; ++u) {
-      const int32_t place = index + u * kThreadsPerWarp;
+      const int32_t own = index + u * kThreadsPerWarp;
       position[u] = -1;
-      if (place < end) {
-        at.advance(place);
-        position[u] = place + at.held;
+      if (own < end) {
+        at.advance(own);
+        position[u] = at.position_of(own);
       }
     }
   }
@@ -58,41 +59,41 @@ struct Candidates {
   __device__ __forceinline__ void each(Visit visit) const {
     SpanCursor<Order::kVisual> at = cursor;
     VP_UNROLL_1 for (int32_t step = begin; step < limit; step += kStep) {
-      const int32_t i = step + threadIdx.x % kThreadsPerWarp;
+      const int32_t i = step + lane_id();
       int32_t position[kAhead];
       locate(at, first + i, position);
       visit(i, position);
     }
   }
 
-  // Keys of the scores of candidates that lie at these positions.
-  __device__ __forceinline__ void read_scores(int32_t i, const int32_t (&position)[kAhead],
-                                              uint32_t (&key)[kAhead]) const {
-    int32_t place[kAhead];
+  // The sort codes of the candidates at these positions.
+  __device__ __forceinline__ void read_codes(int32_t i, const int32_t (&position)[kAhead],
+                                             uint32_t (&code)[kAhead]) const {
+    int32_t index[kAhead];
     float score[kAhead];
     VP_UNROLL for (int u = 0; u < kAhead; ++u) {
-      place[u] = position[u] < 0    ? 0
+      index[u] = position[u] < 0    ? 0
                  : args.by_position ? position[u]
                                     : first + i + u * kThreadsPerWarp;
-      score[u] = scores[place[u]];
+      score[u] = scores[index[u]];
     }
-    if (args.parts > 1 || args.weight != 1.0f) add_parts(place, score);
+    if (args.parts > 1 || args.weight != 1.0f) add_parts(index, score);
     VP_UNROLL for (int u = 0; u < kAhead; ++u) {
-      key[u] = position[u] < 0 ? kNoKey : sort_code(score[u]);
+      code[u] = position[u] < 0 ? kNoCode : sort_code(score[u]);
     }
     if (args.kv.table == nullptr) return;
     VP_UNROLL for (int u = 0; u < kAhead; ++u) {
-      if (position[u] >= 0 && !has_key(args.kv, b, position[u])) key[u] = kNoKey;
+      if (position[u] >= 0 && !has_key(args.kv, b, position[u])) code[u] = kNoCode;
     }
   }
 
-  __device__ __forceinline__ void add_parts(const int32_t (&place)[kAhead],
+  __device__ __forceinline__ void add_parts(const int32_t (&index)[kAhead],
                                             float (&score)[kAhead]) const {
     const float* part = scores;
 #pragma unroll 2
     for (int32_t p = 1; p < args.parts; ++p) {
-      part += args.scores_part;
-      VP_UNROLL for (int u = 0; u < kAhead; ++u) score[u] += part[place[u]];
+      part += args.part_stride;
+      VP_UNROLL for (int u = 0; u < kAhead; ++u) score[u] += part[index[u]];
     }
     VP_UNROLL for (int u = 0; u < kAhead; ++u) score[u] *= args.weight;
   }

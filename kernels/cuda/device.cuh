@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The device layer: every instruction that plain CUDA C++ has no word for, once, with the meaning
-// that the host simulation of tests/cusim gives it beside it. Kernels above this file hold no PTX.
+// The device layer: every instruction that plain CUDA C++ cannot say, once, and beside it what the
+// host simulation of tests/cusim does in its place. Kernels above this file hold no PTX.
 #pragma once
 
 #include "kernels/common/macros.h"
@@ -12,7 +12,7 @@
 #define VP_DEVICE static __device__ __forceinline__
 #define VP_UNROLL _Pragma("unroll")
 #define VP_UNROLL_1 _Pragma("unroll 1")
-// `resident`: blocks that a multiprocessor must have the registers for.
+// `resident`: blocks for which a multiprocessor must have enough registers.
 #define VP_KERNEL(threads, resident) extern "C" __global__ void __launch_bounds__(threads, resident)
 #define VP_ARGS(type) const __grid_constant__ type
 #define VP_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
@@ -32,7 +32,9 @@
 
 namespace visionpulse::cuda {
 
-constexpr uint32_t kWarp = 0xffffffffu;
+constexpr uint32_t kAllLanes = 0xffffffffu;
+
+VP_DEVICE int lane_id() { return threadIdx.x % 32; }
 
 struct BFloat16 {
   uint16_t bits;
@@ -45,7 +47,7 @@ struct Float16 {
 
 VP_DEVICE float bits_float(uint32_t bits) { return __uint_as_float(bits); }
 VP_DEVICE uint32_t float_word(float x) { return __float_as_uint(x); }
-// Results below 2^-126 become 0: such a share of a softmax is below its rounding.
+// Results below 2^-126 become 0: such a weight of a softmax is below its rounding.
 VP_DEVICE float fast_exp2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -140,15 +142,15 @@ struct Element<Float16> {
 };
 
 #if defined(__CUDACC__)
-// From L2: other blocks of this launch wrote it, so no line of this L1 may answer.
+// From L2: other blocks of this launch wrote it, so a line of this L1 may be stale.
 template <class T>
 VP_DEVICE T load_fresh(const T* at) {
   return __ldcg(at);
 }
-// Orders what this thread has seen, and so what it met at a barrier, for the whole GPU.
+// Orders the memory that this thread has seen, also by way of barriers, for the whole GPU.
 VP_DEVICE void memory_fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
-// Meets the other warps of a team, `threads` in all; teams of a block have numbers of their own,
-// from 1 on: 0 is __syncthreads.
+// Waits for the other warps of a team, `threads` in all. Each team of a block has a number of its
+// own, from 1 on: 0 is __syncthreads.
 VP_DEVICE void team_barrier(int32_t number, int32_t threads) {
   asm volatile("barrier.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
@@ -276,9 +278,9 @@ VP_DEVICE void multiply(T, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, u
 
 #endif
 
-// Blocks of a cluster reach each other's shared memory by address and rank, which is the block's
-// index along x modulo the cluster, since clusters lie along x alone. The remote forms are of their
-// own: one pointer that may be local or remote is miscompiled by some nvcc.
+// Blocks of a cluster reach each other's shared memory by address and rank. The rank is the index
+// along x modulo the cluster, since clusters lie along x alone. Local and remote access never share
+// a pointer: some nvcc miscompile one that may be either.
 #if defined(__CUDACC__) && (!defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900)
 
 VP_DEVICE uint32_t remote_address(const void* local, uint32_t rank) {
@@ -303,9 +305,9 @@ VP_DEVICE void remote_store(uint32_t* local, uint32_t rank, uint32_t value) {
 VP_DEVICE void cluster_sync() {
   asm volatile("barrier.cluster.arrive;\nbarrier.cluster.wait;" ::: "memory");
 }
-// What the launch before this one wrote is there from here on.
+// From here on, what the launch before this one wrote is visible.
 VP_DEVICE void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-// The next launch may start its blocks; it still waits for this one's memory.
+// The next launch may start its blocks. It still waits for this one's writes.
 VP_DEVICE void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
 #elif defined(__CUDACC__)

@@ -1,27 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
-// The one list of what is compiled: dtype, head dim, row tile. A row here is a kernel of each
-// stage.
+// The one list of what is compiled: dtype, head dim, head tile. An entry is a kernel of each stage
+// that streams keys.
 #pragma once
 
 #include "kernels/common/args.h"
 
-// X(dtype, type, head dim, row tile): the query heads of one KV head that a block may hold. More
-// than one warp's registers can hold are shared out over a team of warps, so 32 serves 5 of them
-// too where there is no 8.
-#define VP_HALF_ROWS(X, dtype, type, d) X(dtype, type, d, 8) X(dtype, type, d, 32)
-#define VP_FLOAT_ROWS(X, d) X(fp32, float, d, 4) X(fp32, float, d, 32)
-#define VP_HEAD_DIM(X, d)            \
-  VP_HALF_ROWS(X, bf16, BFloat16, d) \
-  VP_HALF_ROWS(X, fp16, Float16, d)  \
-  VP_FLOAT_ROWS(X, d)
+// X(dtype, type, head dim, head tile): a head tile is the most query heads of one KV head that a
+// block may hold. A team of warps shares the heads that the registers of one warp cannot hold, so a
+// tile of 32 serves 5 heads too where there is none of 8.
+#define VP_HALF_HEADS(X, dtype, type, d) X(dtype, type, d, 8) X(dtype, type, d, 32)
+#define VP_FLOAT_HEADS(X, d) X(fp32, float, d, 4) X(fp32, float, d, 32)
+#define VP_HEAD_DIM(X, d)             \
+  VP_HALF_HEADS(X, bf16, BFloat16, d) \
+  VP_HALF_HEADS(X, fp16, Float16, d)  \
+  VP_FLOAT_HEADS(X, d)
+// The head dims that D is padded to, ascending, each as M(X, head dim).
+#define VP_HEAD_DIMS(M, X) M(X, 64) M(X, 80) M(X, 96) M(X, 128) M(X, 192) M(X, 256)
 #ifndef VP_STREAM_KERNELS
-#define VP_STREAM_KERNELS(X) \
-  VP_HEAD_DIM(X, 64)         \
-  VP_HEAD_DIM(X, 80)         \
-  VP_HEAD_DIM(X, 96)         \
-  VP_HEAD_DIM(X, 128)        \
-  VP_HEAD_DIM(X, 192)        \
-  VP_HEAD_DIM(X, 256)
+#define VP_STREAM_KERNELS(X) VP_HEAD_DIMS(VP_HEAD_DIM, X)
 #endif
 
 namespace visionpulse::cuda {

@@ -1,24 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0
-// One pass over K: logits left behind, softmax sums at 1 and at tau, and with V the dense output.
-// Then, for the probabilities, one pass over the logits in parallel chunks.
+// The score stage. One pass over K stores logits, sums the softmax at 1 and at tau, and with V
+// makes the dense output. A second kernel, the finish, turns stored logits into scores.
 #include "kernels/common/budget.h"
 #include "kernels/cuda/entries.cuh"
 #include "kernels/cuda/stream.cuh"
 
 namespace visionpulse::cuda {
 
-#define VP_ENTRY(dtype, type, d, r)                       \
-  VP_KERNEL(kMaxWarps* kThreadsPerWarp, kResidentStreams) \
-  vp_score_##dtype##_d##d##_r##r(VP_ARGS(StreamArgs) args) { stream<type, d, r, true>(args); }
+#define VP_ENTRY(dtype, type, d, h)                      \
+  VP_KERNEL(kMaxWarps* kThreadsPerWarp, kResidentBlocks) \
+  vp_score_##dtype##_d##d##_h##h(VP_ARGS(StreamArgs) args) { stream<type, d, h, true>(args); }
 VP_STREAM_KERNELS(VP_ENTRY)
 #undef VP_ENTRY
 
-const StreamKernel* score_kernel(DType dtype, int32_t head_dim, int32_t row_tile) {
-#define VP_ENTRY(dtype_name, type, d, r)                                                          \
-  if (dtype == kDType_##dtype_name && head_dim == d && row_tile == r) {                           \
+const StreamKernel* score_kernel(DType dtype, int32_t head_dim, int32_t head_tile) {
+#define VP_ENTRY(dtype_name, type, d, h)                                                          \
+  if (dtype == kDType_##dtype_name && head_dim == d && head_tile == h) {                          \
     static const StreamKernel kernel =                                                            \
-        describe<type, d, r>(reinterpret_cast<const void*>(&vp_score_##dtype_name##_d##d##_r##r), \
-                             "vp_score_" #dtype_name "_d" #d "_r" #r);                            \
+        describe<type, d, h>(reinterpret_cast<const void*>(&vp_score_##dtype_name##_d##d##_h##h), \
+                             "vp_score_" #dtype_name "_d" #d "_h" #h);                            \
     return &kernel;                                                                               \
   }
   VP_STREAM_KERNELS(VP_ENTRY)
@@ -26,48 +26,50 @@ const StreamKernel* score_kernel(DType dtype, int32_t head_dim, int32_t row_tile
   return nullptr;
 }
 
-// What a candidate scores, from the logits of its heads at `place`.
-VP_DEVICE float rank_of(const RankArgs& args, const float* log2_sums, int32_t b, int32_t place) {
+// The score of the candidate whose logits lie at `logit_index`.
+VP_DEVICE float score_of(const ScoreFinishArgs& args, const float* log2_sums, int32_t b,
+                         int32_t logit_index) {
   float sum = 0.0f;
   if (args.kind == ScoreKind::kLogit) {
     const int64_t first = static_cast<int64_t>(b) * args.sum_parts;
     for (int32_t part = 0; part < args.sum_parts; ++part) {
-      sum += args.sums[(first + part) * args.logits_row + place];
+      sum += args.sums[(first + part) * args.logits_stride + logit_index];
     }
   } else {
     const int64_t first = static_cast<int64_t>(b) * args.heads;
     const float by = args.kind == ScoreKind::kProb ? 1.0f : args.inverse_tau;
 #pragma unroll 4
     for (int32_t h = 0; h < args.heads; ++h) {
-      const float z = args.logits[(first + h) * args.logits_row + place] * kLog2e;
-      // in this order also in the tail: equal logits give equal bits
+      const float z = args.logits[(first + h) * args.logits_stride + logit_index] * kLog2e;
+      // The same order of operations in the unrolled loop and its tail: equal logits give equal
+      // bits.
       sum += precise_exp2(fmaf(z, by, -log2_sums[h]));
     }
   }
   return sum * (1.0f / static_cast<float>(args.heads));
 }
 
-// A thread's score by position: -inf where there is no candidate.
-VP_DEVICE void rank_position(const RankArgs& args, const float* log2_sums, int32_t b,
-                             int32_t warp_first, int32_t position) {
+// One thread's score by position: -inf where there is no candidate.
+VP_DEVICE void score_position(const ScoreFinishArgs& args, const float* log2_sums, int32_t b,
+                              int32_t warp_first, int32_t position) {
   SpanCursor<Order::kPosition> cursor{Spans::of(args.visual, b), 0, 0, 0};
   cursor.seek(warp_first);
   cursor.advance(position);
   if (position >= args.kv.capacity) return;
   const Range keys = row_range(args.kv, args.window, b);
-  const bool candidate = position >= keys.begin && position < keys.end && position < cursor.held &&
+  const bool candidate = position >= keys.begin && position < keys.end && cursor.covers(position) &&
                          has_key(args.kv, b, position);
   float score = minus_infinity();
   if (candidate) {
-    const int32_t place = args.logits_by_position ? position : cursor.visual_index(position);
-    score = rank_of(args, log2_sums, b, place);
+    const int32_t index = args.logits_by_position ? position : cursor.visual_index(position);
+    score = score_of(args, log2_sums, b, index);
   }
-  args.scores[b * args.scores_row + position] = score;
+  args.scores[b * args.scores_stride + position] = score;
 }
 
-// A thread's score by visual index; only those of keys that the step may see are ever read.
-VP_DEVICE void rank_visual(const RankArgs& args, const float* log2_sums, int32_t b,
-                           int32_t warp_first, int32_t index) {
+// One thread's score by visual index. Only the scores of visible keys are written, and ever read.
+VP_DEVICE void score_visual_index(const ScoreFinishArgs& args, const float* log2_sums, int32_t b,
+                                  int32_t warp_first, int32_t index) {
   const Spans spans = Spans::of(args.visual, b);
   const Range keys = row_range(args.kv, args.window, b);
   const int32_t begin = visual_before(spans, keys.begin), end = visual_before(spans, keys.end);
@@ -76,14 +78,14 @@ VP_DEVICE void rank_visual(const RankArgs& args, const float* log2_sums, int32_t
   cursor.seek(warp_first);
   if (index < begin || index >= end) return;
   cursor.advance(index);
-  const int32_t position = index + cursor.held;
+  const int32_t position = cursor.position_of(index);
   if (!has_key(args.kv, b, position)) return;
-  args.scores[b * args.scores_row + index] =
-      rank_of(args, log2_sums, b, args.logits_by_position ? position : index);
+  args.scores[b * args.scores_stride + index] =
+      score_of(args, log2_sums, b, args.logits_by_position ? position : index);
 }
 
-// A block per 256 scores of a row.
-VP_DEVICE void rank(const RankArgs& args) {
+// A block for each 256 scores of a row.
+VP_DEVICE void score_finish(const ScoreFinishArgs& args) {
   VP_SHARED(shared);
   wait_for_previous();
   const int32_t b = blockIdx.y;
@@ -96,22 +98,24 @@ VP_DEVICE void rank(const RankArgs& args) {
   }
   __syncthreads();
   if (args.mass && blockIdx.x == 0 && threadIdx.x == 0) {
-    const Masses of = masses_of_heads(masses, args.heads);
-    args.mass[b] = of.max;
-    args.mass_mean[b] = of.mean;
+    const Masses row = masses_of_heads(masses, args.heads);
+    args.mass[b] = row.max;
+    args.mass_mean[b] = row.mean;
   }
-  const int32_t at = blockIdx.x * blockDim.x + threadIdx.x;
-  const int32_t warp_first = at / kThreadsPerWarp * kThreadsPerWarp;
+  const int32_t index = blockIdx.x * blockDim.x + threadIdx.x;
+  const int32_t warp_first = index / kThreadsPerWarp * kThreadsPerWarp;
   if (args.scores_by_position) {
-    rank_position(args, log2_sums, b, warp_first, at);
+    score_position(args, log2_sums, b, warp_first, index);
   } else {
-    rank_visual(args, log2_sums, b, warp_first, at);
+    score_visual_index(args, log2_sums, b, warp_first, index);
   }
   let_next_start();
 }
 
-VP_KERNEL(kRankThreads, 4) vp_rank(VP_ARGS(RankArgs) args) { rank(args); }
+VP_KERNEL(kScoreFinishThreads, 4) vp_score_finish(VP_ARGS(ScoreFinishArgs) args) {
+  score_finish(args);
+}
 
-const void* rank_kernel() { return reinterpret_cast<const void*>(&vp_rank); }
+const void* score_finish_kernel() { return reinterpret_cast<const void*>(&vp_score_finish); }
 
 }  // namespace visionpulse::cuda

@@ -1,19 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 // Budget and exact top-K of a row: K from the mass, the K-th largest score by a radix select over
-// ordered keys (11, 11 and 10 bits), then the kept positions in ascending order by counting. Ties
-// go to the lowest position: what lies before a candidate is counted in index order, never raced
-// for.
+// sort codes (11, 11 and 10 bits), then the kept positions in ascending order by counting. Ties go
+// to the lowest position: what lies before a candidate is counted in index order, never raced for.
 //
-// All candidates are passed twice: for the histogram of the leading bits, then to list those in the
-// bin of the K-th key and above, a few per cent. What follows looks at the lists alone.
+// All candidates are read twice: once for the histogram of the leading bits, once to list those in
+// the bin of the K-th code and above, a few per cent. The later passes read only the lists.
 //
-// Several blocks serve a row. In a cluster they add up their histograms in distributed shared
-// memory. Where the chip has no clusters, each leaves its keys and the histogram of their leading
-// bits in global memory, and the one that comes last goes on alone: the wide read of the scores is
-// shared out, and no block ever waits for another.
+// Several blocks serve a row, so that they share the wide read of the scores. In a cluster they add
+// up their histograms in distributed shared memory. On a chip without clusters each block writes
+// its sort codes and the histogram of their leading bits to global memory, and the block that
+// arrives last goes on alone: no block ever waits for another.
 #include "kernels/common/budget.h"
+#include "kernels/cuda/arrival.cuh"
 #include "kernels/cuda/candidates.cuh"
-#include "kernels/cuda/last.cuh"
 #include "kernels/cuda/radix.cuh"
 
 namespace visionpulse::cuda {
@@ -24,19 +23,19 @@ constexpr int32_t kLeadingBits = 11;
 
 VP_DEVICE void read_masses(const SelectArgs& args, int32_t b, bool write, SelectScratch& scratch) {
   if (args.stats) {
-    auto* masses = reinterpret_cast<float*>(scratch.bins);  // [H]
+    auto* masses = reinterpret_cast<float*>(scratch.histogram);  // [H]
     const float* stats = args.stats + static_cast<int64_t>(b) * args.heads * kHeadStats;
     for (int32_t h = threadIdx.x; h < args.heads; h += blockDim.x) {
       masses[h] = stats[h * kHeadStats + 2];
     }
     __syncthreads();
     if (threadIdx.x == 0) {
-      const Masses of = masses_of_heads(masses, args.heads);
-      scratch.mass = of.max;
-      scratch.mass_mean = of.mean;
+      const Masses row = masses_of_heads(masses, args.heads);
+      scratch.mass = row.max;
+      scratch.mass_mean = row.mean;
       if (write) {
-        args.mass[b] = of.max;
-        args.mass_mean[b] = of.mean;
+        args.mass[b] = row.max;
+        args.mass_mean[b] = row.mean;
       }
     }
   } else if (threadIdx.x == 0) {
@@ -46,7 +45,7 @@ VP_DEVICE void read_masses(const SelectArgs& args, int32_t b, bool write, Select
   __syncthreads();
 }
 
-// K of the row, from its candidates and its mass.
+// K of the row.
 VP_DEVICE int32_t count_of(const SelectArgs& args, int32_t b, int32_t n_visual,
                            const SelectScratch& scratch) {
   int32_t count;
@@ -60,20 +59,20 @@ VP_DEVICE int32_t count_of(const SelectArgs& args, int32_t b, int32_t n_visual,
   return count < args.k_max ? count : args.k_max;
 }
 
-// The candidates of one block: their keys, and of each warp the list of those that matter, which
-// takes the place of its keys. Both lie in shared memory where there is room, else in global.
+// The candidates of one block: their sort codes, and of each warp the list of those that matter,
+// which takes the place of its codes. Both lie in shared memory where they fit, else in global.
 template <bool kCluster>
-struct Row {
+struct RowSelect {
   const SelectArgs& args;
   SelectScratch& scratch;
-  uint32_t* room;   // shared memory: args.cached keys, then as many positions
+  uint32_t* cache;  // shared memory: args.cached sort codes, then as many positions
   int32_t b, rank;  // row, block of the row
   Spans spans;
   int32_t n;           // candidates of the row
   Candidates own;      // of this warp
   int32_t slice, end;  // candidates of this block
-  int32_t listed;      // where this warp's list ends, as it begins where its candidates do
-  bool fits;           // into shared memory
+  int32_t listed;      // end of this warp's list, which begins where its candidates do
+  bool fits;           // the slice, into shared memory
 
   __device__ __forceinline__ void take(int32_t slice_begin, int32_t slice_end) {
     slice = slice_begin, end = slice_end;
@@ -85,88 +84,89 @@ struct Row {
     own.take(spans, begin, end - begin < per_warp ? end : begin + per_warp);
   }
 
-  // Places of a candidate's key, and of a position in a list. Never mixed into one pointer, of
-  // which the compiler would not know the memory.
-  __device__ __forceinline__ uint32_t* key_here(int32_t i) const { return room + (i - slice); }
-  __device__ __forceinline__ uint32_t* key_there(int32_t i) const {
-    return args.keys + b * args.keys_row + i;
+  // Where the sort code of a candidate lies, and a position of a list. Never mixed into one
+  // pointer: the compiler would no longer know its memory.
+  __device__ __forceinline__ uint32_t* shared_code(int32_t i) const { return cache + (i - slice); }
+  __device__ __forceinline__ uint32_t* global_code(int32_t i) const {
+    return args.sort_codes + b * args.codes_stride + i;
   }
-  __device__ __forceinline__ uint32_t* position_here(int32_t i) const {
-    return room + args.cached + (i - slice);
+  __device__ __forceinline__ uint32_t* shared_position(int32_t i) const {
+    return cache + args.cached + (i - slice);
   }
-  __device__ __forceinline__ uint32_t* position_there(int32_t i) const {
-    return args.positions + b * args.keys_row + i;
+  __device__ __forceinline__ uint32_t* global_position(int32_t i) const {
+    return args.positions + b * args.codes_stride + i;
   }
 
-  __device__ __forceinline__ void keep_key(bool here, int32_t i, uint32_t key) const {
-    if (here) {
-      *key_here(i) = key;
+  __device__ __forceinline__ void store_code(bool in_shared, int32_t i, uint32_t code) const {
+    if (in_shared) {
+      *shared_code(i) = code;
     } else {
-      *key_there(i) = key;
+      *global_code(i) = code;
     }
   }
-  __device__ __forceinline__ uint32_t kept_key(bool here, int32_t i) const {
-    return here ? *key_here(i) : load_fresh(key_there(i));
+  __device__ __forceinline__ uint32_t load_code(bool in_shared, int32_t i) const {
+    return in_shared ? *shared_code(i) : load_fresh(global_code(i));
   }
 
-  // Counts the leading bits of all keys, and keeps these: for whom they are handed to, or to list.
-  __device__ __forceinline__ void fill_bins_of_scores(bool hand_over) {
-    clear_bins(scratch);
-    const bool here = fits && !hand_over;
+  // Builds the histogram of the leading bits and stores the sort codes: in shared memory for
+  // `list`, or in global memory for the last block.
+  __device__ __forceinline__ void read_scores(bool hand_over) {
+    clear_histogram(scratch);
+    const bool in_shared = fits && !hand_over;
     own.each([&](int32_t step, const int32_t (&position)[kAhead]) {
-      uint32_t key[kAhead];
-      own.read_scores(step, position, key);
+      uint32_t code[kAhead];
+      own.read_codes(step, position, code);
       VP_UNROLL for (int u = 0; u < kAhead; ++u) {
         const int32_t i = step + u * kThreadsPerWarp;
-        if (position[u] >= 0) keep_key(here, i, key[u]);
-        count_bin(scratch, key[u] != kNoKey, key[u] >> (32 - kLeadingBits));
+        if (position[u] >= 0) store_code(in_shared, i, code[u]);
+        count_code(scratch, code[u] != kNoCode, code[u] >> (32 - kLeadingBits));
       }
     });
     __syncthreads();
   }
 
-  // Leaves the block's bins to the one that comes last; true in that one, with all bins added up.
-  __device__ __forceinline__ bool hand_over_bins() {
-    uint32_t* all = args.bins + static_cast<int64_t>(b) * args.blocks * kSelectBins;
+  // Hands the block's histogram to the one that arrives last; true there, with all added up.
+  __device__ __forceinline__ bool hand_over_histogram() {
+    uint32_t* all = args.histograms + static_cast<int64_t>(b) * args.blocks * kSelectBins;
     for (int i = threadIdx.x; i < kSelectBins; i += blockDim.x) {
-      all[rank * kSelectBins + i] = scratch.bins[i];
+      all[rank * kSelectBins + i] = scratch.histogram[i];
     }
-    if (!came_last(args.counters + b, args.blocks, &scratch.last)) return false;
+    if (!arrived_last(args.counters + b, args.blocks, &scratch.last)) return false;
     for (int i = threadIdx.x; i < kSelectBins; i += blockDim.x) {
       uint32_t sum = 0;
       VP_UNROLL for (int32_t other = 0; other < kSelectBlocks; ++other) {
         sum += load_fresh(all + other * kSelectBins + i);
       }
-      scratch.total[i] = sum;
+      scratch.row_histogram[i] = sum;
     }
     __syncthreads();
     take(0, n);
     return true;
   }
 
-  // Lists the warp's keys in the pivot's bin and above, in order, in the place of the keys: no
-  // entry lies behind the candidate it comes from.
+  // Lists the warp's candidates in the pivot's bin and above, in order. The list overwrites the
+  // sort codes, which is safe: no entry lies behind the candidate that it comes from.
   template <bool kFits>
   __device__ __forceinline__ void list(const Pivot& pivot, bool handed_over) {
-    const bool here = kFits && (kCluster || !handed_over);
-    const uint32_t lower = (1u << threadIdx.x % kThreadsPerWarp) - 1;
+    const bool in_shared = kFits && (kCluster || !handed_over);
+    const uint32_t lower = (1u << lane_id()) - 1;
     listed = own.begin;
     own.each([&](int32_t step, const int32_t (&position)[kAhead]) {
-      uint32_t key[kAhead];
+      uint32_t code[kAhead];
       VP_UNROLL for (int u = 0; u < kAhead; ++u) {
         const int32_t i = step + u * kThreadsPerWarp;
-        key[u] = position[u] < 0 ? kNoKey : kept_key(here, i);
+        code[u] = position[u] < 0 ? kNoCode : load_code(in_shared, i);
       }
       VP_UNROLL for (int u = 0; u < kAhead; ++u) {
-        const bool chosen = key[u] != kNoKey && key[u] >> pivot.shift >= pivot.prefix;
-        const uint32_t among = __ballot_sync(kWarp, chosen);
-        if (chosen) {
+        const bool matters = code[u] != kNoCode && code[u] >> pivot.shift >= pivot.prefix;
+        const uint32_t among = __ballot_sync(kAllLanes, matters);
+        if (matters) {
           const int32_t to = listed + __popc(among & lower);
-          keep_key(kFits, to, key[u]);
+          store_code(kFits, to, code[u]);
           if (kFits) {
-            *position_here(to) = position[u];
+            *shared_position(to) = position[u];
           } else {
-            *position_there(to) = position[u];
+            *global_position(to) = position[u];
           }
         }
         listed += __popc(among);
@@ -175,29 +175,29 @@ struct Row {
     __syncwarp();  // the other lanes read it
   }
 
-  // Visits the warp's list in order: `visit(key, i)` by all lanes, with kNoKey past its end.
+  // Visits the warp's list in order: `visit(code, i)` by all lanes, with kNoCode past its end.
   template <bool kFits, class Visit>
   __device__ __forceinline__ void each_listed(Visit visit) const {
     VP_UNROLL_1 for (int32_t step = own.begin; step < listed; step += kThreadsPerWarp) {
-      const int32_t i = step + threadIdx.x % kThreadsPerWarp;
-      const uint32_t key = i >= listed ? kNoKey : kept_key(kFits, i);
-      visit(key, i);
+      const int32_t i = step + lane_id();
+      const uint32_t code = i >= listed ? kNoCode : load_code(kFits, i);
+      visit(code, i);
     }
   }
 
-  // Counts the listed keys with the pivot's prefix by their next bits.
+  // Builds the histogram of the bits behind the pivot's prefix, of the listed codes that have it.
   template <bool kFits>
-  __device__ __forceinline__ void fill_bins_of_list(const Pivot& pivot, int32_t bits) {
-    clear_bins(scratch);
+  __device__ __forceinline__ void read_list(const Pivot& pivot, int32_t bits) {
+    clear_histogram(scratch);
     const int32_t above = pivot.shift, shift = above - bits;
-    each_listed<kFits>([&](uint32_t key, int32_t) {
-      const bool inside = key != kNoKey && key >> above == pivot.prefix;
-      count_bin(scratch, inside, key >> shift & ((1u << bits) - 1));
+    each_listed<kFits>([&](uint32_t code, int32_t) {
+      const bool inside = code != kNoCode && code >> above == pivot.prefix;
+      count_code(scratch, inside, code >> shift & ((1u << bits) - 1));
     });
     __syncthreads();
   }
 
-  // -1 past the count, by all blocks or by the last.
+  // Writes the count, and -1 past it: all blocks together, or the last alone.
   __device__ __forceinline__ void pad(int32_t count, int32_t part, int32_t parts) const {
     int32_t* indices = args.indices + static_cast<int64_t>(b) * args.k_max;
     const int32_t threads = blockDim.x;
@@ -207,7 +207,8 @@ struct Row {
     if (part == 0 && threadIdx.x == 0) args.counts[b] = count;
   }
 
-  // With all or no candidates kept and none without a key, the i-th index is the i-th candidate.
+  // Where all candidates are kept, or none, and each has a key: the i-th index is the i-th
+  // candidate.
   __device__ __forceinline__ void write_all(int32_t count) const {
     pad(count, rank, args.blocks);
     if (count == 0) return;
@@ -219,9 +220,9 @@ struct Row {
     });
   }
 
-  // Where the warp's kept candidates go: how many greater and equal ones lie before it.
+  // Adds up the candidates above and at the pivot that lie before this warp's.
   __device__ __forceinline__ void count_before(uint32_t& greater, uint32_t& equal) {
-    const int lane = threadIdx.x % kThreadsPerWarp, warp = threadIdx.x / kThreadsPerWarp;
+    const int lane = lane_id(), warp = threadIdx.x / kThreadsPerWarp;
     if (lane == 0) {
       scratch.warp_greater[warp] = greater;
       scratch.warp_equal[warp] = equal;
@@ -252,46 +253,46 @@ struct Row {
     }
   }
 
-  // The positions whose keys are above the pivot, and the first of those at it, in order.
+  // Writes the positions above the pivot, and the first of those at it, in order.
   template <bool kFits>
   __device__ __forceinline__ void write_kept(const Pivot& pivot) {
     int32_t* indices = args.indices + static_cast<int64_t>(b) * args.k_max;
-    const auto is_above = [&](uint32_t key) {
-      return key != kNoKey && key >> pivot.shift > pivot.prefix;
+    const auto is_above = [&](uint32_t code) {
+      return code != kNoCode && code >> pivot.shift > pivot.prefix;
     };
-    const auto is_equal = [&](uint32_t key) {
-      return key != kNoKey && key >> pivot.shift == pivot.prefix;
+    const auto is_equal = [&](uint32_t code) {
+      return code != kNoCode && code >> pivot.shift == pivot.prefix;
     };
     uint32_t greater = 0, equal = 0;
-    each_listed<kFits>([&](uint32_t key, int32_t) {
-      greater += __popc(__ballot_sync(kWarp, is_above(key)));
-      equal += __popc(__ballot_sync(kWarp, is_equal(key)));
+    each_listed<kFits>([&](uint32_t code, int32_t) {
+      greater += __popc(__ballot_sync(kAllLanes, is_above(code)));
+      equal += __popc(__ballot_sync(kAllLanes, is_equal(code)));
     });
     count_before(greater, equal);
-    const uint32_t lower = (1u << threadIdx.x % kThreadsPerWarp) - 1;
-    each_listed<kFits>([&](uint32_t key, int32_t i) {
-      const uint32_t more = __ballot_sync(kWarp, is_above(key));
-      const uint32_t same = __ballot_sync(kWarp, is_equal(key));
+    const uint32_t lower = (1u << lane_id()) - 1;
+    each_listed<kFits>([&](uint32_t code, int32_t i) {
+      const uint32_t more = __ballot_sync(kAllLanes, is_above(code));
+      const uint32_t same = __ballot_sync(kAllLanes, is_equal(code));
       const uint32_t ties = equal + __popc(same & lower);
-      if (is_above(key) || (is_equal(key) && ties < pivot.need)) {
+      if (is_above(code) || (is_equal(code) && ties < pivot.need)) {
         const uint32_t kept_ties = ties < pivot.need ? ties : pivot.need;
         indices[greater + __popc(more & lower) + kept_ties] =
-            kFits ? *position_here(i) : load_fresh(position_there(i));
+            kFits ? *shared_position(i) : load_fresh(global_position(i));
       }
       greater += __popc(more);
       equal += __popc(same);
     });
   }
 
-  // What follows the leading bits, of which the pivot has those of the K-th key.
+  // The passes behind the leading bits; the pivot has those of the K-th code.
   template <bool kFits>
-  __device__ __forceinline__ void choose(Pivot pivot, bool whole, bool handed_over) {
+  __device__ __forceinline__ void refine(Pivot pivot, bool whole, bool handed_over) {
     list<kFits>(pivot, handed_over);
     VP_UNROLL_1 while (!whole && pivot.shift > 0) {
       const int32_t bits = pivot.shift < kLeadingBits ? pivot.shift : kLeadingBits;
-      fill_bins_of_list<kFits>(pivot, bits);
-      const uint32_t* bins = kCluster ? cluster_bins(scratch, rank) : scratch.bins;
-      whole = narrow(pivot, bits, bins, scan_bins(bins, scratch), scratch);
+      read_list<kFits>(pivot, bits);
+      const uint32_t* histogram = kCluster ? cluster_histogram(scratch, rank) : scratch.histogram;
+      whole = narrow(pivot, bits, histogram, scan_histogram(histogram, scratch), scratch);
     }
     write_kept<kFits>(pivot);
   }
@@ -302,44 +303,44 @@ VP_DEVICE void select_row(const SelectArgs& args) {
   VP_SHARED(shared);
   wait_for_previous();
   auto& scratch = *reinterpret_cast<SelectScratch*>(shared);
-  auto* room = reinterpret_cast<uint32_t*>(shared + sizeof(SelectScratch));
+  auto* cache = reinterpret_cast<uint32_t*>(shared + sizeof(SelectScratch));
   const int32_t blocks = args.blocks, b = blockIdx.x / blocks, rank = blockIdx.x % blocks;
-  const bool shares = !kCluster && blocks > 1;  // the last block takes over
+  const bool hands_over = !kCluster && blocks > 1;  // to the last block
 
   const Spans spans = Spans::of(args.visual, b);
   const Range range = row_range(args.kv, args.window, b);
   const int32_t first = visual_before(spans, range.begin);
   const int32_t n = visual_before(spans, range.end) - first;
-  const Candidates own = {args, args.scores + b * args.scores_row, b, first, 0, 0, {}};
-  Row<kCluster> row = {args, scratch, room, b, rank, spans, n, own, 0, 0, 0, false};
+  const Candidates own = {args, args.scores + b * args.scores_stride, b, first, 0, 0, {}};
+  RowSelect<kCluster> row = {args, scratch, cache, b, rank, spans, n, own, 0, 0, 0, false};
   const int32_t per_block = (n + blocks - 1) / blocks;
   const int32_t slice = per_block * rank < n ? per_block * rank : n;
   row.take(slice, n - slice < per_block ? n : slice + per_block);
   read_masses(args, b, rank == 0, scratch);
 
-  // Where no page can be missing, K is known before any score is read.
+  // Without pages no key can be missing, so K is known before any score is read.
   int32_t count = -1;
   if (args.kv.table == nullptr) {
     count = count_of(args, b, n, scratch);
     if (count == 0 || count == n) return row.write_all(count);
   }
-  row.fill_bins_of_scores(shares);
-  const uint32_t* bins = scratch.bins;
-  if (kCluster) bins = cluster_bins(scratch, rank);
-  if (shares) {
-    if (!row.hand_over_bins()) return;
-    bins = scratch.total;
+  row.read_scores(hands_over);
+  const uint32_t* histogram = scratch.histogram;
+  if (kCluster) histogram = cluster_histogram(scratch, rank);
+  if (hands_over) {
+    if (!row.hand_over_histogram()) return;
+    histogram = scratch.row_histogram;
   }
-  const BinScan scan = scan_bins(bins, scratch);
+  const BinScan scan = scan_histogram(histogram, scratch);
   if (count < 0) count = count_of(args, b, scan.total, scratch);
-  row.pad(count, shares ? 0 : rank, shares ? 1 : blocks);
+  row.pad(count, hands_over ? 0 : rank, hands_over ? 1 : blocks);
   if (count == 0) return;
   Pivot pivot = {0, 32, static_cast<uint32_t>(count)};
-  const bool whole = narrow(pivot, kLeadingBits, bins, scan, scratch);
+  const bool whole = narrow(pivot, kLeadingBits, histogram, scan, scratch);
   if (row.fits) {
-    row.template choose<true>(pivot, whole, shares);
+    row.template refine<true>(pivot, whole, hands_over);
   } else {
-    row.template choose<false>(pivot, whole, shares);
+    row.template refine<false>(pivot, whole, hands_over);
   }
   let_next_start();
 }
@@ -351,7 +352,7 @@ VP_KERNEL(kSelectThreads, 1) vp_select_global(VP_ARGS(SelectArgs) args) { select
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 VP_KERNEL(kSelectThreads, 1) vp_select_cluster(VP_ARGS(SelectArgs) args) { select_row<true>(args); }
 #else
-// Never launched there: the plan asks for a cluster only where the chip has them.
+// Never launched: the plan asks for clusters only where the loaded code has them.
 VP_KERNEL(kSelectThreads, 1) vp_select_cluster(VP_ARGS(SelectArgs)) {}
 #endif
 

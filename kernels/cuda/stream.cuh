@@ -1,137 +1,146 @@
 // SPDX-License-Identifier: Apache-2.0
-// The kernel behind score and attend: a block streams one share of a row's keys for the query heads
-// of one KV head. Its warps take tiles in turn and never meet before the end: each loads its own
-// tile a few stages ahead, and keeps its own softmax. Heads that one warp's registers cannot hold
-// are shared out over a team of warps, which load tiles in turn, use each together, and meet only
-// each other. The parts are then joined in a fixed order, those of a block in shared memory, those
-// of a row by the block that finishes last.
+// The kernel behind score and attend. A block streams one range of a row's keys for the query heads
+// of one KV head. Each of its warps prefetches tiles of its own, keeps a softmax of its own, and
+// meets no other warp before the end. Heads that the registers of one warp cannot hold are spread
+// over a team of warps: its members load tiles in turn, use each tile together, and wait only for
+// each other. At the end the parts are merged in a fixed order: those of a block in shared memory,
+// those of a row by the block that arrives last.
 #pragma once
 
 #include <type_traits>
 
 #include "kernels/common/softmax.h"
-#include "kernels/cuda/bulk.cuh"
-#include "kernels/cuda/dots.cuh"
-#include "kernels/cuda/fill.cuh"
+#include "kernels/cuda/bulk_copy.cuh"
+#include "kernels/cuda/dot_tile.cuh"
 #include "kernels/cuda/merge.cuh"
-#include "kernels/cuda/mma.cuh"
-#include "kernels/cuda/row.cuh"
+#include "kernels/cuda/mma_tile.cuh"
+#include "kernels/cuda/shared_layout.h"
+#include "kernels/cuda/tile_copy.cuh"
+#include "kernels/cuda/work.cuh"
 
 namespace visionpulse::cuda {
 
-// Query heads that one warp holds, of the row tile that a block may hold.
-template <class T, int kRowTile>
-constexpr int kWarpRows = kRowTile <= 8              ? kRowTile
-                          : Element<T>::kTensorCores ? 16
-                                                     : 8;
+// Query heads that one warp holds, out of the head tile of its block.
+template <class T, int kHeadTile>
+constexpr int kWarpHeads = kHeadTile <= 8             ? kHeadTile
+                           : Element<T>::kTensorCores ? 16
+                                                      : 8;
 
-// The tensor cores also where a tile of eight heads is half empty: their products cost nothing, and
-// without them a tile of 16-bit keys takes as many issue slots as the memory leaves time for.
-template <class T, int D, int kRows>
+// 16-bit types use the tensor cores even where a tile of eight heads is half empty: the products
+// cost nothing there, while on the CUDA cores a tile would take every issue slot that memory
+// leaves.
+template <class T, int D, int kHeads>
 using TileOf =
-    std::conditional_t<Element<T>::kTensorCores, MmaTile<T, D, kRows>, DotTile<D, kRows>>;
+    std::conditional_t<Element<T>::kTensorCores, MmaTile<T, D, kHeads>, DotTile<D, kHeads>>;
 
-// Beside a place: the key there is visual. The host keeps places below it.
+template <class Tile, int kHeads>
+VP_HD constexpr WarpTile warp_tile() {
+  return {kHeads, Tile::kKeys, Tile::kQueryBytes, Tile::kWeightBytes, Tile::kSumBytes};
+}
+
+// Set in a logit index: the key is visual. The host keeps indices below it.
 constexpr int32_t kVisualBit = 1 << 30;
 
-// One warp of a block, with kRows of the query heads.
-template <class T, int D, int kRows, bool kScore>
+// One warp of a block, with kHeads of the query heads.
+template <class T, int D, int kHeads, bool kScore>
 struct Stream {
-  using Tile = TileOf<T, D, kRows>;
+  using Tile = TileOf<T, D, kHeads>;
   static constexpr bool kBulk = kBulkCopies && Tile::kInPlace;
 
   const StreamArgs& args;
-  const Share& share;
+  const WorkRange& work;
   Tile tile;
   float m[Tile::kSlots], l[Tile::kSlots];             // running maximum of z * log2(e), and sum
   float l_tau[Tile::kSlots], l_visual[Tile::kSlots];  // at tau: over all, and over visual keys
   const void* query;                                  // shared, of this warp's heads
   char* weights;                                      // shared, of this warp
-  int32_t* places;                                    // shared, of the team: [stages][keys]
-  Landing* landings;                                  // shared, of the team: [stages]
+  int32_t* logit_indices;                             // shared, of the team: [stages][keys]
+  CopyBarrier* barriers;                              // shared, of the team: [stages]
   char* stages;                                       // shared, of the team
   int32_t heads, first_head;                          // of this warp, and the first of all H
-  int32_t team, member;                               // which team of the block, which warp of it
+  int32_t team, member;                               // team of the block, warp of the team
   KeyFinder<kScore> finder;
-  Key ahead;         // of the tile to be loaded next
-  int32_t ahead_at;  // its first key in the virtual order
+  Key next_key;        // this lane's, of the tile to be loaded next
+  int32_t next_index;  // of that tile's first key, in the virtual order
 
-  __device__ __forceinline__ Stream(const StreamArgs& of, const Share& mine)
-      : args(of), share(mine) {}
+  __device__ __forceinline__ Stream(const StreamArgs& of, const WorkRange& range)
+      : args(of), work(range) {}
 
-  VP_DEVICE int lane() { return threadIdx.x % 32; }
-
-  __device__ __forceinline__ void look_ahead() {
-    const int32_t index = ahead_at + lane();
-    ahead = finder.find(args, share, lane() < Tile::kKeys && index < share.end ? index : -1);
-    ahead_at += Tile::kKeys * (blockDim.x / 32);  // the next tile of this member
+  __device__ __forceinline__ void find_next() {
+    const int32_t index = next_index + lane_id();
+    next_key = finder.find(args, work, lane_id() < Tile::kKeys && index < work.end ? index : -1);
+    next_index += Tile::kKeys * (blockDim.x / kThreadsPerWarp);  // the next tile of this member
   }
 
-  // Waits for the warps that share the tiles.
-  __device__ __forceinline__ void meet() {
+  __device__ __forceinline__ void wait_for_team() {
     if (args.team == 1) return __syncwarp();
-    team_barrier(1 + team, args.team * 32);
+    team_barrier(1 + team, args.team * kThreadsPerWarp);
   }
 
   // Starts the copies of the tile found last, and finds the next.
-  __device__ __forceinline__ void load(int32_t stage) {
-    const uint32_t there = __ballot_sync(kWarp, ahead.place >= 0);
+  __device__ __forceinline__ void prefetch(int32_t stage) {
+    const uint32_t valid_mask = __ballot_sync(kAllLanes, next_key.logit_index >= 0);
     char* to = stages + stage * (args.k_bytes + args.v_bytes);
-    if (lane() < Tile::kKeys) {
-      places[stage * Tile::kKeys + lane()] =
-          ahead.place < 0 || !ahead.visual ? ahead.place : ahead.place | kVisualBit;
+    if (lane_id() < Tile::kKeys) {
+      logit_indices[stage * Tile::kKeys + lane_id()] = next_key.logit_index < 0 || !next_key.visual
+                                                           ? next_key.logit_index
+                                                           : next_key.logit_index | kVisualBit;
     }
-    if (args.kept) fill_logits(to, there);
-    if (!load_bulk(to, there, landings + stage)) {
-      if (!args.kept) fill_tile<T, D, Tile>(to, keys(), ahead.k, there, args.head_dim, args.align);
+    if (args.stored_logits) copy_logits(to, valid_mask);
+    if (!copy_whole_tile(to, valid_mask, barriers + stage)) {
+      if (!args.stored_logits) {
+        copy_tile<T, D, Tile>(to, keys(), next_key.k, valid_mask, args.head_dim, args.align);
+      }
       if (args.v_bytes) {
-        fill_tile<T, D, Tile>(to + args.k_bytes, values(), ahead.v, there, args.head_dim,
+        copy_tile<T, D, Tile>(to + args.k_bytes, values(), next_key.v, valid_mask, args.head_dim,
                               args.align);
       }
     }
-    look_ahead();
+    find_next();
   }
 
   __device__ __forceinline__ const T* keys() const {
-    return static_cast<const T*>(args.kv.k) + share.g * args.kv.k_stride.head;
+    return static_cast<const T*>(args.kv.k) + work.g * args.kv.k_stride.head;
   }
   __device__ __forceinline__ const T* values() const {
-    return static_cast<const T*>(args.kv.v) + share.g * args.kv.v_stride.head;
+    return static_cast<const T*>(args.kv.v) + work.g * args.kv.v_stride.head;
   }
 
-  // Whether the copy engine brings the tile: one run of bytes of K, and one of V. The engine is
-  // slow with the short runs that the rows of a gathered tile would be.
-  __device__ __forceinline__ bool load_bulk(char* to, uint32_t there, Landing* landing) {
+  // Whether the copy engine brings the tile, as one run of bytes of K and one of V. It is slow with
+  // the short runs of a gathered tile.
+  __device__ __forceinline__ bool copy_whole_tile(char* to, uint32_t valid_mask,
+                                                  CopyBarrier* barrier) {
     if (!kBulk || !args.bulk) return false;
-    const int64_t first_k = __shfl_sync(kWarp, ahead.k, 0),
-                  first_v = __shfl_sync(kWarp, ahead.v, 0);
-    const int32_t row = lane() * D;
-    const bool apart = ahead.k != first_k + row || ahead.v != first_v + row;
-    const bool whole =
-        there == (1u << Tile::kKeys) - 1 && !__any_sync(kWarp, apart && lane() < Tile::kKeys);
+    const int64_t first_k = __shfl_sync(kAllLanes, next_key.k, 0),
+                  first_v = __shfl_sync(kAllLanes, next_key.v, 0);
+    const int32_t offset = lane_id() * D;
+    const bool apart = next_key.k != first_k + offset || next_key.v != first_v + offset;
+    const bool whole = valid_mask == (1u << Tile::kKeys) - 1 &&
+                       !__any_sync(kAllLanes, apart && lane_id() < Tile::kKeys);
     if (whole) {
-      fence_copy_engine();  // behind what each lane did with this stage before
+      fence_copy_engine();  // behind every lane's earlier use of this stage
       __syncwarp();
     }
-    if (lane() == 0) {
-      const int32_t k_bytes = args.kept ? 0 : args.k_bytes;
-      landing_expect(landing, whole ? k_bytes + args.v_bytes : 0);
-      if (whole && k_bytes) copy_bulk(to, keys() + first_k, k_bytes, landing);
+    if (lane_id() == 0) {
+      const int32_t k_bytes = args.stored_logits ? 0 : args.k_bytes;
+      copy_barrier_expect(barrier, whole ? k_bytes + args.v_bytes : 0);
+      if (whole && k_bytes) copy_bulk(to, keys() + first_k, k_bytes, barrier);
       if (whole && args.v_bytes) {
-        copy_bulk(to + args.k_bytes, values() + first_v, args.v_bytes, landing);
+        copy_bulk(to + args.k_bytes, values() + first_v, args.v_bytes, barrier);
       }
     }
     return whole;
   }
 
-  // The kept logits of a tile, [row of the team][key].
-  __device__ __forceinline__ void fill_logits(char* to, uint32_t there) {
-    const int64_t first = static_cast<int64_t>(share.b) * args.heads + share.g * args.group;
-    for (int at = lane(); at < args.team * kRows * Tile::kKeys; at += 32) {
-      const int row = at / Tile::kKeys, key = at % Tile::kKeys;
-      const int32_t place = __shfl_sync(kWarp, ahead.place, key);
-      const bool valid = (there >> key & 1) && row < args.group;
-      copy_4(to + at * 4, args.kept + (valid ? (first + row) * args.logits_row + place : 0),
+  // The stored logits of a tile, [head of the team][key].
+  __device__ __forceinline__ void copy_logits(char* to, uint32_t valid_mask) {
+    const int64_t first = static_cast<int64_t>(work.b) * args.heads + work.g * args.group;
+    for (int i = lane_id(); i < args.team * kHeads * Tile::kKeys; i += kThreadsPerWarp) {
+      const int head = i / Tile::kKeys, key = i % Tile::kKeys;
+      const int32_t logit_index = __shfl_sync(kAllLanes, next_key.logit_index, key);
+      const bool valid = (valid_mask >> key & 1) && head < args.group;
+      copy_4(to + i * 4,
+             args.stored_logits + (valid ? (first + head) * args.logits_stride + logit_index : 0),
              valid ? 4 : 0);
     }
   }
@@ -142,49 +151,49 @@ struct Stream {
       m[s] = minus_infinity();
       l[s] = l_tau[s] = l_visual[s] = 0.0f;
     }
-    const int32_t first = share.begin + team * Tile::kKeys;
+    const int32_t first = work.begin + team * Tile::kKeys;
     const int32_t stride = teams * Tile::kKeys;
-    const int32_t tiles = first < share.end ? (share.end - first + stride - 1) / stride : 0;
-    ahead_at = first + member * stride;
-    finder.start(args, share, ahead_at);
-    look_ahead();
-    start_landings();
+    const int32_t tiles = first < work.end ? (work.end - first + stride - 1) / stride : 0;
+    next_index = first + member * stride;
+    finder.start(args, work, next_index);
+    find_next();
+    init_barriers();
     int32_t stage = 0, refill = 0;
     uint32_t phase = 0;
     VP_UNROLL_1 for (int32_t t = 1 - args.stages; t < tiles; ++t) {
       const int32_t next = t + args.stages - 1;
-      if (next < tiles && (next & (args.team - 1)) == member) load(refill);
+      if (next < tiles && (next & (args.team - 1)) == member) prefetch(refill);
       copy_commit();  // by every member: where another loads, an empty group keeps the count
       refill = refill + 1 == args.stages ? 0 : refill + 1;
       if (t < 0) continue;
       copy_wait_for(args.stages - 1);
-      if (kBulk && args.bulk) landing_wait(landings + stage, phase);
-      meet();
-      take(stage);
-      meet();  // everybody is done with the stage that is filled next
+      if (kBulk && args.bulk) copy_barrier_wait(barriers + stage, phase);
+      wait_for_team();
+      compute(stage);
+      wait_for_team();  // the stage that is filled next must be free
       if (++stage == args.stages) stage = 0, phase ^= 1;
     }
   }
 
-  __device__ __forceinline__ void start_landings() {
+  __device__ __forceinline__ void init_barriers() {
     if (!kBulk || !args.bulk) return;
-    if (member == 0 && lane() < args.stages) landing_start(landings + lane());
+    if (member == 0 && lane_id() < args.stages) copy_barrier_init(barriers + lane_id());
     fence_copy_engine();
-    meet();
+    wait_for_team();
   }
 
   // One tile: logits, what the score needs of them, softmax, V.
-  __device__ __forceinline__ void take(int32_t stage) {
+  __device__ __forceinline__ void compute(int32_t stage) {
     const char* k = stages + stage * (args.k_bytes + args.v_bytes);
     float z[Tile::kZ];
-    int32_t place[Tile::kOwned];
+    int32_t logit_index[Tile::kOwned];
     VP_UNROLL for (int i = 0; i < Tile::kZ; ++i) {
-      place[Tile::owned_of(i)] = places[stage * Tile::kKeys + Tile::key_of(i)];
+      logit_index[Tile::owned_of(i)] = logit_indices[stage * Tile::kKeys + Tile::key_of(i)];
     }
-    if (args.kept) {
-      const auto* kept = reinterpret_cast<const float*>(k) + member * kRows * Tile::kKeys;
+    if (args.stored_logits) {
+      const auto* stored = reinterpret_cast<const float*>(k) + member * kHeads * Tile::kKeys;
       VP_UNROLL for (int i = 0; i < Tile::kZ; ++i) {
-        z[i] = kept[Tile::head_of(i) * Tile::kKeys + Tile::key_of(i)];
+        z[i] = stored[Tile::head_of(i) * Tile::kKeys + Tile::key_of(i)];
       }
     } else {
       Tile::dot(query, k, z);
@@ -195,18 +204,18 @@ struct Stream {
         }
       }
     }
-    if (kScore) keep(z, place);
+    if (kScore) store_logits(z, logit_index);
     VP_UNROLL for (int i = 0; i < Tile::kZ; ++i) {
-      z[i] = place[Tile::owned_of(i)] < 0 ? minus_infinity() : z[i] * kLog2e;
+      z[i] = logit_index[Tile::owned_of(i)] < 0 ? minus_infinity() : z[i] * kLog2e;
     }
-    grow_maximum(z);
+    raise_maximum(z);
     VP_UNROLL for (int i = 0; i < Tile::kZ; ++i) {
       const int s = Tile::slot_of(i);
       const float x = z[i] - safe_max(m[s]);
       if (kScore) {
         const float p = fast_exp2(x * args.inverse_tau);
         l_tau[s] += p;
-        if (place[Tile::owned_of(i)] >= kVisualBit) l_visual[s] += p;
+        if (logit_index[Tile::owned_of(i)] >= kVisualBit) l_visual[s] += p;
       }
       z[i] = fast_exp2(x);
       l[s] += z[i];
@@ -214,45 +223,46 @@ struct Stream {
     if (args.v_bytes) tile.accumulate(z, weights, k + args.k_bytes);
   }
 
-  // Raises each head's maximum to the tile's, and shrinks what was summed under the old one.
-  __device__ __forceinline__ void grow_maximum(const float (&z)[Tile::kZ]) {
-    float top[Tile::kSlots], by[Tile::kSlots];
+  // Raises the maximum of each head to the tile's, and rescales the sums made under the old one.
+  __device__ __forceinline__ void raise_maximum(const float (&z)[Tile::kZ]) {
+    float top[Tile::kSlots], rescale[Tile::kSlots];
     VP_UNROLL for (int s = 0; s < Tile::kSlots; ++s) top[s] = m[s];
     VP_UNROLL for (int i = 0; i < Tile::kZ; ++i) {
       top[Tile::slot_of(i)] = fmaxf(top[Tile::slot_of(i)], z[i]);
     }
-    bool grown = false;
+    bool raised = false;
     VP_UNROLL for (int s = 0; s < Tile::kSlots; ++s) {
       VP_UNROLL for (int bit = Tile::kHeadLanes; bit < 32; bit *= 2) {
-        top[s] = fmaxf(top[s], __shfl_xor_sync(kWarp, top[s], bit));
+        top[s] = fmaxf(top[s], __shfl_xor_sync(kAllLanes, top[s], bit));
       }
-      grown = grown || top[s] > m[s];
+      raised = raised || top[s] > m[s];
     }
-    if (!__any_sync(kWarp, grown)) return;
+    if (!__any_sync(kAllLanes, raised)) return;
     VP_UNROLL for (int s = 0; s < Tile::kSlots; ++s) {
-      const float shrink = rescale_exponent(m[s], top[s]);
-      by[s] = fast_exp2(shrink);
-      l[s] *= by[s];
+      const float exponent = rescale_exponent(m[s], top[s]);
+      rescale[s] = fast_exp2(exponent);
+      l[s] *= rescale[s];
       if (kScore) {
-        const float by_tau = fast_exp2(shrink * args.inverse_tau);
-        l_tau[s] *= by_tau;
-        l_visual[s] *= by_tau;
+        const float rescale_tau = fast_exp2(exponent * args.inverse_tau);
+        l_tau[s] *= rescale_tau;
+        l_visual[s] *= rescale_tau;
       }
       m[s] = top[s];
     }
-    if (args.v_bytes) tile.rescale(by);
+    if (args.v_bytes) tile.rescale(rescale);
   }
 
-  // Leaves the logits of a tile for the stages behind.
-  __device__ __forceinline__ void keep(const float (&z)[Tile::kZ],
-                                       const int32_t (&place)[Tile::kOwned]) {
-    const int32_t wanted = args.keep == Keep::kAll ? 0 : kVisualBit;
-    if (args.keep != Keep::kNone) {
+  // Stores the logits of a tile, or their sums over heads, for the stages that follow.
+  __device__ __forceinline__ void store_logits(const float (&z)[Tile::kZ],
+                                               const int32_t (&logit_index)[Tile::kOwned]) {
+    const int32_t least = args.store == StoredLogits::kAll ? 0 : kVisualBit;
+    if (args.store != StoredLogits::kNone) {
       VP_UNROLL for (int i = 0; i < Tile::kZ; ++i) {
-        const int32_t at = place[Tile::owned_of(i)];
-        if (at >= wanted && Tile::head_of(i) < heads) {
-          const int64_t head = static_cast<int64_t>(share.b) * args.heads + first_head;
-          args.logits[(head + Tile::head_of(i)) * args.logits_row + (at & ~kVisualBit)] = z[i];
+        const int32_t index = logit_index[Tile::owned_of(i)];
+        if (index >= least && Tile::head_of(i) < heads) {
+          const int64_t head = static_cast<int64_t>(work.b) * args.heads + first_head;
+          args.logits[(head + Tile::head_of(i)) * args.logits_stride + (index & ~kVisualBit)] =
+              z[i];
         }
       }
     }
@@ -264,28 +274,28 @@ struct Stream {
     }
     VP_UNROLL for (int o = 0; o < Tile::kOwned; ++o) {
       VP_UNROLL for (int bit = 1; bit < Tile::kHeadLanes; bit *= 2) {
-        sum[o] += __shfl_xor_sync(kWarp, sum[o], bit);
+        sum[o] += __shfl_xor_sync(kAllLanes, sum[o], bit);
       }
-      const bool first = lane() % Tile::kHeadLanes == 0;
-      if (first && place[o] >= kVisualBit) {
-        const int64_t row = place_of(share) * args.team + member;
-        args.sums[row * args.logits_row + (place[o] & ~kVisualBit)] = sum[o];
+      const bool first = lane_id() % Tile::kHeadLanes == 0;
+      if (first && logit_index[o] >= kVisualBit) {
+        const int64_t part = kv_head_index(work) * args.team + member;
+        args.sums[part * args.logits_stride + (logit_index[o] & ~kVisualBit)] = sum[o];
       }
     }
   }
 
-  // The softmax state of this warp's heads, [row][kPartStats].
-  __device__ __forceinline__ void drain_stats(float* to) {
+  // The softmax state of this warp's heads, [head][kPartStats].
+  __device__ __forceinline__ void write_stats(float* to) {
     VP_UNROLL for (int s = 0; s < Tile::kSlots; ++s) {
       VP_UNROLL for (int bit = Tile::kHeadLanes; bit < 32; bit *= 2) {
-        l[s] += __shfl_xor_sync(kWarp, l[s], bit);
+        l[s] += __shfl_xor_sync(kAllLanes, l[s], bit);
         if (kScore) {
-          l_tau[s] += __shfl_xor_sync(kWarp, l_tau[s], bit);
-          l_visual[s] += __shfl_xor_sync(kWarp, l_visual[s], bit);
+          l_tau[s] += __shfl_xor_sync(kAllLanes, l_tau[s], bit);
+          l_visual[s] += __shfl_xor_sync(kAllLanes, l_visual[s], bit);
         }
       }
     }
-    if (lane() >= Tile::kHeadLanes) return;
+    if (lane_id() >= Tile::kHeadLanes) return;
     VP_UNROLL for (int i = 0; i < Tile::kZ; ++i) {
       const int s = Tile::slot_of(i);
       if (Tile::owned_of(i) != 0) continue;
@@ -295,72 +305,62 @@ struct Stream {
   }
 };
 
-// Shared memory: q, then each warp's weights, landings and places, then each team's stages; at the
-// end the stages hold the parts to be joined.
-template <class T, int D, int kRowTile, bool kScore>
+template <class T, int D, int kHeadTile, bool kScore>
 VP_DEVICE void stream(const StreamArgs& args) {
-  constexpr int kRows = kWarpRows<T, kRowTile>;
-  using S = Stream<T, D, kRows, kScore>;
+  constexpr int kHeads = kWarpHeads<T, kHeadTile>;
+  using S = Stream<T, D, kHeads, kScore>;
   using Tile = typename S::Tile;
   VP_SHARED(shared);
   wait_for_previous();
-  const Share share = share_of(args);
-  if (share.split >= share.splits) return;
-  const int32_t warp = threadIdx.x / 32, warps = blockDim.x / 32, teams = warps / args.team;
-  const int32_t group_head = share.g * args.group;  // the first of all H
+  const WorkRange work = work_of(args);
+  if (work.split >= work.splits) return;
+  const int32_t warp = threadIdx.x / kThreadsPerWarp, warps = blockDim.x / kThreadsPerWarp;
+  const int32_t teams = warps / args.team;
+  const int32_t group_head = work.g * args.group;  // the first of all H
   const T* q =
-      static_cast<const T*>(args.q) + share.b * args.q_stride.row + group_head * args.q_stride.head;
-  VP_UNROLL_1 for (int32_t first = 0; first < args.team * kRows; first += kRows) {
-    Tile::load_query(shared + first / kRows * Tile::kQueryBytes, [&](int row, int d) {
-      const int32_t head = first + row;
+      static_cast<const T*>(args.q) + work.b * args.q_stride.row + group_head * args.q_stride.head;
+  VP_UNROLL_1 for (int32_t first = 0; first < args.team * kHeads; first += kHeads) {
+    Tile::load_query(shared + first / kHeads * Tile::kQueryBytes, [&](int of, int d) {
+      const int32_t head = first + of;
       return head < args.group && d < args.head_dim ? q[head * args.q_stride.head + d] : T{};
     });
   }
   __syncthreads();
 
-  const int32_t own_bytes = Tile::kWeightBytes + args.stages * stage_extra_bytes(Tile::kKeys);
-  const int32_t stage_bytes = args.stages * (args.k_bytes + args.v_bytes);
-  auto* own = reinterpret_cast<char*>(shared) + args.team * Tile::kQueryBytes;
-  char* stages = own + warps * own_bytes;
-  S part(args, share);
+  const SharedLayout at = shared_layout(warp_tile<Tile, kHeads>(), warps, args.team, args.stages,
+                                        args.k_bytes + args.v_bytes);
+  S part(args, work);
   part.team = warp / args.team;
   part.member = warp % args.team;
-  part.first_head = group_head + part.member * kRows;
-  part.heads = args.group - part.member * kRows;
+  part.first_head = group_head + part.member * kHeads;
+  part.heads = args.group - part.member * kHeads;
   part.query = shared + part.member * Tile::kQueryBytes;
-  part.weights = own + warp * own_bytes;
-  char* leader = own + part.team * args.team * own_bytes;
-  part.landings = reinterpret_cast<Landing*>(leader + Tile::kWeightBytes);
-  part.places = reinterpret_cast<int32_t*>(part.landings + args.stages);
-  part.stages = stages + part.team * stage_bytes;
+  auto* own = reinterpret_cast<char*>(shared) + at.warps;
+  char* leader = own + part.team * args.team * at.warp_pitch;  // the team's first warp
+  part.weights = own + warp * at.warp_pitch;
+  part.barriers = reinterpret_cast<CopyBarrier*>(leader + at.barriers);
+  part.logit_indices = reinterpret_cast<int32_t*>(leader + at.indices);
+  part.stages = reinterpret_cast<char*>(shared) + at.stages + part.team * at.team_pitch;
   part.run(teams);
 
   let_next_start();
   copy_wait<0>();
   __syncthreads();  // the stages are free
-  auto* stats = reinterpret_cast<float*>(stages);
-  float* sums = stats + warps * kRows * kPartStats;
-  part.drain_stats(stats + warp * kRows * kPartStats);
-  if (args.v_bytes) part.tile.drain(sums + warp * Tile::kParts * kRows * D);
+  auto* stats = reinterpret_cast<float*>(shared + at.stages);
+  auto* sums = reinterpret_cast<float*>(shared + at.sums);
+  part.write_stats(stats + warp * kHeads * kPartStats);
+  if (args.v_bytes) part.tile.write_sums(sums + warp * Tile::kSumBytes / 4);
   __syncthreads();
-  finish<T, D, kRows, Tile::kParts, kScore>(args, share, stats, sums, teams);
+  merge_teams<T, D, kHeads, Tile::kParts, kScore>(args, work, stats, sums, teams);
 }
 
-template <class T, int D, int kRowTile>
+template <class T, int D, int kHeadTile>
 constexpr StreamKernel describe(const void* function, const char* name) {
-  constexpr int kRows = kWarpRows<T, kRowTile>;
-  using Tile = TileOf<T, D, kRows>;
-  return {function,
-          name,
-          Tile::kKeys,
-          kRowTile,
-          kRows,
-          D,
-          Tile::kQueryBytes,
-          Tile::kWeightBytes,
-          Tile::kKeys * Tile::kRowBytes,
-          Tile::kInPlace,
-          kRows * (kPartStats + Tile::kParts * D) * 4};
+  constexpr int kHeads = kWarpHeads<T, kHeadTile>;
+  using Tile = TileOf<T, D, kHeads>;
+  return {
+      function,      name, kHeadTile, D, warp_tile<Tile, kHeads>(), Tile::kKeys * Tile::kKeyBytes,
+      Tile::kInPlace};
 }
 
 }  // namespace visionpulse::cuda

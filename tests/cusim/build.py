@@ -91,7 +91,7 @@ def _touched(source: str, edits: tuple[Edit, ...]) -> bool:
 
     A header of `score` is one of `attend` too, where a bug shows as well: one of them is enough.
     """
-    of_select, of_both = ("radix.cuh", "candidates.cuh"), ("row.cuh", "last.cuh")
+    of_select, of_both = ("radix.cuh", "candidates.cuh"), ("spans.cuh", "arrival.cuh")
 
     def reached(path: str) -> bool:
         if source.endswith("select.cu") and path.endswith(of_select + of_both):

@@ -17,7 +17,7 @@ struct Copy {
 struct Thread;
 
 // A barrier of shared memory that counts the bytes of bulk copies.
-struct LandingState {
+struct CopyBarrierState {
   uint32_t phase = 0;
   bool arrived = false;
   int64_t due = 0;         // announced bytes less those that have landed

@@ -108,7 +108,7 @@ struct Block {
   size_t at_barrier = 0, live = 0;
   Place barrier{};
   NamedBarrier named[16];
-  std::map<void*, LandingState> landings;
+  std::map<void*, CopyBarrierState> copy_barriers;
 };
 
 // What the kernels of this module were compiled for, as __CUDA_ARCH__ says; 0: for whatever GPU is
@@ -162,8 +162,8 @@ inline void sleep(const char* what, Place place) {
 
 // What is wrong with a block that ends now.
 inline std::string left_under_way(const Block& block) {
-  for (const auto& [at, landing] : block.landings) {
-    if (!landing.late.empty()) return "the block left while bulk copies were under way";
+  for (const auto& [at, barrier] : block.copy_barriers) {
+    if (!barrier.late.empty()) return "the block left while bulk copies were under way";
   }
   return "";
 }
@@ -193,70 +193,6 @@ inline void wake_warps(const std::vector<Thread*>& threads) {
       if (threads[i] != machine.current) wake(threads[i]);
     }
   }
-}
-
-// Counts the block of this thread among those that are done. Memory here is in order, a GPU's is
-// not. So the form is checked: a barrier that ends the writes of the block, a fence that orders
-// them, the count, a fence that orders the reads of the block, a barrier.
-inline void arrive(Place place) {
-  Thread& me = *machine.current;
-  if (me.barrier.file == nullptr || !same_text(me.barrier.file, place.file)) {
-    fail("no barrier of the block beside its arrival", place);
-  }
-  if (!me.released) fail("no fence between the barrier of the block and its arrival", place);
-  me.stale = true;
-}
-inline void memory_fence() {
-  machine.current->released = true;
-  machine.current->stale = false;
-}
-
-inline void block_barrier(Place place) {
-  if (machine.current->stale) fail("no fence between an arrival and the barrier", place);
-  machine.current->released = false;
-  machine.current->barrier = place;
-  Block& block = *machine.current->block;
-  if (block.live != block.threads.size()) fail("barrier after a thread of the block left", place);
-  if (block.at_barrier > 0 && !(block.barrier == place)) {
-    fail("threads of a block at different barriers, " + block.barrier.text() + " and here", place);
-  }
-  block.barrier = place;
-  if (++block.at_barrier < block.threads.size()) return sleep("__syncthreads", place);
-  block.at_barrier = 0;
-  wake_warps(block.threads);
-}
-
-inline void named_barrier(size_t number, size_t threads, Place place) {
-  NamedBarrier& barrier = machine.current->block->named[number];
-  if (!barrier.here.empty() && (barrier.threads != threads || !(barrier.place == place))) {
-    fail("threads of a team at different barriers, " + barrier.place.text() + " and here", place);
-  }
-  barrier.threads = threads;
-  barrier.place = place;
-  barrier.here.push_back(machine.current);
-  if (barrier.here.size() < threads) return sleep("team barrier", place);
-  auto here = std::move(barrier.here);
-  barrier.here.clear();
-  std::sort(here.begin(), here.end(), [](Thread* a, Thread* b) { return a->linear < b->linear; });
-  wake_warps(here);
-}
-
-inline void cluster_barrier(Place place) {
-  if (machine.live != machine.threads.size()) {
-    fail("cluster barrier after a thread of the cluster left", place);
-  }
-  if (machine.at_cluster > 0 && !(machine.cluster_barrier == place)) {
-    fail("threads of a cluster at different barriers, " + machine.cluster_barrier.text() +
-             " and here",
-         place);
-  }
-  machine.cluster_barrier = place;
-  if (++machine.at_cluster < machine.threads.size()) return sleep("cluster barrier", place);
-  machine.at_cluster = 0;
-  ++machine.cluster_barriers;
-  std::vector<Thread*> all;
-  for (Thread& thread : machine.threads) all.push_back(&thread);
-  wake_warps(all);
 }
 
 inline uint32_t lanes_that_exist(const Thread& me) {
@@ -423,4 +359,5 @@ inline void launch(dim3 grid, dim3 block, size_t shared_bytes, unsigned cluster,
 
 }  // namespace cusim
 
+#include "barriers.h"
 #include "memory.h"

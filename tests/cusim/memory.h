@@ -60,49 +60,49 @@ inline void async_wait(size_t keep) {
 // Bulk copies write as a device of their own: behind ordinary writes only where a fence says so.
 inline void fence_copy_engine() { machine.current->fenced = true; }
 
-inline void landing_start(void* at) {
-  machine.current->block->landings[at] = {};
+inline void copy_barrier_init(void* at) {
+  machine.current->block->copy_barriers[at] = {};
   machine.current->fenced = false;
 }
 
-inline LandingState& landing_at(void* at, Place place) {
-  auto& landings = machine.current->block->landings;
-  const auto found = landings.find(at);
-  if (found == landings.end()) fail("a landing that was never started", place);
+inline CopyBarrierState& copy_barrier_at(void* at, Place place) {
+  auto& copy_barriers = machine.current->block->copy_barriers;
+  const auto found = copy_barriers.find(at);
+  if (found == copy_barriers.end()) fail("a copy barrier that was never started", place);
   return found->second;
 }
 
 // Ends the phase once all has come; when somebody waits, it comes now at the latest.
-inline void settle(LandingState& landing, bool needed) {
-  if (!landing.arrived) return;
+inline void settle(CopyBarrierState& barrier, bool needed) {
+  if (!barrier.arrived) return;
   if (needed) {
-    for (const Copy& copy : landing.late) {
+    for (const Copy& copy : barrier.late) {
       memcpy(copy.to, copy.from, copy.bytes);
-      landing.due -= static_cast<int64_t>(copy.bytes);
+      barrier.due -= static_cast<int64_t>(copy.bytes);
     }
-    landing.late.clear();
+    barrier.late.clear();
   }
-  if (landing.due != 0) return;
-  landing.arrived = false;
-  landing.phase ^= 1;
-  for (Thread* thread : landing.waiting) wake(thread);
-  landing.waiting.clear();
+  if (barrier.due != 0) return;
+  barrier.arrived = false;
+  barrier.phase ^= 1;
+  for (Thread* thread : barrier.waiting) wake(thread);
+  barrier.waiting.clear();
 }
 
-inline void landing_expect(void* at, uint32_t bytes, Place place) {
-  LandingState& landing = landing_at(at, place);
-  if (landing.arrived) fail("two arrivals in one phase of a landing", place);
-  landing.arrived = true;
-  landing.due += bytes;
-  settle(landing, !landing.waiting.empty());
+inline void copy_barrier_expect(void* at, uint32_t bytes, Place place) {
+  CopyBarrierState& barrier = copy_barrier_at(at, place);
+  if (barrier.arrived) fail("two arrivals in one phase of a copy barrier", place);
+  barrier.arrived = true;
+  barrier.due += bytes;
+  settle(barrier, !barrier.waiting.empty());
 }
 
-inline void landing_wait(void* at, uint32_t phase, Place place) {
-  LandingState& landing = landing_at(at, place);
-  if (landing.phase != phase) return;
-  settle(landing, true);
-  if (landing.phase != phase) return;
-  landing.waiting.push_back(machine.current);
+inline void copy_barrier_wait(void* at, uint32_t phase, Place place) {
+  CopyBarrierState& barrier = copy_barrier_at(at, place);
+  if (barrier.phase != phase) return;
+  settle(barrier, true);
+  if (barrier.phase != phase) return;
+  barrier.waiting.push_back(machine.current);
   sleep("bulk copies", place);
 }
 
@@ -110,16 +110,16 @@ inline void bulk_copy(void* to, const void* from, uint32_t bytes, void* at, Plac
   const auto all = reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | bytes;
   if (bytes == 0 || all % 16) fail("a bulk copy that is no multiple of 16 bytes", place);
   if (!machine.current->fenced) fail("a bulk copy without a fence before it", place);
-  LandingState& landing = landing_at(at, place);
+  CopyBarrierState& barrier = copy_barrier_at(at, place);
   bytes_read += bytes;
   bulk_bytes += bytes;
   if (settings.early) {
     memcpy(to, from, bytes);
-    landing.due -= bytes;
+    barrier.due -= bytes;
   } else {
-    landing.late.push_back({to, from, bytes});
+    barrier.late.push_back({to, from, bytes});
   }
-  settle(landing, !landing.waiting.empty());
+  settle(barrier, !barrier.waiting.empty());
 }
 
 }  // namespace cusim

@@ -27,7 +27,7 @@ PYBIND11_MODULE(_cusim, m) {
     cusim::settings.seed = seed;
     cusim::settings.early = early;
   });
-  // Bytes of K, V and kept logits read since the last call.
+  // Bytes of K, V and stored logits read since the last call.
   m.def("bytes_read", [] { return std::exchange(cusim::bytes_read, 0); });
   m.def("bulk_bytes", [] { return std::exchange(cusim::bulk_bytes, 0); });
   // Kernels launched since the last call.
@@ -45,8 +45,8 @@ PYBIND11_MODULE(_cusim, m) {
                     {keys, values});
     py::dict of;
     of["kernel"] = std::string(plan.kernel->name);
-    of["row_tile"] = plan.kernel->row_tile;
-    of["warp_rows"] = plan.kernel->warp_rows;
+    of["head_tile"] = plan.kernel->head_tile;
+    of["warp_heads"] = plan.kernel->warp.heads;
     of["team"] = plan.team;
     of["warps"] = plan.warps;
     of["stages"] = plan.stages;
@@ -67,13 +67,13 @@ PYBIND11_MODULE(_cusim, m) {
     of["blocks"] = plan.blocks;
     of["cached"] = plan.cached;
     of["shared_bytes"] = plan.shared_bytes;
-    of["keys_row"] = plan.keys_row;
-    of["bins"] = plan.bins;
+    of["codes_stride"] = plan.codes_stride;
+    of["histograms"] = plan.histograms;
     return of;
   });
-  m.def("bulk_copies", [](const std::vector<int>& chip, int wish) {
+  m.def("bulk_copies", [](const std::vector<int>& chip, int requested) {
     using namespace visionpulse::cuda;
-    return bulk_copies(chip_of(chip), static_cast<Copies>(wish));
+    return bulk_copies(chip_of(chip), static_cast<Copies>(requested));
   });
   m.def("plug_in", [](int capability, int multiprocessors, int shared_bytes) {
     cusim::gpu = {capability, multiprocessors, shared_bytes};

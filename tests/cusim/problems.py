@@ -211,7 +211,7 @@ def traffic(dtype: torch.dtype) -> None:
     _, chosen = vp.decode(q, kv, visual, config, backend="cuda")
     kept = int(chosen.counts)
     assert kept == 69
-    # K of every key once, then V and the kept logits of what is attended to
+    # K of every key once, then V and the stored logits of what is attended to
     assert read() == 900 * row + (text + kept) * (row + 4 * heads)
     vp.attend(q, kv, visual, chosen, backend="cuda")
     assert read() == 2 * (text + kept) * row

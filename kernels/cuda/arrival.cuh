@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// How the blocks of a row hand over to one of them, with no block ever waiting for another.
+// How the blocks of a row leave the rest to one of them, without any block waiting for another.
 #pragma once
 
 #include "kernels/cuda/device.cuh"
 
 namespace visionpulse::cuda {
 
-// True in all threads of the block that comes last of `blocks`: what the others wrote before is
-// there for it. The counter wraps to 0, ready for the next launch. `flag` is shared memory.
-VP_DEVICE bool came_last(uint32_t* counter, uint32_t blocks, uint32_t* flag) {
+// True in all threads of the block that arrives last of `blocks`: it sees what the others wrote.
+// The counter wraps to 0, ready for the next launch. `flag` is shared memory.
+VP_DEVICE bool arrived_last(uint32_t* counter, uint32_t blocks, uint32_t* flag) {
   __syncthreads();
   if (threadIdx.x == 0) {
     // One thread's fences are enough, since a barrier hands on what they order: the first makes the
@@ -18,9 +18,9 @@ VP_DEVICE bool came_last(uint32_t* counter, uint32_t blocks, uint32_t* flag) {
     memory_fence();
   }
   __syncthreads();
-  const bool mine = *flag != 0;
-  __syncthreads();  // the flag's memory may be used anew
-  return mine;
+  const bool last = *flag != 0;
+  __syncthreads();  // the caller may reuse the flag's memory
+  return last;
 }
 
 }  // namespace visionpulse::cuda

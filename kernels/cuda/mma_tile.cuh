@@ -1,34 +1,35 @@
 // SPDX-License-Identifier: Apache-2.0
-// One warp's tile on the tensor cores. Both products are turned so that query heads are the N of
-// m16n8k16: K is the A of keys x D, V turned is the A of D x keys. No row is padded to 16 heads.
+// One warp's tile on the tensor cores. Both products are transposed so that query heads are the N
+// of m16n8k16: A is K, keys x D, and then V transposed, D x keys. So heads are padded to 8, not
+// to 16.
 #pragma once
 
 #include "kernels/cuda/device.cuh"
 
 namespace visionpulse::cuda {
 
-template <class T, int D, int kRows>
+template <class T, int D, int kHeads>
 struct MmaTile {
   static constexpr int kKeys = 16;
-  static constexpr int kTiles = kRows / 8;  // of heads
+  static constexpr int kTiles = kHeads / 8;  // of heads
   static constexpr int kZ = kTiles * 4;
   static constexpr int kSlots = kTiles * 2;  // heads of a lane
   static constexpr int kOwned = 2;           // keys of a lane
   static constexpr int kHeadLanes = 4;
   static constexpr int kParts = 1;
-  static constexpr int kQueryBytes = kRows * D * 2;
+  static constexpr int kQueryBytes = kHeads * D * 2;
   static constexpr int kWeightBytes = 0;  // they stay in registers
-  // The gap spreads the eight rows that one matrix load reads at a time over all banks.
-  static constexpr int kRowBytes = D * 2 + 16;
+  static constexpr int kSumBytes = kHeads * D * 4;
+  // The gap spreads the eight keys that one matrix load reads at a time over all banks.
+  static constexpr int kKeyBytes = D * 2 + 16;
   static constexpr bool kInPlace = false;
 
   float out[D / 16][kTiles][4];
 
-  VP_DEVICE int lane() { return threadIdx.x % 32; }
   VP_DEVICE int slot_of(int i) { return i / 4 * 2 + i % 2; }
   VP_DEVICE int owned_of(int i) { return i % 4 / 2; }
-  VP_DEVICE int head_of(int i) { return i / 4 * 8 + lane() % 4 * 2 + i % 2; }
-  VP_DEVICE int key_of(int i) { return lane() / 4 + i % 4 / 2 * 8; }
+  VP_DEVICE int head_of(int i) { return i / 4 * 8 + lane_id() % 4 * 2 + i % 2; }
+  VP_DEVICE int key_of(int i) { return lane_id() / 4 + i % 4 / 2 * 8; }
 
   // q in the order of the B fragments: [D / 16][head tile][lane], 8 bytes each.
   template <class Query>
@@ -54,26 +55,26 @@ struct MmaTile {
 
   VP_DEVICE void dot(const void* shared_q, const char* tile, float (&z)[kZ]) {
     const auto* q = static_cast<const uint2*>(shared_q);
-    const int row = lane() % 16, half = lane() / 16;
+    const int key = lane_id() % 16, half = lane_id() / 16;
     float sum[kTiles][4];
     VP_UNROLL for (int n = 0; n < kTiles; ++n) {
       VP_UNROLL for (int i = 0; i < 4; ++i) sum[n][i] = 0.0f;
     }
     VP_UNROLL for (int step = 0; step < D / 16; ++step) {
       uint32_t a[4];
-      load_matrices(a, tile + row * kRowBytes + step * 32 + half * 16);
+      load_matrices(a, tile + key * kKeyBytes + step * 32 + half * 16);
       VP_UNROLL for (int n = 0; n < kTiles; ++n) {
-        const uint2 b = q[(step * kTiles + n) * 32 + lane()];
+        const uint2 b = q[(step * kTiles + n) * 32 + lane_id()];
         multiply(T{}, sum[n], a, b.x, b.y);
       }
     }
     VP_UNROLL for (int i = 0; i < kZ; ++i) z[i] = sum[i / 4][i % 4];
   }
 
-  __device__ __forceinline__ void rescale(const float (&by)[kSlots]) {
+  __device__ __forceinline__ void rescale(const float (&factors)[kSlots]) {
     VP_UNROLL for (int m = 0; m < D / 16; ++m) {
       VP_UNROLL for (int n = 0; n < kTiles; ++n) {
-        VP_UNROLL for (int i = 0; i < 4; ++i) out[m][n][i] *= by[n * 2 + i % 2];
+        VP_UNROLL for (int i = 0; i < 4; ++i) out[m][n][i] *= factors[n * 2 + i % 2];
       }
     }
   }
@@ -81,24 +82,24 @@ struct MmaTile {
   __device__ __forceinline__ void accumulate(const float (&p)[kZ], void*, const char* tile) {
     uint32_t b[kTiles][2];
     VP_UNROLL for (int n = 0; n < kTiles; ++n) {
-      // keys x heads as the first product left them, turned to heads x keys
+      // keys x heads, as the first product makes them, transposed to heads x keys
       b[n][0] = transpose_matrix(Element<T>::pack(p[n * 4], p[n * 4 + 1]));
       b[n][1] = transpose_matrix(Element<T>::pack(p[n * 4 + 2], p[n * 4 + 3]));
     }
-    const int key = lane() / 16 * 8 + lane() % 8, half = lane() / 8 % 2;
+    const int key = lane_id() / 16 * 8 + lane_id() % 8, half = lane_id() / 8 % 2;
     VP_UNROLL for (int m = 0; m < D / 16; ++m) {
       uint32_t a[4];
-      load_matrices_transposed(a, tile + key * kRowBytes + m * 32 + half * 16);
+      load_matrices_transposed(a, tile + key * kKeyBytes + m * 32 + half * 16);
       VP_UNROLL for (int n = 0; n < kTiles; ++n) multiply(T{}, out[m][n], a, b[n][0], b[n][1]);
     }
   }
 
-  // Leaves the sums as float32 [row][D].
-  __device__ __forceinline__ void drain(float* to) const {
+  // Writes the sums as float32 [head][D].
+  __device__ __forceinline__ void write_sums(float* to) const {
     VP_UNROLL for (int m = 0; m < D / 16; ++m) {
       VP_UNROLL for (int n = 0; n < kTiles; ++n) {
         VP_UNROLL for (int i = 0; i < 4; ++i) {
-          const int d = m * 16 + lane() / 4 + i / 2 * 8;
+          const int d = m * 16 + lane_id() / 4 + i / 2 * 8;
           to[head_of(n * 4 + i % 2) * D + d] = out[m][n][i];
         }
       }

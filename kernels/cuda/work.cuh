@@ -1,0 +1,121 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which keys a stream block works on. They are numbered in a virtual order: by position, or, for a
+// follower, text first and then the list.
+#pragma once
+
+#include "kernels/cuda/spans.cuh"
+
+namespace visionpulse::cuda {
+
+// One block's range of one row's keys.
+struct WorkRange {
+  int32_t b, g;         // row, KV head
+  Range keys;           // visible
+  int32_t text;         // keys in front of the list; without a list, all keys
+  int32_t text_before;  // text tokens before keys.begin
+  int32_t begin, end;   // in the virtual order
+  int32_t split, splits;
+};
+
+// All threads get the same answer; called by whole warps.
+VP_DEVICE WorkRange work_of(const StreamArgs& args) {
+  WorkRange work;
+  work.b = blockIdx.z;
+  work.g = blockIdx.y;
+  work.keys = row_range(args.kv, args.window, work.b);
+  work.text = work.keys.end - work.keys.begin;
+  work.text_before = 0;
+  int32_t total = work.text;
+  if (args.selection.indices) {
+    const Spans spans = Spans::of(args.visual, work.b);
+    const int32_t before = visual_before(spans, work.keys.begin);
+    work.text -= visual_before(spans, work.keys.end) - before;
+    work.text_before = work.keys.begin - before;
+    const int32_t count = args.selection.counts[work.b];
+    total = work.text + (count < 0                      ? 0
+                         : count > args.selection.k_max ? args.selection.k_max
+                                                        : count);
+  }
+  const int32_t length = split_length(args.rule, total, args.kv_heads);
+  work.split = blockIdx.x;
+  work.splits = total > 0 ? split_count(total, length) : 1;
+  const int64_t begin = static_cast<int64_t>(work.split) * length;
+  work.begin = begin < total ? static_cast<int32_t>(begin) : total;
+  work.end = total - work.begin < length ? total : work.begin + length;
+  return work;
+}
+
+// The index of the block's row and KV head, among all of them.
+VP_DEVICE int64_t kv_head_index(const WorkRange& work) {
+  return static_cast<int64_t>(work.b) * gridDim.y + work.g;
+}
+
+// A key, as one lane finds it for its warp.
+struct Key {
+  int32_t logit_index;  // where its logits lie; -1: there is no key
+  bool visual;
+  int64_t k, v;  // element offsets from the KV head's base
+};
+
+// Finds the keys of one warp's tiles; lane i finds key i of each tile.
+template <bool kScore>
+struct KeyFinder {
+  Spans spans;
+  SpanCursor<kScore ? Order::kPosition : Order::kText> cursor;
+
+  // `index`, in the virtual order, is the first that is looked for.
+  __device__ __forceinline__ void start(const StreamArgs& args, const WorkRange& work,
+                                        int32_t index) {
+    const bool listed = args.selection.indices != nullptr;
+    if (!(kScore || listed)) return;
+    spans = Spans::of(args.visual, work.b);
+    cursor.row = spans;
+    if (kScore || index < work.text) {
+      cursor.seek(kScore ? work.keys.begin + index : work.text_before + index);
+    }
+  }
+
+  // `index` of the virtual order; -1: none.
+  __device__ __forceinline__ Key find(const StreamArgs& args, const WorkRange& work,
+                                      int32_t index) {
+    Key key = {-1, false, 0, 0};
+    if (index < 0) return key;
+    int32_t position = -1;
+    if (args.selection.indices == nullptr) {
+      position = work.keys.begin + index;
+      if (kScore) {
+        cursor.advance(position);
+        key.visual = cursor.covers(position);
+      }
+    } else if (index < work.text) {
+      cursor.advance(work.text_before + index);
+      position = cursor.position_of(work.text_before + index);
+    } else {
+      const int64_t row = static_cast<int64_t>(work.b) * args.selection.k_max;
+      const int32_t kept = args.selection.indices[row + index - work.text];
+      const bool visible = kept >= work.keys.begin && kept < work.keys.end;
+      if (visible && !(args.check_list && !is_visual(spans, kept))) position = kept;
+    }
+    if (position < 0 || !locate(args.kv, work.b, position, key)) return key;
+    key.logit_index = position;
+    if (kScore && args.store != StoredLogits::kAll) {
+      key.logit_index = key.visual ? cursor.visual_index(position) : 0;
+    }
+    return key;
+  }
+
+  // False where the page is outside the pool.
+  VP_DEVICE bool locate(const CacheArgs& kv, int32_t b, int32_t position, Key& key) {
+    int64_t outer = b, token = position;
+    if (kv.table) {
+      outer = page_of(kv, b, position);
+      token = position % kv.page_size;
+      if (outer < 0) return false;
+    }
+    key.k = outer * kv.k_stride.outer + token * kv.k_stride.token;
+    key.v = outer * kv.v_stride.outer + token * kv.v_stride.token;
+    return true;
+  }
+};
+
+}  // namespace visionpulse::cuda

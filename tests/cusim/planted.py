@@ -1,0 +1,241 @@
+"""Bugs that the simulated GPU must catch, each a change to one source."""
+
+from dataclasses import dataclass
+
+from build import Edit
+
+HALF_GPU = "80,5,101376"  # no clusters, and less shared memory
+SCARCE = "80,1,30000"  # neither, and no room for the keys of a long row
+CRAMPED = "90,1,20000"  # clusters, and no room for a block's part of it
+OLD_CODE = "80"  # what sm_80, 86 and 89 run, and newer chips where the build has no other
+ONE_SM = "90,1,232448"  # few splits: every warp meets more tiles than it has stages
+
+LAUNCH = "csrc/cuda/launch.cpp"
+STREAM, MERGE = "kernels/cuda/stream.cuh", "kernels/cuda/merge.cuh"
+PLAN, ARRIVAL, SPANS = "csrc/cuda/plan.cpp", "kernels/cuda/arrival.cuh", "kernels/cuda/spans.cuh"
+DOTS, MMA = "kernels/cuda/dot_tile.cuh", "kernels/cuda/mma_tile.cuh"
+SELECT, RADIX = "kernels/cuda/select.cu", "kernels/cuda/radix.cuh"
+CANDIDATES = "kernels/cuda/candidates.cuh"
+
+
+@dataclass(frozen=True)
+class Bug:
+    """A change that must be caught, how: landing of copies, ASan, and a word of what is said."""
+
+    edits: tuple[Edit, ...]
+    says: str  # "" where the results are wrong
+    landing: str = "late"
+    asan: bool = False
+    what: str = "probe"
+    dtype: str = "bfloat16"
+    gpu: str = ONE_SM
+    arch: str = ""
+
+
+WAIT = "copy_wait_for(args.stages - 1);"
+RAISED = "if (!__any_sync(kAllLanes, raised)) return;"
+FIRST = "  __syncthreads();\n  if (threadIdx.x == 0) {"
+LANDED = (
+    "if (kBulk && args.bulk) copy_barrier_wait(barriers + stage, phase);\n      wait_for_team();"
+)
+BUGS = {
+    "missing-barrier-after-wait": Bug(
+        (Edit(STREAM, LANDED, LANDED.removesuffix("wait_for_team();")),), ""
+    ),
+    "short-wait": Bug(
+        (Edit(STREAM, WAIT, "copy_wait_for(args.stages);"),), ""
+    ),
+    "team-that-does-not-wait": Bug(
+        (Edit(STREAM, "team_barrier(1 + team, args.team * kThreadsPerWarp);", "__syncwarp();"),), ""
+    ),
+    "teams-that-wait-for-each-other": Bug(
+        (Edit(STREAM, "team_barrier(1 + team, args.team", "team_barrier(1, args.team"),), ""
+    ),
+    "member-that-counts-no-group": Bug(
+        (Edit(STREAM, "== member) prefetch(refill);\n      copy_commit();",
+              "== member) prefetch(refill), copy_commit();"),),
+        "",
+    ),
+    "missing-barrier-before-weights": Bug(
+        (Edit(DOTS, "= p[i];\n    __syncwarp();", "= p[i];"),), "", dtype="float32"
+    ),
+    "missing-barrier-before-merge": Bug(
+        (Edit(STREAM, "  __syncthreads();\n  merge_teams<", "  merge_teams<"),), ""
+    ),
+    "divergent-barrier": Bug(
+        (Edit(STREAM, "__syncthreads();  // the stages", "if (warp) __syncthreads();  // the"),),
+        "different barriers",
+    ),
+    "left-before-barrier": Bug(
+        (Edit(STREAM, "  let_next_start();\n", "  if (warps > 1 && warp == 0) return;\n"),),
+        "barrier after a thread",
+    ),
+    "bad-shuffle-mask": Bug(
+        (Edit(DOTS, "__shfl_xor_sync(kAllLanes, sent", "__shfl_xor_sync(0xffffu, sent"),),
+        "not in its own mask",
+        dtype="float32",
+    ),
+    "half-a-warp-skips": Bug(
+        (Edit(STREAM, RAISED, "if (lane_id() < 16 && !raised) return;\n    " + RAISED),),
+        "",
+    ),
+    "off-by-one-key": Bug(
+        (Edit(STREAM, "index < work.end ? index", "index <= work.end ? index"),), ""
+    ),
+    "off-by-one-read": Bug(
+        (Edit(STREAM, "d < args.head_dim ? q", "d <= args.head_dim ? q"),),
+        "heap-buffer-overflow",
+        asan=True,
+    ),
+    "off-by-one-write": Bug(
+        (Edit(MERGE, "if (d >= args.head_dim) return;", "if (d > args.head_dim) return;"),),
+        "heap-buffer-overflow",
+        asan=True,
+    ),
+    "off-by-one-shared": Bug(
+        (Edit(PLAN, "plan.shared_bytes = bytes;", "plan.shared_bytes = bytes - 64;"),),
+        "",
+        asan=True,
+    ),
+    "stage-refilled-early": Bug(
+        (
+            Edit(STREAM, "int32_t t = 1 - args.stages;", "int32_t t = -args.stages;"),
+            Edit(STREAM, "next = t + args.stages - 1;", "next = t + args.stages;"),
+            Edit(STREAM, WAIT, "copy_wait_for(args.stages);"),
+        ),
+        "",
+        landing="early",
+    ),
+    "stage-refilled-before-all-are-done": Bug(
+        (Edit(STREAM, "wait_for_team();  // the stage", "// the stage"),), "", landing="early"
+    ),
+    "bulk-not-awaited": Bug(
+        (Edit(STREAM, LANDED, "wait_for_team();"),), "", dtype="float32"
+    ),
+    "bulk-phase-not-flipped": Bug(
+        (Edit(STREAM, "stage = 0, phase ^= 1", "stage = 0"),), "", dtype="float32"
+    ),
+    "bulk-expects-too-little": Bug(
+        (Edit(STREAM, "whole ? k_bytes + args.v_bytes", "whole ? args.v_bytes"),),
+        "",
+        dtype="float32",
+    ),
+    "bulk-not-fenced": Bug(
+        (Edit(STREAM, "fence_copy_engine();  // behind", "// behind"),),
+        "without a fence",
+        dtype="float32",
+    ),
+    "bulk-of-keys-apart": Bug(
+        (Edit(STREAM, "apart && lane_id() < Tile::kKeys", "apart && lane_id() < 0"),),
+        "",
+        dtype="float32",
+    ),
+    "counter-not-rearmed": Bug(
+        (Edit(ARRIVAL, "atomicInc(counter, blocks - 1)", "atomicInc(counter, blocks + 6)"),), ""
+    ),
+    "last-but-one-takes-over": Bug(
+        (Edit(ARRIVAL, "blocks - 1) == blocks - 1", "blocks - 1) == blocks - 2"),),
+        "",
+        what="choices",
+        gpu=HALF_GPU,
+    ),
+    "arrival-before-the-block-is-done": Bug(
+        (Edit(ARRIVAL, FIRST, FIRST.removeprefix("  __syncthreads();\n")),),
+        "no barrier of the block beside its arrival",
+    ),
+    "arrival-before-its-fence": Bug(
+        (Edit(ARRIVAL, "memory_fence();\n    *flag", "*flag"),), "no fence between the barrier"
+    ),
+    "takes-over-without-a-fence": Bug(
+        (Edit(ARRIVAL, "blocks - 1;\n    memory_fence();", "blocks - 1;"),),
+        "no fence between an arrival",
+    ),
+    "fence-before-the-block-is-done": Bug(
+        (Edit(ARRIVAL, FIRST, "  memory_fence();\n" + FIRST),
+         Edit(ARRIVAL, "    memory_fence();\n    *flag", "    *flag")),
+        "no fence between the barrier",
+    ),
+    "early-launch-that-the-code-does-not-know": Bug(
+        (Edit(LAUNCH, "std::min(chip.capability, loaded.ptxVersion)", "chip.capability"),),
+        "an early launch",
+        arch=OLD_CODE,
+    ),
+    "cluster-that-the-code-does-not-know": Bug(
+        (Edit(PLAN, "plan.cluster = chip.clusters()", "plan.cluster = chip.capability >= 90"),),
+        "",
+        what="choices",
+        arch=OLD_CODE,
+    ),
+    "merge-that-skips-the-remainder": Bug(
+        (Edit(MERGE, "if (done >= count) return;", "if (done >= 0) return;"),), ""
+    ),
+    "merge-that-counts-a-part-twice": Bug(
+        (Edit(MERGE, "done += kLoadsAhead) {", "done += kLoadsAhead - 1) {"),), "", gpu=HALF_GPU
+    ),
+    "merge-that-counts-surplus-loads": Bug(
+        (Edit(MERGE, "value[u], done + u < count);", "value[u], true);"),), ""
+    ),
+    "global-histogram-of-a-neighbour": Bug(
+        (Edit(SELECT, "all[rank * kSelectBins + i]", "all[i]"),), "", what="choices", gpu=HALF_GPU
+    ),
+    "global-histogram-lost": Bug(
+        (Edit(SELECT, "other < kSelectBlocks; ++other) {\n        sum += load_fresh",
+              "other < kSelectBlocks - 1; ++other) {\n        sum += load_fresh"),),
+        "",
+        what="choices",
+        gpu=HALF_GPU,
+    ),
+    "codes-of-another-row": Bug(
+        (Edit(SELECT, "return args.sort_codes + b * args.codes_stride + i;",
+              "return args.sort_codes + i;"),),
+        "",
+        what="choices",
+        gpu=HALF_GPU,
+    ),
+    "page-that-is-not-there": Bug(
+        (Edit(CANDIDATES, "&& !has_key(args.kv, b, position[u])", "&& false"),),
+        "",
+        what="garbage",
+    ),
+    "page-beyond-the-pool": Bug(
+        (Edit(SPANS, "page < kv.pages ? page", "page <= 1000000 ? page"),),
+        "",
+        asan=True,
+        what="garbage",
+    ),
+    "histogram-race-clear": Bug(
+        (Edit(RADIX, "histogram[i] = 0;\n  __syncthreads();", "histogram[i] = 0;"),), ""
+    ),
+    "histogram-race-read": Bug(
+        (Edit(RADIX, "  cluster_sync();\n  constexpr int kOwn", "  constexpr int kOwn"),),
+        "no cluster barrier yet",
+    ),
+    "histogram-race-total": Bug(
+        (Edit(RADIX, "  cluster_sync();\n  return scratch.row_histogram;",
+              "  return scratch.row_histogram;"),), ""
+    ),
+    "candidates-past-their-span": Bug(
+        (Edit(CANDIDATES, "(reach < end ? reach : end - 1)", "(reach < end ? index : index)"),),
+        "",
+        what="choices",
+    ),
+    "list-of-the-bin-alone": Bug(
+        (Edit(SELECT, ">> pivot.shift >= pivot.prefix", ">> pivot.shift == pivot.prefix"),),
+        "",
+        what="choices",
+    ),
+    "list-read-before-it-is-written": Bug(
+        (Edit(SELECT, "__syncwarp();  // the other", "// the other"),),
+        "",
+        what="choices",
+        gpu=SCARCE,
+    ),
+    "ties-not-counted": Bug(
+        (Edit(SELECT, "is_equal(code) && ties < pivot", "is_equal(code) && ties <= pivot"),), ""
+    ),
+    "fragment-not-transposed": Bug(
+        (Edit(MMA, "b[n][0] = transpose_matrix(Element<T>::pack(p[n * 4], p[n * 4 + 1]));",
+              "b[n][0] = Element<T>::pack(p[n * 4], p[n * 4 + 1]);"),),
+        "",
+    ),
+}  # fmt: skip

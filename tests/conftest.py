@@ -1,6 +1,7 @@
 """Options and fixtures of the whole suite, and which tests have a place on this machine."""
 
 from collections import Counter
+from functools import cache
 
 import pytest
 import torch
@@ -110,8 +111,8 @@ def _why_not_here(item, chosen, missing):
         (name,) = mark.args
         if chosen and name not in chosen:
             return ""
-        if missing[name]:
-            reason, *_ = missing[name].split(";")
+        if why := missing(name):
+            reason, *_ = why.split(";")
             return f"{name} ({reason})"
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         return "tests of a device (no GPU)"
@@ -121,7 +122,7 @@ def _why_not_here(item, chosen, missing):
 @pytest.hookimpl(trylast=True)  # behind -k and -m: what they leave out is nobody's loss
 def pytest_collection_modifyitems(config, items):
     chosen, kept, left_out = _listed(config, "--backends"), [], []
-    missing = {name: get(name).unavailable() for name in chosen or names()}
+    missing = cache(lambda name: get(name).unavailable())  # asked of those that tests need
     for item in items:
         why = _why_not_here(item, chosen, missing)
         (kept if why is None else left_out).append(item)

@@ -19,8 +19,6 @@ COMPILER = os.environ.get("CXX", "g++")
 OF_GPU = "cuda and (reads_nothing or follows_lengths or outlives or two_graphs)"
 QUIET = ("-q", "-x", "--no-header", "-p", "no:cacheprovider", "-p", "plugin")
 
-pytestmark = pytest.mark.deep
-
 
 def run(*arguments, **more):
     paths = os.pathsep.join(map(str, (ROOT, FAKE, CUSIM)))
@@ -32,13 +30,16 @@ def run(*arguments, **more):
     return done.stdout
 
 
+@pytest.mark.deep
 def test_benchmarks_and_patched_models():
     assert "skipped" not in run("tests/fakegpu/checks.py")
 
 
 @pytest.mark.skipif(shutil.which(COMPILER) is None, reason="no C++ compiler")
-def test_graphs_of_the_simulated_kernels():
-    from build import build
+@pytest.mark.parametrize("which", ("few", pytest.param("all", marks=pytest.mark.deep)))
+def test_graphs_of_the_simulated_kernels(which):
+    from build import FEW, build
 
-    said = run("tests/test_gpu.py", "-k", OF_GPU, CUSIM_MODULE=str(build()))
+    module = build(kernels=FEW if which == "few" else None)
+    said = run("tests/test_gpu.py", "-k", OF_GPU, CUSIM_MODULE=str(module))
     assert "5 passed" in said

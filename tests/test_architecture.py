@@ -1,69 +1,73 @@
-"""The rules of the house, read off the sources: who imports whom, sizes, calls that are banned."""
+"""The rules of the house, read off the sources: who imports whom, sizes, words, banned calls."""
 
 import ast
 import re
 import subprocess
+import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-PACKAGE = ROOT / "visionpulse"
+sys.path.insert(0, str(Path(__file__).parent / "architecture"))
+from imports import PACKAGE, ROOT, circles, imports_of, module_of
 
-# What each room may import of ours at module level; a longer name wins over its prefix.
-RECORDS = {"cache", "call", "selection", "visual", "workspace"}
+# What each module may import of ours, in its functions too; a longer name wins over its prefix.
+RECORDS = {"cache", "selection", "visual"}
 ALLOWED = {
-    "budgets": set(),
-    "workspace": set(),
     "_native": set(),
+    "budgets": set(),
+    "data": set(),
+    "figures": set(),
+    "selection": set(),
     "tensor_checks": set(),
+    "workspace": set(),
     "cache": {"tensor_checks"},
     "visual": {"tensor_checks"},
-    "selection": set(),
-    "call": {"cache", "selection", "visual", "workspace"},
-    "checks": {"cache", "selection", "tensor_checks", "visual"},
+    "call": {"workspace", *RECORDS},
+    "checks": {"tensor_checks", *RECORDS},
     "config": {"budgets"},
     "schedule": {"config"},
-    "reference": {"budgets", *RECORDS},
-    "backends": {"config", *RECORDS},
-    "backends.reference": {"backends", "reference", *RECORDS},
-    "backends.packing": {*RECORDS},
-    "backends.native": {"backends", "backends.packing", *RECORDS},
-    "backends.cpu": {"backends.native", "backends.packing", "_native", *RECORDS},
-    "backends.cuda": {"backends.native", "backends.packing", "_native", *RECORDS},
-    "backends.triton": {"backends", "_triton", *RECORDS},
-    "torch_ops": {"backends", *RECORDS},
+    "reference": {"budgets", "call", *RECORDS},
+    "backends": {"call", "config", "selection"},
+    "backends.reference": {"backends", "call", "reference", "selection"},
+    "backends.packing": {"call", *RECORDS},
+    "backends.native": {
+        "backends", "backends.packing", "call", "selection", "visual", "workspace"
+    },
+    "backends.cpu": {
+        "_native", "backends.native", "backends.packing", "call", "visual", "workspace"
+    },
+    "backends.cuda": {
+        "_native", "backends.native", "backends.packing", "call", "selection", "visual", "workspace"
+    },
+    "backends.triton": {"backends", "call", "selection"},
+    "torch_ops": {"backends", "call", "workspace", *RECORDS},
     "ops": {
-        "backends", "budgets", "checks", "config", "tensor_checks", "torch_ops", *RECORDS
+        "backends", "budgets", "call", "checks", "config", "tensor_checks", "torch_ops",
+        "workspace", *RECORDS,
     },
-    "layer_ops": {"backends", "config", "ops", *RECORDS},
-    "figures": set(),
-    "trace": {"figures", *RECORDS},
+    "layer_ops": {"backends", "call", "config", "ops", "workspace", *RECORDS},
+    "trace": {"figures", "selection", "visual"},
     "models": {
-        "backends", "config", "layer_ops", "ops", "schedule", "trace.record", *RECORDS
+        "backends", "config", "layer_ops", "ops", "schedule", "trace.record", "workspace", *RECORDS
     },
-    "data": set(),
-    "calibration": {"config", "figures", "models", "ops", *RECORDS},
-    "bench": {"backends", "config", "figures", "ops", "schedule", "testing", *RECORDS},
-    "testing": {"budgets", "config", "reference", *RECORDS},
-    "__init__": {"backends", "budgets", "config", "models", "ops", *RECORDS},
-    "integrations": {"models"},
+    "calibration": {"cache", "config", "figures", "models", "ops", "visual"},
+    "testing": {"budgets", "call", "config", "reference", *RECORDS},
+    "bench": {
+        "backends", "call", "config", "figures", "ops", "schedule", "testing", *RECORDS
+    },
+    "integrations": {"__init__", "models"},
+    "__init__": {
+        "backends", "budgets", "calibration", "config", "models", "ops", "workspace", *RECORDS
+    },
     "cli": {
-        "__version__", "backends", "bench", "calibration", "config", "data", "models", "ops",
+        "__init__", "backends", "bench", "calibration", "config", "data", "models", "ops",
         "selection", "trace",
     },
     "__main__": {"cli"},
 }  # fmt: skip
-OPTIONAL = {
-    "transformers",
-    "triton",
-    "matplotlib",
-    "vllm",
-    "tqdm",
-    "lmms_eval",
-    "accelerate",
-    "peft",
-}
+OPTIONAL = {"transformers", "triton", "matplotlib", "vllm", "lmms_eval", "accelerate", "peft"}
 ENVIRONMENT = {"VISIONPULSE_BACKEND", "VISIONPULSE_CPU_ISA", "VISIONPULSE_CUDA_ARCHS"}
 # Names of others that we honour: of Triton in its backend, of CMake in the build.
 FOREIGN_ENVIRONMENT = {"TRITON_INTERPRET", "CMAKE_BUILD_PARALLEL_LEVEL"}
@@ -76,45 +80,6 @@ def tracked(*patterns):
         cwd=ROOT, capture_output=True, text=True, check=True,
     )  # fmt: skip
     return [ROOT / line for line in listed.stdout.splitlines() if (ROOT / line).exists()]
-
-
-def module_of(path):
-    parts = path.relative_to(PACKAGE).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
-
-
-def module_level(tree):
-    """Statements that run on import, without those for type checkers only."""
-    todo = list(tree.body)
-    while todo:
-        node = todo.pop()
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            continue
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
-            continue
-        yield node
-        todo += [child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt)]
-
-
-def imports_of(path):
-    """(ours, others): modules of the package, and top-level names from outside."""
-    module = module_of(path)
-    package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
-    if module == "__init__":
-        package = []
-    ours, others = set(), set()
-    for node in module_level(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            others |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            others.add(node.module.split(".")[0])
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1]
-            if node.module:
-                ours.add(".".join([*base, node.module]))
-            else:
-                ours |= {".".join([*base, alias.name]) for alias in node.names}
-    return ours, others
 
 
 def sources():
@@ -130,19 +95,51 @@ def rule_for(module):
     pytest.fail(f"{module} has no row in ALLOWED: say who it may import")
 
 
+def covers(allowed, target):
+    return target == allowed or target.startswith(f"{allowed}.")
+
+
+def targets_of(path):
+    """What a file imports of ours from outside its own folder or row."""
+    room = rule_for(module_of(path))[0]
+    ours = {one.target for one in imports_of(path) if one.ours}
+    return {target for target in ours if not covers(room, target)}
+
+
 @pytest.mark.parametrize("path", sources(), ids=module_of)
 def test_imports_go_in_the_allowed_direction(path):
-    module = module_of(path)
-    room, allowed = rule_for(module)
-    for target in imports_of(path)[0]:
-        same_room = target == room or target.startswith(f"{room}.")
-        known = any(target == a or target.startswith(f"{a}.") for a in allowed)
-        assert same_room or known, f"{module} may not import {target}"
+    allowed = rule_for(module_of(path))[1]
+    for target in targets_of(path):
+        known = any(covers(one, target) for one in allowed)
+        assert known, f"{module_of(path)} may not import {target}"
+
+
+def test_every_allowance_is_used():
+    used = defaultdict(set)
+    for path in sources():
+        used[rule_for(module_of(path))[0]] |= targets_of(path)
+    idle = {
+        room: left
+        for room, allowed in ALLOWED.items()
+        if (left := {one for one in allowed if not any(covers(one, t) for t in used[room])})
+    }
+    assert not idle, f"nobody needs these: {idle}"
+    assert set(used) == set(ALLOWED), f"rows without a module: {set(ALLOWED) - set(used)}"
+
+
+def test_class_names_are_used_once():
+    homes = defaultdict(list)
+    for path in sources():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                homes[node.name].append(module_of(path))
+    twice = {name: where for name, where in homes.items() if len(where) > 1}
+    assert not twice, f"one name, one class: {twice}"
 
 
 @pytest.mark.parametrize("path", sources(), ids=module_of)
 def test_optional_packages_are_imported_inside_functions(path):
-    found = imports_of(path)[1] & OPTIONAL
+    found = {one.target for one in imports_of(path) if one.at_import and not one.ours} & OPTIONAL
     assert not found, f"{module_of(path)} imports {found} when it is imported"
 
 
@@ -178,6 +175,49 @@ def test_banned_calls(pattern, places):
         assert not re.search(pattern, code), f"{pattern} in {name}"
 
 
+# A word with one meaning has no second name: {pattern: (what to say, where it counts)}.
+KERNELS = ("kernels", "csrc")
+EVERYWHERE = (*KERNELS, "visionpulse")
+SECOND_NAMES = {
+    r"choose|choice_of_keys": ("select", KERNELS),
+    r"_scan_kernel|_rank_kernel|vp_rank": (
+        "_score_kernel, _select_kernel, vp_score_...",
+        EVERYWHERE,
+    ),
+    r"\bkRows\b|\bkRowBytes\b|\bwarp_rows\b": ("kHeads, kKeyBytes, warp_heads", KERNELS),
+    r"\b(q|k|v|out|logits)_row\b": ("..._stride", KERNELS),
+    r"\bsort_keys?\b|\bordered_keys?\b": ("sort_code", EVERYWHERE),
+    r"\bKeep\b|\bkeep_logits\b|\bKEPT\b": ("stored_logits", KERNELS),
+    r"\bLanding\b|\bfade\b": ("CopyBarrier, rescale", KERNELS),
+    r"struct_checks|\bstructs\b": ("cache, visual, selection, tensor_checks", EVERYWHERE),
+    r"\b[Tt]old\b|\bShown\b": ("what the thing is", ("visionpulse",)),
+}
+
+
+def second_names(text, folder):
+    return {
+        f"{found[0]} -> {name}"
+        for pattern, (name, where) in SECOND_NAMES.items()
+        if folder in where and (found := re.search(pattern, text))
+    }
+
+
+def test_words_have_one_meaning():
+    """The words of CONTRIBUTING, each without a second name."""
+    found = {
+        str(path.relative_to(ROOT)): words
+        for path in tracked("kernels/*", "csrc/*", "visionpulse/*.py", "visionpulse/**/*.py")
+        if (words := second_names(path.read_text(), path.relative_to(ROOT).parts[0]))
+    }
+    assert not found, found
+
+
+def test_a_second_name_is_seen():
+    assert second_names("void choose(int k);", "csrc") == {"choose -> select"}
+    assert not second_names("choose a backend", "visionpulse")
+    assert not second_names("select(q_stride, sort_codes)", "kernels")
+
+
 def test_banned_triton_calls():
     for path in tracked("kernels/triton/*.py"):
         assert not re.search(r"make_block_ptr|tl\.advance|triton\.autotune", path.read_text()), path
@@ -207,11 +247,26 @@ def test_csrc_and_kernels_include_no_torch():
         assert not re.search(r"#include\s*[<\"](torch|ATen|c10)/", path.read_text()), path
 
 
-def test_the_rules_can_fail(tmp_path):
-    """A module that breaks them is seen."""
-    text = "import triton\nfrom . import ops\ndef f():\n    import transformers\n"
-    path = PACKAGE / "visual.py"
-    broken = ast.parse(text)
-    assert {type(n).__name__ for n in module_level(broken)} == {"Import", "ImportFrom"}
-    ours, others = imports_of(path)
-    assert ours == {"tensor_checks"} and not others & OPTIONAL
+PLANTED = """
+import triton
+from . import ops
+if TYPE_CHECKING:
+    from .config import PulseConfig
+def late():
+    import transformers
+    from .models import session
+"""
+
+
+def test_a_module_that_breaks_the_rules_is_seen():
+    found = imports_of(PACKAGE / "workspace.py", text=PLANTED)
+    assert {one.target for one in found if one.ours} == {"ops", "config", "models.session"}
+    assert {one.target for one in found if one.at_import} == {"triton", "ops"}
+    assert not imports_of(PACKAGE / "workspace.py", text="import os\n")[0].ours
+
+
+def test_a_circle_is_seen():
+    chain = {"a": {"b"}, "b": {"c"}, "c": set()}
+    assert circles(chain) == []
+    assert circles(chain | {"c": {"a"}}) == [["a", "b", "c"]]
+    assert circles(chain | {"c": {"b"}}) == [["b", "c"]]

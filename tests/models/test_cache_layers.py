@@ -174,6 +174,21 @@ def test_state_is_cut_reordered_repeated_and_selected_with_the_cache():
     assert caches.state_of(cache, 0) is None
 
 
+def test_a_crop_keeps_the_shape_of_a_static_cache():
+    mask = torch.zeros(1, 64, dtype=torch.bool)
+    mask[0, 6:22] = True
+    state = CacheState(capacity=64)
+    state.see(visual_of(mask, 64))
+    state.look_back(None)
+    buffers = state.window
+    for length in (15, 4, 0):
+        state.crop(length)
+        assert torch.equal(state.visual.mask(length), mask[:, :length])
+        assert (state.visual.size, state.visual.max_count) == (64, 64)
+        assert state.window is buffers
+        assert int(state.window.early(0).indices.max()) == (length - 1 if length > 6 else -1)
+
+
 def test_state_is_copied_with_the_cache():
     cache, mask = carried()
     twin = copy.deepcopy(cache)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from torch._dynamo.utils import counters
-from transformers import CompileConfig, StaticCache
+from transformers import CompileConfig, DynamicCache, StaticCache
+from transformers.cache_utils import StaticLayer
 
 import visionpulse as vp
 
@@ -96,3 +97,42 @@ def test_unpatching_ends_with_the_graph(tiny):
         pruned = answers(made, **compiled("aot_eager"))
         assert_same(pruned, eager(made))
     assert_same(answers(made, **compiled("aot_eager")), expected)
+
+
+def crop(cache, tokens):
+    """Drop tokens from the end; before transformers 5.24 a static layer cannot do it itself."""
+    if hasattr(StaticLayer, "crop") or not isinstance(cache, StaticCache):
+        cache.crop(-tokens)
+        return
+    for layer in cache.layers:
+        layer.cumulative_length.sub_(tokens)
+    cache.layers[0].visionpulse.crop(int(cache.get_seq_length()))
+
+
+@pytest.mark.parametrize("schedule", ["paper", "lookback"])
+def test_a_cache_cropped_within_its_picture_keeps_its_graph(tiny, schedule):
+    made = tiny("llava", num_hidden_layers=3)
+    text = made.model.config.get_text_config()
+    decode = torch.compile(made.model.__call__, fullgraph=True, dynamic=False, backend="aot_eager")
+
+    def logits(cache, step):
+        outs = []
+        made.model(**made.inputs(), past_key_values=cache, use_cache=True)
+        for tokens in ((7, 8), (9, 7, 8)):
+            for token in tokens:
+                outs.append(step(input_ids=torch.tensor([[token]]), past_key_values=cache).logits)
+            crop(cache, 17)  # then 7 of the 16 visual tokens are gone, and text takes their places
+        return torch.cat(outs)
+
+    def static():
+        return StaticCache(config=text, max_cache_len=LENGTH)
+
+    with vp.patch(made.model, PRUNED.updated(schedule=schedule)) as session, torch.no_grad():
+        expected = logits(DynamicCache(config=text), made.model)
+        stats = session.stats
+        for step in (made.model, decode):
+            session.reset_stats()
+            torch.testing.assert_close(logits(static(), step), expected)
+            assert session.stats.kept == stats.kept
+        assert counters["stats"]["unique_graphs"] == 1
+        assert not counters["graph_break"]

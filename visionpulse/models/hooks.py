@@ -209,6 +209,7 @@ class Hooks:
         state = session.new_state() if state is None else state
         total = past + inputs.shape[1]
         state.model_path, state.needs_mask = _has_holes(mask, total), limit > 0
+        state.capacity = limit if limit > 0 else None
         self._see(state, inputs, found, past, limit)
         self._blind(state, inputs, past if is_new else 0, limit)
         self.dense.last_had_picture = state.has_picture
@@ -282,7 +283,7 @@ class Hooks:
         if found is not None:
             mask[:, past:total] = found
         # one shape for every prompt of a static cache, so that they share a compiled graph
-        state.see(visual_of(mask, limit if limit > 0 else None))
+        state.see(visual_of(mask, state.capacity))
         if found is not None and not has_features:
             self.session.notices.prompt(state.visual, self._waiting.is_embedded)
 

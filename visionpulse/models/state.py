@@ -19,6 +19,7 @@ class CacheState:
     visual: VisualTokens | None = None  # None: no row has a visual token
     inverse: Tensor | None = None  # float32 [B], 1 / N_v, and 0 for rows without visual tokens
     model_path: bool = False  # rows have hidden keys in the middle: the model's attention only
+    capacity: int | None = None  # slots of a static cache, whose set keeps one shape for its graph
     needs_mask: bool = False  # a static cache: without a mask its empty slots would be keys
     has_picture: bool = False  # whether some row had a visual token at the last prefill or crop
     blind: DenseReason | None = None  # why its pictures are unknown
@@ -58,7 +59,14 @@ class CacheState:
     def crop(self, length: int) -> None:
         """Cut to the first `length` tokens."""
         if self.visual is not None and self.visual.size > length:
-            self.see(visual_of(self.visual.mask(length), None) if length else None)
+            if self.capacity is not None:
+                mask = self.visual.mask(self.capacity)
+                mask[:, length:] = False
+                self.see(visual_of(mask, self.capacity))
+            else:
+                self.see(visual_of(self.visual.mask(length), None) if length else None)
+            if self.window is not None:
+                self.look_back(None)  # its buffers name tokens that are gone
         self.restart()
 
     def take(self, rows: Tensor) -> None:

@@ -31,7 +31,7 @@ class LayerOps:
         scale: float | None = None,
         softcap: float | None = None,
     ) -> None:
-        """Check `q` [B, H, D] against `kv` and choose the backend."""
+        """Check `q` [B, H, D] against `kv` and resolve its backend."""
         ops.check(q, kv, visual)
         self.config = config
         self.numbers: dict[str, Any] = {"scale": scale, "softcap": softcap}

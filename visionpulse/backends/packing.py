@@ -69,7 +69,7 @@ def masses(rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def empty_selection(rows: int, k_max: int, mass: Tensor, mass_mean: Tensor) -> Selection:
-    """Room for what a kernel will choose."""
+    """Tensors for what a kernel will select."""
     indices = torch.empty(rows, k_max, dtype=torch.int32, device=mass.device)
     counts = torch.empty(rows, dtype=torch.int32, device=mass.device)
     return Selection(indices, counts, mass, mass_mean, trusted=True)

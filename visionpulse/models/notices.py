@@ -52,7 +52,7 @@ _TEXTS = {
     DenseReason.DECODER: "the decoder that was patched is no longer called ({detail}): part of the "
     "model was replaced, or another path is taken; unpatch the model and patch it again",
     DenseReason.ATTENTION: "no layer called the attention function of visionpulse (the config says "
-    "{detail}); unpatch, choose the attention implementation, patch again",
+    "{detail}); unpatch, set the attention implementation, patch again",
     DenseReason.INPUTS: "the anchor was left to the model's own attention: {detail}",
 }
 

@@ -330,12 +330,3 @@ def test_every_budget_runs(backend, device, policy, anchor_output, params_of, ch
 
 def test_a_named_backend_is_obeyed(backend):
     assert get(backend).name == backend
-
-
-def test_the_name_is_a_package_and_a_call():
-    import visionpulse.backends as package
-    from visionpulse.backends import cpu, names
-
-    assert vp.backends is package and vp.backends.cpu is cpu and vp.backends.get is get
-    assert tuple(vp.backends()) == names()
-    assert vp.backends()["reference"] == "available"

@@ -35,8 +35,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 import visionpulse as vp
 from visionpulse.bench.timing import Times
 from visionpulse.models.attention import attention
-from visionpulse.models.cache import attach, swap_layers
-from visionpulse.models.plan import plan_of
+from visionpulse.models.kv_layers import attach, swap_layers
+from visionpulse.models.layer_roles import LayerRoles
 
 IMAGE = 9
 REFRESH = 8  # steps of one turn of "lookback": one of them is dense
@@ -132,15 +132,15 @@ class Run:
             fixed.keys, fixed.values = k, v
             fixed.cumulative_length.fill_(shape.keys)
         mask = self.mask(shape.visual)
-        self.plans, self.states = {}, {}
+        self.roles, self.conversations = {}, {}
         for name, changes in OURS.items():
             keep_all = changes.get("schedule") == "dense"
             config = config_of(shape, ({} if keep_all else changes) | {"backend": backend})
-            self.plans[name] = plan_of(config, self.session.anatomy)
-            state = self.session.new_state()
-            state.see(None if keep_all else vp.VisualTokens.from_mask(mask))
-            self.states[name] = state
-        attach(self.growing, 0, self.states["ours:paper"])
+            self.roles[name] = LayerRoles.of(config, self.session.anatomy)
+            conversation = self.session.patched.new_conversation()
+            conversation.set_visual(None if keep_all else vp.VisualTokens.from_mask(mask))
+            self.conversations[name] = conversation
+        attach(self.growing, 0, self.conversations["ours:paper"])
         self._register()
 
     def mask(self, visual: int) -> torch.Tensor:
@@ -165,8 +165,8 @@ class Run:
     def step(self, name: str) -> torch.Tensor:
         """One decode step of a variant."""
         if name in OURS:
-            self.session.plan = self.plans[name]
-            self.growing.layers[0].visionpulse = self.states[name]
+            self.session.patched.layer_roles = self.roles[name]
+            self.growing.layers[0].visionpulse = self.conversations[name]
             return self.ours(input_ids=self.token, past_key_values=self.growing).logits
         plain = f"timed_{name.partition(':')[2]}"
         self.theirs.get_decoder().config._attn_implementation_internal = plain
@@ -200,7 +200,7 @@ class Run:
         embeds = torch.randn(*mask.shape, width, dtype=self.ours.dtype, device=self.device)
 
         def ours(turn: int) -> torch.Tensor:
-            self.session.plan = self.plans["ours:paper"]
+            self.session.patched.layer_roles = self.roles["ours:paper"]
             self.session.set_visual_mask(mask)
             cache = DynamicCache(config=self.ours.config.get_text_config())
             return self.ours.get_decoder()(inputs_embeds=embeds, past_key_values=cache)[0]

@@ -9,13 +9,13 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
 import visionpulse as vp
-from visionpulse.models import cache as caches
-from visionpulse.models.state import CacheState, visual_of
+from visionpulse.models import kv_layers
+from visionpulse.models.conversation import Conversation, visual_set
 from visionpulse.testing.draw import Draws
 
 
 def growing():
-    return caches.mixed(caches.Growing, DynamicLayer)()
+    return kv_layers.mixed(kv_layers.Growing, DynamicLayer)()
 
 
 def states(n, rows=2, seed=0, dtype=torch.float32):
@@ -123,13 +123,13 @@ def test_only_untouched_dynamic_layers_are_swapped():
 
     cache = DynamicCache()
     cache.layer_class_to_replicate = Own
-    caches.swap_layers(cache, 3)
+    kv_layers.swap_layers(cache, 3)
     assert cache.layers == []
     cache = DynamicCache()
     used = DynamicLayer()
     used.update(*states(3))
     cache.layers.extend([Own(), used])
-    caches.swap_layers(cache, 4)
+    kv_layers.swap_layers(cache, 4)
     assert [type(layer).__name__ for layer in cache.layers] == [
         "Own",
         "DynamicLayer",
@@ -143,17 +143,17 @@ def carried(rows=3):
     for b in range(rows):
         mask[b, 2 : 4 + b] = True
     cache = DynamicCache()
-    caches.swap_layers(cache, 2)
+    kv_layers.swap_layers(cache, 2)
     for i in range(2):
         cache.update(*states(12, rows=rows), i)
-    state = CacheState()
-    state.see(visual_of(mask, None))
-    caches.attach(cache, 0, state)
+    state = Conversation()
+    state.set_visual(visual_set(mask, None))
+    kv_layers.attach(cache, 0, state)
     return cache, mask
 
 
 def seen(cache, size=12):
-    return caches.state_of(cache, 0).visual.mask(size)
+    return kv_layers.conversation_of(cache, 0).visual.mask(size)
 
 
 def test_state_is_cut_reordered_repeated_and_selected_with_the_cache():
@@ -165,28 +165,28 @@ def test_state_is_cut_reordered_repeated_and_selected_with_the_cache():
     assert torch.equal(seen(cache), mask[[2, 2, 0, 0, 1, 1]])
     cache.batch_select_indices(torch.tensor([1, 4]))
     assert torch.equal(seen(cache), mask[[2, 1]])
-    assert torch.equal(caches.state_of(cache, 0).inverse, torch.tensor([1 / 4, 1 / 3]))
+    assert torch.equal(kv_layers.conversation_of(cache, 0).inverse, torch.tensor([1 / 4, 1 / 3]))
     cache.crop(-8)
     assert torch.equal(seen(cache, 4), mask[[2, 1]][:, :4])
     cache.crop(-3)
-    assert caches.state_of(cache, 0).visual is None
+    assert kv_layers.conversation_of(cache, 0).visual is None
     cache.reset()
-    assert caches.state_of(cache, 0) is None
+    assert kv_layers.conversation_of(cache, 0) is None
 
 
 def test_a_crop_keeps_the_shape_of_a_static_cache():
     mask = torch.zeros(1, 64, dtype=torch.bool)
     mask[0, 6:22] = True
-    state = CacheState(capacity=64)
-    state.see(visual_of(mask, 64))
-    state.look_back(None)
-    buffers = state.window
+    state = Conversation(capacity=64)
+    state.set_visual(visual_set(mask, 64))
+    state.prepare_lookback(None)
+    buffers = state.lookback
     for length in (15, 4, 0):
         state.crop(length)
         assert torch.equal(state.visual.mask(length), mask[:, :length])
         assert (state.visual.size, state.visual.max_count) == (64, 64)
-        assert state.window is buffers
-        assert int(state.window.early(0).indices.max()) == (length - 1 if length > 6 else -1)
+        assert state.lookback is buffers
+        assert int(state.lookback.selection(0).indices.max()) == (length - 1 if length > 6 else -1)
 
 
 def test_state_is_copied_with_the_cache():
@@ -200,12 +200,12 @@ def test_state_is_copied_with_the_cache():
 def test_release_gives_the_layer_its_class_back():
     cache = StaticCache(config=_config(), max_cache_len=16)
     kinds = [type(layer) for layer in cache.layers]
-    caches.attach(cache, 0, CacheState())
+    kv_layers.attach(cache, 0, Conversation())
     assert type(cache.layers[0]) is not kinds[0]
-    caches.release(cache)
+    kv_layers.release(cache)
     assert [type(layer) for layer in cache.layers] == kinds
     assert not hasattr(cache.layers[0], "visionpulse")
-    caches.release(None)
+    kv_layers.release(None)
 
 
 def _config():

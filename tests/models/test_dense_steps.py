@@ -9,6 +9,7 @@ from transformers import DynamicCache, StaticCache
 import visionpulse as vp
 from visionpulse.models import stats
 from visionpulse.models.notices import DenseReason
+from visionpulse.models.visual_positions import VisualPositions
 
 PRUNED = vp.PulseConfig(tau=0.5, ratio=(0.05, 0.4))
 
@@ -72,7 +73,7 @@ def once(said, text):
 
 def test_a_cache_of_an_unknown_kind(tiny, said, monkeypatch):
     made = tiny("llava")
-    monkeypatch.setattr("visionpulse.models.hooks.has_layers", lambda cache: False)
+    monkeypatch.setattr("visionpulse.models.prefill.has_layers", lambda cache: False)
     with vp.patch(made.model, PRUNED) as session:
         made.generate(made.inputs([12]))
         assert said() == []
@@ -115,7 +116,7 @@ def test_a_prompt_that_goes_past_the_base_model(tiny, said):
 def test_a_picture_whose_tokens_are_not_found(tiny, said, monkeypatch):
     made = tiny("llava")
     with vp.patch(made.model, PRUNED) as session:
-        monkeypatch.setattr(type(session._hooks), "_found", lambda *_: None)
+        monkeypatch.setattr(VisualPositions, "visual_mask", lambda *_: None)
         made.generate(made.inputs())
         assert dense(session) == {"visual tokens not found": 7}
     once(said, "150")
@@ -123,8 +124,8 @@ def test_a_picture_whose_tokens_are_not_found(tiny, said, monkeypatch):
 
 def test_a_static_cache_says_it_at_the_prefill(tiny, said, monkeypatch):
     made = tiny("llava")
-    with vp.patch(made.model, PRUNED) as session, torch.no_grad():
-        monkeypatch.setattr(type(session._hooks), "_found", lambda *_: None)
+    with vp.patch(made.model, PRUNED), torch.no_grad():
+        monkeypatch.setattr(VisualPositions, "visual_mask", lambda *_: None)
         cache = StaticCache(config=made.model.config.get_text_config(), max_cache_len=64)
         made.model(**made.inputs(), past_key_values=cache, use_cache=True)
     once(said, "none of its tokens")

@@ -76,15 +76,15 @@ def looking_back(tiny):
         yield made, cache, session
 
 
-def state(cache):
+def conversation(cache):
     return cache.layers[0].visionpulse
 
 
 def test_the_first_step_after_a_crop_is_dense(looking_back):
     made, cache, session = looking_back
-    assert state(cache).steps == 2
+    assert conversation(cache).steps == 2
     cache.crop(-1)
-    assert state(cache).kept is None
+    assert conversation(cache).selection is None
     fresh = copy.deepcopy(cache)
     after = step(made, cache, [9, 7])
     session.update(schedule="paper")  # whose early layers are always dense
@@ -95,14 +95,14 @@ def test_the_first_step_after_a_crop_is_dense(looking_back):
 def test_what_is_kept_moves_with_the_rows(looking_back):
     made, cache, _ = looking_back
     twin = copy.deepcopy(cache)
-    kept = state(cache).kept
+    kept = conversation(cache).selection
     cache.reorder_cache(torch.tensor([1, 0]))
-    assert torch.equal(state(cache).kept.indices, kept.indices[[1, 0]])
-    assert torch.equal(state(twin).kept.indices, kept.indices)
+    assert torch.equal(conversation(cache).selection.indices, kept.indices[[1, 0]])
+    assert torch.equal(conversation(twin).selection.indices, kept.indices)
     swapped = step(made, cache, [5, 6])
     assert torch.allclose(swapped, step(made, twin, [6, 5])[[1, 0]], atol=1e-5)
     cache.batch_repeat_interleave(2)
-    assert state(cache).kept.counts.shape == (4,)
+    assert conversation(cache).selection.counts.shape == (4,)
     step(made, cache, [5, 5, 6, 6])
 
 
@@ -118,8 +118,8 @@ def test_an_update_forgets_what_was_kept(looking_back):
 def test_a_new_turn_starts_dense(looking_back):
     made, cache, _ = looking_back
     made.model(input_ids=torch.tensor([[3, 4], [5, 6]]), past_key_values=cache)
-    assert state(cache).steps == 0
-    assert state(cache).kept is None
+    assert conversation(cache).steps == 0
+    assert conversation(cache).selection is None
 
 
 def test_prompt_lookup_with_lookback(tiny):
@@ -147,6 +147,9 @@ def test_dense_model_keeps_the_models_attention_before_the_anchor(tiny):
     given = made.inputs(*PROMPTS)
     with vp.patch(made.model, BASE.updated(dense="model")) as session:
         first = made.generate(given)
-        assert [role.value for role in session.plan.fresh[:2]] == ["model", "model"]
+        assert [role.value for role in session.patched.layer_roles.on_refresh[:2]] == [
+            "model",
+            "model",
+        ]
         session.update(dense="ours")
         assert torch.equal(made.generate(given), first)

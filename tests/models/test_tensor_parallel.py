@@ -36,7 +36,7 @@ for folder in sys.argv[1:]:
     made = {}
     for name, config in configs.items():
         with vp.patch(model, config, record=True) as session:
-            assert session.heads is not None
+            assert session.patched.heads is not None
             tokens = model.generate(**given)
             made[name] = tokens, [(e.selection.indices, e.selection.counts) for e in
                                   session.recorder.entries]

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from .cache import has_layers
+from .kv_layers import has_layers
 
 # transformers 5.24 renamed the first to the second; it still takes the first, and translates it
 # inside the forward, behind our hooks.

@@ -43,9 +43,9 @@ def attention(
             )  # fmt: skip
             return out, None
         if role is not Role.MODEL:
-            step.refused = _refusal(query, key, value, attention_mask, kwargs)
+            step.refusal = _refusal(query, key, value, attention_mask, kwargs)
     elif query.shape[2] == 1 and not torch.compiler.is_compiling():
-        registry.passed_by(module)
+        registry.report_bypass(module)
     result = base_attention(module)(module, query, key, value, attention_mask, **kwargs)
     return result  # type: ignore[no-any-return]
 

@@ -1,10 +1,14 @@
-"""Counts the decode steps that pruned nothing, and says once where that loses a picture."""
+"""Counts the decode steps that pruned nothing, and warns once where that loses a picture."""
+
+from typing import Any
 
 import torch
 
+from .conversation import Conversation
 from .families import Anatomy
 from .notices import SILENT, DenseReason, Notices
 from .stats import Recorder
+from .step import Step
 
 
 class DenseSteps:
@@ -14,26 +18,48 @@ class DenseSteps:
         self._anatomy = anatomy
         self._recorder = recorder
         self._notices = notices
-        self._unsaid: DenseReason | None = None  # of a compiled step, which cannot warn
-        self._unsaid_detail = ""
-        self.last_had_picture = False  # the prefill that compiled steps follow
+        self._held: tuple[DenseReason, str] | None = None  # a graph cannot warn: reason, detail
+        self.prefill_has_picture = False  # of the prefill that compiled steps follow
 
     def add(self, reason: DenseReason, has_picture: bool, detail: str = "") -> None:
-        """Count a dense decode step, and warn if a picture is lost by it."""
+        """Count an eager step, and warn if a picture is lost by it."""
         self._recorder.add_dense(reason, torch.device("cpu"))
         if has_picture:
             self.warn(reason, detail)
 
-    def add_compiled(self, reason: DenseReason, device: torch.device, detail: str = "") -> None:
-        """The same inside a graph: what is to be said waits for `flush`."""
-        self._recorder.add_dense(reason, device)
-        self._unsaid, self._unsaid_detail = reason, detail
+    def add_step(
+        self,
+        reason: DenseReason,
+        conversation: Conversation,
+        device: torch.device,
+        detail: str = "",
+    ) -> None:
+        """Count a step of a conversation; a compiled one holds its warning for `warn_held`."""
+        if torch.compiler.is_compiling():  # and reads no more of the conversation: a guard each
+            self._recorder.add_dense(reason, device)
+            self._held = reason, detail
+        else:
+            lost = conversation.has_picture or conversation.unknown_because is not None
+            self.add(reason, lost, detail)
 
-    def flush(self) -> None:
-        """Say what compiled steps could not."""
-        reason, self._unsaid = self._unsaid, None
-        if reason is not None and self.last_had_picture:
-            self.warn(reason, self._unsaid_detail)
+    def add_unselected(self, step: Step, output: Any) -> None:
+        """Count a step in which no anchor selected, by the reason that it shows."""
+        detail = ""
+        if step.visual is None:
+            reason = step.conversation.unknown_because or DenseReason.TEXT
+        elif self._anatomy.dense_because:
+            reason = DenseReason.DESIGN
+        elif step.refusal is not None:
+            reason, detail = DenseReason.INPUTS, step.refusal
+        else:
+            reason = DenseReason.ATTENTION
+        self.add_step(reason, step.conversation, output[0].device, detail)
+
+    def warn_held(self) -> None:
+        """Say what compiled steps held back."""
+        held, self._held = self._held, None
+        if held is not None and self.prefill_has_picture:
+            self.warn(*held)
 
     def warn(self, reason: DenseReason, detail: str = "") -> None:
         """Say why a picture is decoded dense, once for each reason."""

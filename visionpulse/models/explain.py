@@ -14,7 +14,7 @@ from ..config import resolve as resolve_config
 from ..visual import VisualTokens
 from . import registry
 from .families import TESTED, Anatomy, anatomy, attention_layers
-from .plan import Plan, plan_of
+from .layer_roles import LayerRoles
 from .session import session_of
 from .stats import Stats
 
@@ -67,7 +67,10 @@ class ModelExplanation:
 def explain_model(model: Any, config: PulseConfig | str = "10pct") -> ModelExplanation:
     """Describe a model, under its session's setting if it is patched, else under `config`."""
     parts, session = anatomy(model), session_of(model)
-    plan: Plan = session.plan if session is not None else plan_of(resolve_config(config), parts)
+    if session is not None:
+        roles = session.patched.layer_roles
+    else:
+        roles = LayerRoles.of(resolve_config(config), parts)
     kind = parts.model.config.model_type
     return ModelExplanation(
         model=type(parts.model).__name__,
@@ -76,18 +79,18 @@ def explain_model(model: Any, config: PulseConfig | str = "10pct") -> ModelExpla
         patched=session is not None,
         decoder=type(parts.decoder).__name__,
         layers=len(parts.full),
-        anchors=plan.anchors,
+        anchors=roles.anchors,
         published=parts.published,
-        roles=tuple(role.value for role in plan.fresh),
+        roles=tuple(role.value for role in roles.on_refresh),
         dense_because=parts.dense_because,
         visual_ids=parts.visual_ids,
         base_attention=registry.base_name(parts.config),
-        backend=_backend(parts, plan),
+        backend=_backend(parts, roles.config),
         ran=None if session is None else session.stats,
     )
 
 
-def _backend(parts: Anatomy, plan: Plan) -> Choice:
+def _backend(parts: Anatomy, config: PulseConfig) -> Choice:
     """Ask for a cache of one key with the model's heads, dtype and device."""
     heads = parts.config.num_attention_heads
     kv_heads = getattr(parts.config, "num_key_value_heads", None) or heads
@@ -98,7 +101,7 @@ def _backend(parts: Anatomy, plan: Plan) -> Choice:
     k = torch.zeros(1, kv_heads, 1, width, dtype=dtype, device=weight.device)
     q = torch.zeros(1, heads, width, dtype=dtype, device=weight.device)
     visual = VisualTokens.from_spans([[(0, 1)]], device=weight.device)
-    return ops.explain(q, KVCache(k, k), visual, plan.config)
+    return ops.explain(q, KVCache(k, k), visual, config)
 
 
 def _runs(layers: Any) -> str:

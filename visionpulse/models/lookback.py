@@ -1,8 +1,8 @@
-"""What "lookback" keeps between steps, as buffers of one shape, for a compiled step.
+"""The selection of the last step, in buffers of one shape, for a compiled lookback.
 
-In a compiled step the layers before the anchor always follow a selection. On a fresh step it holds
-all visual tokens, which is dense attention; on the others it is what the last step kept. The choice
-is made on the device, so one graph serves both.
+In a compiled step the layers before the anchor always follow a selection: in a refresh, all visual
+tokens, which is dense attention, else what the last step selected. The device decides which, so one
+graph serves both.
 """
 
 import torch
@@ -13,7 +13,7 @@ from ..visual import VisualTokens
 
 
 class LookBack:
-    """The selection for the layers before the anchor, and the number of the step."""
+    """The buffers: two selections, of all visual tokens and of the last step, and the step."""
 
     def __init__(self, visual: VisualTokens) -> None:
         shape, device = (visual.batch, visual.max_count), visual.device
@@ -32,7 +32,7 @@ class LookBack:
         return tuple(self.all.shape) == (visual.batch, visual.max_count)
 
     def load(self, visual: VisualTokens) -> None:
-        """Take the visual tokens of a new prompt; the next step is fresh."""
+        """Take the visual tokens of a new prompt; the next step is a refresh."""
         mask = visual.mask(visual.size)  # [B, size]
         order = torch.where(mask, torch.arange(visual.size, device=mask.device), visual.size)
         order = order.sort(dim=1).values[:, : self.all.shape[1]]
@@ -41,7 +41,7 @@ class LookBack:
         self.restart()
 
     def restart(self) -> None:
-        """Let the next step be fresh."""
+        """Let the next step be a refresh."""
         self.step.zero_()
 
     def take(self, rows: Tensor) -> None:
@@ -49,18 +49,18 @@ class LookBack:
         for buffer in (self.all, self.indices, self.visual_counts, self.counts):
             buffer.copy_(buffer[rows])
 
-    def early(self, refresh: int) -> Selection:
-        """The selection for the layers before the anchor."""
-        fresh = self.step == 0
+    def selection(self, refresh: int) -> Selection:
+        """The selection for the layers before the anchor, refreshed every `refresh` steps."""
+        refreshes = self.step == 0
         if refresh:
-            fresh = fresh | (self.step % refresh == 0)
-        indices = torch.where(fresh, self.all, self.indices)
-        counts = torch.where(fresh, self.visual_counts, self.counts)
+            refreshes = refreshes | (self.step % refresh == 0)
+        indices = torch.where(refreshes, self.all, self.indices)
+        counts = torch.where(refreshes, self.visual_counts, self.counts)
         mass = torch.zeros_like(counts, dtype=torch.float32)  # followers never look at it
         return Selection(indices, counts, mass, mass, trusted=True)
 
     def keep(self, selection: Selection) -> None:
-        """Take what the anchor kept in this step."""
+        """Take the anchor's selection in this step."""
         self.indices.narrow(1, 0, selection.indices.shape[1]).copy_(selection.indices)
         self.counts.copy_(selection.counts)
         self.step.add_(1)

@@ -64,8 +64,8 @@ def watch(layer: nn.Module, call: Callable[[], None] | None) -> None:
         _watched[layer] = call
 
 
-def passed_by(layer: nn.Module) -> None:
-    """Say that a layer decodes without a step."""
+def report_bypass(layer: nn.Module) -> None:
+    """Call back for an attention layer that decodes without a step."""
     call = _watched.get(layer)
     if call is not None:
         call()

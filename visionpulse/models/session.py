@@ -1,6 +1,5 @@
-"""A patched model's state: made by `patch`, ended by `unpatch`."""
+"""The session of a patched model: made by `patch`, ended by `unpatch`."""
 
-import itertools
 import threading
 import warnings
 import weakref
@@ -13,16 +12,14 @@ from torch import Tensor
 
 from ..config import PulseConfig
 from ..config import resolve as resolve_config
-from ..layer_ops import LayerOps
 from ..trace.record import Trace, trace_of
 from . import registry
 from .attention import attention
-from .cache import release
 from .families import Anatomy, UnsupportedModelError, anatomy
 from .hooks import Hooks
-from .notices import Notices
-from .plan import Plan, plan_of
-from .state import CacheState
+from .kv_layers import release
+from .layer_roles import LayerRoles
+from .patched_model import PatchedModel
 from .stats import Recorder, Stats
 from .tensor_parallel import head_group
 
@@ -35,34 +32,30 @@ class Session:
     As a context manager it unpatches at the end.
     """
 
-    def __init__(self, parts: Anatomy, config: PulseConfig, record: bool) -> None:
-        self.anatomy = parts
-        self.plan: Plan = plan_of(config, parts)
-        self.asked = config
+    def __init__(self, anatomy: Anatomy, config: PulseConfig, record: bool) -> None:
+        self.anatomy = anatomy
         self.recorder = Recorder(record)
-        self.layers: dict[Any, LayerOps] = {}
-        self.heads = head_group(parts.decoder)
-        self.is_paused = False
-        self._names = itertools.count()
-        self.notices = Notices()
-        registry.enter(parts.decoder, attention)
-        self._finalizer = weakref.finalize(parts.decoder, registry.leave, id(parts.config))
-        self._hooks = Hooks(self)
+        roles, heads = LayerRoles.of(config, anatomy), head_group(anatomy.decoder)
+        self.patched = PatchedModel(anatomy, roles, self.recorder, heads)
+        self._config = config
+        registry.enter(anatomy.decoder, attention)
+        self._finalizer = weakref.finalize(anatomy.decoder, registry.leave, id(anatomy.config))
+        self._hooks = _SessionHooks(self)
 
     @property
     def config(self) -> PulseConfig:
-        """The setting in force."""
-        return self.asked
+        """The setting in force, as it was given."""
+        return self._config
 
     @property
     def anchors(self) -> tuple[int, ...]:
         """The layers that select."""
-        return self.plan.anchors
+        return self.patched.layer_roles.anchors
 
     @property
     def stats(self) -> Stats:
         """What ran and was kept since the patch or the last `reset_stats`; summed up here."""
-        self._hooks.dense.flush()
+        self._hooks.dense.warn_held()
         return self.recorder.stats()
 
     @property
@@ -76,7 +69,7 @@ class Session:
         config = self.anatomy.config
         about = {
             "model": getattr(self.anatomy.model.config, "name_or_path", "") or config.model_type,
-            "config": {k: str(v) for k, v in vars(self.plan.config).items()},
+            "config": {k: str(v) for k, v in vars(self.patched.layer_roles.config).items()},
             "anchors": list(self.anchors),
             "layers": len(self.anatomy.full),
         }
@@ -102,9 +95,9 @@ class Session:
 
     def update(self, **changes: Any) -> "Session":
         """Change settings; forwards that start after it follow them."""
-        asked = self.asked.updated(**changes)
-        self.plan, self.asked = plan_of(asked, self.anatomy), asked  # refused before it is taken
-        self.layers = {}
+        config = self._config.updated(**changes)
+        self.patched.set_roles(LayerRoles.of(config, self.anatomy))  # refuses before any change
+        self._config = config
         return self
 
     def set_visual_mask(self, mask: Tensor) -> None:
@@ -114,16 +107,16 @@ class Session:
         """
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 2:
             raise TypeError("the visual mask must be a bool tensor [B, tokens of the next forward]")
-        self._hooks.give(mask)
+        self._hooks.positions.user_mask = mask
 
     @contextmanager
     def paused(self) -> Iterator["Session"]:
         """Run the model as it was: the dense baseline on the same object."""
-        before, self.is_paused = self.is_paused, True
+        before, self.patched.is_paused = self.patched.is_paused, True
         try:
             yield self
         finally:
-            self.is_paused = before
+            self.patched.is_paused = before
 
     def unpatch(self) -> None:
         """Leave the model exactly as it was."""
@@ -131,7 +124,7 @@ class Session:
             if not self._finalizer.alive:
                 warnings.warn("this session has ended: the model is not patched", stacklevel=2)
                 return
-            self._hooks.dense.flush()
+            self._hooks.dense.warn_held()
             self._hooks.remove()
             self._finalizer()
             # generate() keeps a static cache on the model for its next call
@@ -153,11 +146,15 @@ class Session:
     def __repr__(self) -> str:
         state = "active" if self.is_active else "ended"
         kind = type(self.anatomy.model).__name__
-        return f"<Session on {kind}, anchors {self.anchors}, {state}; {self.asked}>"
+        return f"<Session on {kind}, anchors {self.anchors}, {state}; {self.config}>"
 
-    def new_state(self) -> CacheState:
-        """The state of a new conversation."""
-        return CacheState(name=next(self._names))
+
+class _SessionHooks(Hooks):
+    """The hooks by which a decoder keeps its session alive, and leads back to it."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        super().__init__(session.patched)
 
 
 def session_of(model: Any) -> Session | None:
@@ -172,7 +169,7 @@ def session_of(model: Any) -> Session | None:
 def _session_on(decoder: Any) -> Session | None:
     for hook in decoder._forward_pre_hooks.values():
         owner = getattr(hook, "__self__", None)
-        if isinstance(owner, Hooks):
+        if isinstance(owner, _SessionHooks):
             return owner.session
     return None
 
@@ -191,17 +188,16 @@ def patch(
     config = config.updated(**changes) if changes else config
     with _lock:
         parts = anatomy(model)
-        present = _session_on(parts.decoder)
-        if present is None:
-            plan_of(config, parts)  # refused before anything is touched
-            return Session(parts, config, record)
-        if present.asked != config:
+        session = _session_on(parts.decoder)
+        if session is None:
+            return Session(parts, config, record)  # refuses before any change
+        if session.config != config:
             raise ValueError(
-                f"the model is patched with {present.asked}, got {config}; "
+                f"the model is patched with {session.config}, got {config}; "
                 "use session.update(...), or unpatch it first"
             )
-        present.recorder.record = present.recorder.record or record
-        return present
+        session.recorder.record = session.recorder.record or record
+        return session
 
 
 def set_visual_mask(model: Any, mask: Tensor) -> None:

@@ -50,7 +50,7 @@ class Report:
     """What to say of a session when it is over; it does not keep the model alive."""
 
     def __init__(self, session: Session) -> None:
-        config = session.plan.config
+        config = session.patched.layer_roles.config
         self.recorder = session.recorder
         self.about = {
             "model": getattr(session.anatomy.model.config, "name_or_path", ""),

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..selection import Selection
 from ..trace.record import Entry
+from .conversation import Conversation
 from .notices import DenseReason
-from .state import CacheState
 
 QUANTITIES = ("retention", "kept", "mass", "mass_mean")
 PENDING = 4096  # selections held before they are summed up; each holds a few numbers per row
@@ -122,12 +122,12 @@ class Recorder:
     def add(
         self,
         selection: Selection,
-        state: CacheState,
+        conversation: Conversation,
         is_first: bool,
         step: tuple[int, int, Tensor | None],
     ) -> None:
         """Take an anchor's selection: the first of its step, or not; number, layer and token."""
-        inverse = state.inverse
+        inverse = conversation.inverse
         if inverse is None:
             return
         counts, mass, mass_mean = selection.counts, selection.mass, selection.mass_mean
@@ -135,8 +135,9 @@ class Recorder:
             self._sums[counts.device].add(counts, mass, mass_mean, inverse, [is_first])
             return
         self._pending.append((counts, mass, mass_mean, inverse, is_first))
-        if self.record and state.visual is not None:
-            self.entries.append(Entry(selection, state.visual, state.name, *step))
+        visual = conversation.visual
+        if self.record and visual is not None:
+            self.entries.append(Entry(selection, visual, conversation.number, *step))
         if len(self._pending) >= PENDING:
             self._fold()
 

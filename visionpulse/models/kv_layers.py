@@ -1,8 +1,8 @@
-"""A cache layer that grows in place, and cache layers that carry what belongs to a conversation.
+"""Layers of a transformers cache: one that grows in place, and one that carries a conversation.
 
-torch.cat reads and writes the whole cache in every step; a buffer with slack writes one token.
-Both kinds of layer are mixed into the cache layers of transformers, so that these keep their
-class family and with it mask sizes, cropping and the batch operations.
+torch.cat reads and writes the whole cache in every step; a buffer with slack writes one token. Both
+are mixins over the layers of transformers, which keep their mask sizes, cropping and batch
+operations.
 """
 
 import sys
@@ -12,39 +12,37 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .conversation import Conversation
 from .lookback import LookBack
-from .state import CacheState
 
 SLACK_TOKENS = 256  # slack of a short cache
 SLACK_SHARE = 8  # slack of a long one: an eighth of its tokens
-KEPT_SHARE = 4  # a buffer with more than a quarter to spare is let go
+SPARE_SHARE = 4  # a buffer with more than a quarter to spare is let go
 
 
-def room_for(tokens: int) -> int:
+def slots_for(tokens: int) -> int:
     """Slots to allocate for `tokens`: at most 1.25 times as many past 4096 tokens."""
     return tokens + max(SLACK_TOKENS, tokens // SLACK_SHARE)
 
 
 def _too_large(slots: int, tokens: int) -> bool:
-    return slots > room_for(tokens) and slots > tokens + tokens // KEPT_SHARE
+    return slots > slots_for(tokens) and slots > tokens + tokens // SPARE_SHARE
 
 
 class Growing:
     """Mixin over DynamicLayer: keys and values are views of buffers with slack.
 
-    Anyone may replace `keys` and `values` (crop, reorder, offload, reset): the views made here are
-    remembered, and other tensors are taken over at the next update.
+    Anyone may replace `keys` and `values` (crop, reorder, offload, reset): tensors that are not the
+    views made here are taken over at the next update.
     """
 
     _buffers: ClassVar[tuple[Tensor, Tensor] | None] = None  # [B, G, slots, D]
-    _views: ClassVar[tuple[Tensor, Tensor] | None] = (
-        None  # what keys and values were after the last update
-    )
+    _views: ClassVar[tuple[Tensor, Tensor] | None] = None  # keys and values after the last update
 
     def update(
         self: Any, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append [B, G, n, D]; gives all keys and all values."""
+        """Append [B, G, n, D]; returns all keys and all values."""
         if torch.compiler.is_compiling() or key_states.requires_grad:
             whole: tuple[Tensor, Tensor]
             whole = super().update(key_states, value_states, *args, **kwargs)  # type: ignore[misc]
@@ -55,16 +53,16 @@ class Growing:
         if views is None or keys is not views[0] or self.values is not views[1]:
             self._take_over(key_states, value_states)
             keys = self.keys
-        held = keys.shape[2] if keys.dim() == 4 else 0
-        total = held + key_states.shape[2]
+        past = keys.shape[2] if keys.dim() == 4 else 0
+        total = past + key_states.shape[2]
         if self._buffers is None or total > self._buffers[0].shape[2]:
-            self._grow(held, total, key_states, value_states)
+            self._grow(past, total, key_states, value_states)
         k, v = self._buffers
-        k.narrow(2, held, total - held).copy_(key_states)
-        v.narrow(2, held, total - held).copy_(value_states)
-        made = (k.narrow(2, 0, total), v.narrow(2, 0, total))
-        self.keys, self.values = self._views = made
-        return made
+        k.narrow(2, past, total - past).copy_(key_states)
+        v.narrow(2, past, total - past).copy_(value_states)
+        self._views = views = k.narrow(2, 0, total), v.narrow(2, 0, total)
+        self.keys, self.values = views
+        return views
 
     def _take_over(self: Any, key_states: Tensor, value_states: Tensor) -> None:
         """Keep the buffers if keys and values still lie at their front, else let them go."""
@@ -84,9 +82,9 @@ class Growing:
         if not lies_inside or _too_large(buffers[0].shape[2], tokens):
             self._buffers = None
 
-    def _grow(self: Any, held: int, total: int, key_states: Tensor, value_states: Tensor) -> None:
-        """Move what is held into larger buffers, one at a time to bound the peak."""
-        slots, grown = room_for(total), []
+    def _grow(self: Any, past: int, total: int, key_states: Tensor, value_states: Tensor) -> None:
+        """Move `past` tokens into larger buffers, one at a time to bound the peak."""
+        slots, buffers = slots_for(total), []
         old = (self.keys, self.values)
         self._buffers = self._views = None
         for before, like in zip(old, (key_states, value_states), strict=True):
@@ -96,10 +94,10 @@ class Growing:
                     dtype=like.dtype,
                     device=like.device,
                 )
-            if held:
-                buffer.narrow(2, 0, held).copy_(before)
-            grown.append(buffer)
-        self._buffers = tuple(grown)
+            if past:
+                buffer.narrow(2, 0, past).copy_(before)
+            buffers.append(buffer)
+        self._buffers = tuple(buffers)
 
     def crop(self: Any, *args: Any, **kwargs: Any) -> None:
         """Drop tokens from the end, and the buffers if they become much too large."""
@@ -117,20 +115,20 @@ class Growing:
 
 
 class Carrier:
-    """Mixin over the cache layer that carries the state of its conversation.
+    """Mixin over the cache layer that carries a conversation.
 
-    What is done to the rows and the length of the cache is done to the state, and a copy of the
+    The rows and the length of the cache change together with the conversation's, and a copy of the
     cache has a copy of it.
     """
 
-    visionpulse: ClassVar[CacheState | None] = None
-    spare: ClassVar[LookBack | None] = None  # of the conversation before a reset
+    visionpulse: ClassVar[Conversation | None] = None
+    spare_lookback: ClassVar[LookBack | None] = None  # of the conversation before a reset
 
     def reset(self: Any) -> None:
         """Forget the conversation."""
         super().reset()  # type: ignore[misc]
         if self.visionpulse is not None:  # a graph knows the buffers by their addresses
-            self.spare, self.visionpulse = self.visionpulse.window, None
+            self.spare_lookback, self.visionpulse = self.visionpulse.lookback, None
 
     def crop(self: Any, *args: Any, **kwargs: Any) -> None:
         """Drop tokens from the end."""
@@ -161,9 +159,9 @@ class Carrier:
 def mixed(mixin: Any, layer: Any) -> Any:
     """The class `mixin` over `layer`; an attribute of this module, so that it can be pickled."""
     name = f"{mixin.__name__}{layer.__name__}"
-    made = type(name, (mixin, layer), {"__module__": __name__})
-    setattr(sys.modules[__name__], name, made)
-    return made
+    kind = type(name, (mixin, layer), {"__module__": __name__})
+    setattr(sys.modules[__name__], name, kind)
+    return kind
 
 
 def swap_layers(cache: Any, layers: int) -> None:
@@ -185,21 +183,21 @@ def has_layers(cache: Any) -> bool:
     return hasattr(cache, "layers") and hasattr(cache, "layer_class_to_replicate")
 
 
-def state_of(cache: Any, layer: int) -> CacheState | None:
-    """The state that the cache carries at `layer`, if any."""
+def conversation_of(cache: Any, layer: int) -> Conversation | None:
+    """The conversation that the cache carries at `layer`, if any."""
     layers = getattr(cache, "layers", ())
     return getattr(layers[layer], "visionpulse", None) if len(layers) > layer else None
 
 
-def attach(cache: Any, layer: int, state: CacheState | None) -> None:
-    """Let the cache carry `state`; without effect on a cache that has no such layer."""
+def attach(cache: Any, layer: int, conversation: Conversation | None) -> None:
+    """Let the cache carry a conversation; without effect on a cache that has no such layer."""
     if not has_layers(cache) or len(cache.layers) <= layer:
         return
     carrier = cache.layers[layer]
     if not isinstance(carrier, Carrier):
         kind: Any = type(carrier)
         carrier = cache.layers[layer] = _as(mixed(Carrier, kind), carrier)
-    carrier.visionpulse = state
+    carrier.visionpulse = conversation
 
 
 def release(cache: Any) -> None:
@@ -207,12 +205,12 @@ def release(cache: Any) -> None:
     for i, layer in enumerate(getattr(cache, "layers", ())):
         if isinstance(layer, Carrier):
             cache.layers[i] = _as(type(layer).__mro__[2], layer)
-            for name in ("visionpulse", "spare"):
+            for name in ("visionpulse", "spare_lookback"):
                 cache.layers[i].__dict__.pop(name, None)
 
 
 def _as(kind: Any, layer: Any) -> Any:
     """The same layer as an object of another class; Python may refuse to change it in place."""
-    made = object.__new__(kind)
-    made.__dict__.update(layer.__dict__)
-    return made
+    other = object.__new__(kind)
+    other.__dict__.update(layer.__dict__)
+    return other

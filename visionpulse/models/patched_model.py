@@ -1,0 +1,36 @@
+"""One patched model, as its session, its hooks and its decode steps share it."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..layer_ops import LayerOps
+from .conversation import Conversation
+from .families import Anatomy
+from .layer_roles import LayerRoles
+from .notices import Notices
+from .stats import Recorder
+from .tensor_parallel import HeadGroup
+
+
+@dataclass(eq=False)
+class PatchedModel:
+    """The model's parts, the roles of its layers, and what is counted and said about it."""
+
+    anatomy: Anatomy
+    layer_roles: LayerRoles  # replaced by an update; a step keeps those it began with
+    recorder: Recorder
+    heads: HeadGroup | None  # of a model whose heads are split over processes
+    notices: Notices = field(default_factory=Notices)
+    layer_ops: dict[Any, LayerOps] = field(default_factory=dict)  # by shape, each checked once
+    is_paused: bool = False
+    _numbers: Iterator[int] = field(default_factory=itertools.count)
+
+    def set_roles(self, layer_roles: LayerRoles) -> None:
+        """Let the forwards that start from now on follow other roles."""
+        self.layer_roles, self.layer_ops = layer_roles, {}
+
+    def new_conversation(self) -> Conversation:
+        """A conversation with a number of its own."""
+        return Conversation(next(self._numbers))

@@ -13,7 +13,7 @@ import transformers
 
 import visionpulse as vp
 from visionpulse.models import session_of
-from visionpulse.models.settings import config_of
+from visionpulse.models.config_text import config_from_text
 
 SUPPRESSED = [150, 151, 152, 153]
 
@@ -102,13 +102,14 @@ def test_run_patches_a_program_and_logs_what_it_kept(saved, tmp_path):
 
 
 def test_settings_are_read_from_text():
-    config = config_of("5pct", {"ratio": "0.1:0.2", "anchor": "3:5", "tau": "0.3", "refresh": "4"})
+    text = {"ratio": "0.1:0.2", "anchor": "3:5", "tau": "0.3", "refresh": "4"}
+    config = config_from_text("5pct", text)
     assert config == vp.PulseConfig(tau=0.3, ratio=(0.1, 0.2), anchor=(3, 5), refresh=4)
-    assert config_of("10pct", {"anchor": 4, "score": "logit"}).anchor == 4
+    assert config_from_text("10pct", {"anchor": 4, "score": "logit"}).anchor == 4
     with pytest.raises(ValueError, match="unknown setting rato"):
-        config_of("5pct", {"rato": "0.1"})
+        config_from_text("5pct", {"rato": "0.1"})
     with pytest.raises(ValueError, match="joined by a colon"):
-        config_of("5pct", {"ratio": "0.1-0.2"})
+        config_from_text("5pct", {"ratio": "0.1-0.2"})
 
 
 @dataclass(frozen=True)

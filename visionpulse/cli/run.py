@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..models.config_text import config_from_text
 from ..models.install import install, installed_reports, uninstall
-from ..models.settings import config_of
 
 LOG = "visionpulse-retention.jsonl"
 
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     settings = dict(item.partition("=")[::2] for item in options.set)
     try:
-        config = config_of(options.preset, settings)
+        config = config_from_text(options.preset, settings)
     except (TypeError, ValueError) as error:
         parser.error(str(error))
     log = Path(options.log).resolve()  # the program may change the working directory

@@ -11,7 +11,8 @@ from typing import Any
 
 import visionpulse as vp
 
-from ..models.settings import Report, config_of
+from ..models.config_text import config_from_text
+from ..models.report import Report
 
 PREFIX = "visionpulse_"
 LOG = "visionpulse-retention.jsonl"
@@ -65,7 +66,7 @@ def _patched(base: Any) -> type:
         def __init__(self, **kwargs: Any) -> None:
             own = {k[3:]: kwargs.pop(k) for k in list(kwargs) if k.startswith("vp_")}
             preset, self._vp_log = own.pop("preset", "10pct"), own.pop("log", LOG)
-            config = config_of(preset, own)
+            config = config_from_text(preset, own)
             super().__init__(**kwargs)
             self.visionpulse = vp.patch(self._model, config)
 

@@ -1,4 +1,4 @@
-"""Finds the arguments of a module's forward, however they are spelt and wherever they are given."""
+"""Finds the arguments of a module's forward, by name or by position, and its cache by any name."""
 
 import inspect
 from collections.abc import Iterable
@@ -8,13 +8,13 @@ from torch import nn
 
 from .kv_layers import has_layers
 
-# transformers 5.24 renamed the first to the second; it still takes the first, and translates it
+# transformers 5.24 renamed the first to the second. It still takes the first, but translates it
 # inside the forward, behind our hooks.
 _CACHE_NAMES = ("past_key_values", "cache")
 
 
 class Arguments:
-    """The arguments of a module's forward, given by name or by place."""
+    """The signature of a module's forward."""
 
     def __init__(self, module: nn.Module) -> None:
         parameters = inspect.signature(module.forward).parameters
@@ -23,14 +23,14 @@ class Arguments:
         self._cache_names = tuple(dict.fromkeys((*declared, *_CACHE_NAMES)))
 
     def get(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The value, or None."""
+        """The value of an argument, or None."""
         if name in kwargs:
             return kwargs[name]
         place = self._places.get(name)
         return args[place] if place is not None and place < len(args) else None
 
     def cache(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The cache: what has its name or its type in the signature, else what looks like one."""
+        """The cache: the argument of its name or type, else one that has layers; or None."""
         for name in self._cache_names:
             value = self.get(name, args, kwargs)
             if value is not None:
@@ -39,7 +39,7 @@ class Arguments:
 
 
 def cache_of_output(output: Any) -> Any:
-    """The cache that a forward returned, in a tuple or a record; None without one."""
+    """The cache in the output of a forward, a tuple or a record; or None."""
     if isinstance(output, dict):  # outputs of transformers are dicts without what is None
         return _cache_among(output.values())
     return _cache_among(output) if isinstance(output, tuple) else None

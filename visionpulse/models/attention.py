@@ -1,4 +1,4 @@
-"""The attention function behind our name: one role per layer in a decode step, else the model's."""
+"""The attention function behind our name: a layer's role in a decode step, else the model's own."""
 
 from typing import Any
 
@@ -22,8 +22,8 @@ def attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Attend as the layer's role says: query [B, H, Q, D] to [B, Q, H, D].
 
-    Without a step in the keywords this is the attention the model had before: prefill, training,
-    a paused session, and any other model that shares the config.
+    Without a step in the keywords it is the model's own attention: in prefill, in training, in a
+    paused session, and for any other model that shares the config.
     """
     step = kwargs.pop(CONTEXT, None)
     if step is not None:
@@ -57,7 +57,7 @@ def _refusal(
     if key.shape != value.shape:
         return f"keys are {tuple(key.shape)}, values {tuple(value.shape)}"
     if query.requires_grad:
-        return "a gradient is wanted; decode under torch.no_grad()"
+        return "the query needs a gradient; decode under torch.no_grad()"
     if kwargs.get("s_aux") is not None:
         return "it has sinks"
     if kwargs.get("position_bias") is not None:

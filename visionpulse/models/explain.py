@@ -1,4 +1,4 @@
-"""Say what patching a model does, or would do, and which backend serves it."""
+"""What patching a model does, or would do, and which backend serves it."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,7 @@ from .stats import Stats
 
 @dataclass(frozen=True)
 class ModelExplanation:
-    """What `explain(model)` found; print it."""
+    """What `explain(model)` says; print it."""
 
     model: str
     family: str
@@ -91,7 +91,7 @@ def explain_model(model: Any, config: PulseConfig | str = "10pct") -> ModelExpla
 
 
 def _backend(parts: Anatomy, config: PulseConfig) -> Choice:
-    """Ask for a cache of one key with the model's heads, dtype and device."""
+    """The backend for a cache of one key with the model's heads, dtype and device."""
     heads = parts.config.num_attention_heads
     kv_heads = getattr(parts.config, "num_key_value_heads", None) or heads
     layer: nn.Module = attention_layers(parts.decoder)[0]

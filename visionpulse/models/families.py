@@ -1,6 +1,6 @@
-"""What differs between model families, as a table; all else is one generic path.
+"""What differs between model families, as a table, and the parts of a model that patching needs.
 
-`anatomy(model)` finds the parts of a model that patching needs, or says why there are none.
+All else is one generic path.
 """
 
 import sys
@@ -28,7 +28,7 @@ class Family:
 _CROSS = "its picture is read by cross-attention, so the cache holds no visual tokens"
 _SEPARATE = "its decoder reads the picture through an encoder; there is no visual key to prune"
 
-# Families that were run need no row unless they are an exception.
+# A family without an exception needs no row.
 FAMILIES: dict[str, Family] = {
     "mllama": Family(refused=_CROSS),
     "idefics": Family(refused=_CROSS),
@@ -60,7 +60,7 @@ TESTED = (
     "aya_vision",
 )
 
-# The published models and the anchor their figures were measured with.
+# Published models, and the anchor of their published figures.
 PUBLISHED = {
     "Qwen3-VL-4B": 17,
     "Qwen3-VL-8B": 17,
@@ -108,7 +108,7 @@ def unwrap(model: Any) -> Any:
 
 
 def anatomy(model: Any) -> Anatomy:
-    """Find the parts of a model; every reason to refuse it is found here."""
+    """Find the parts of a model, or refuse it with the reason."""
     model = unwrap(model)
     kind = getattr(model.config, "model_type", type(model).__name__)
     family = FAMILIES.get(kind, Family())
@@ -168,21 +168,21 @@ def _decoder(model: Any, kind: str) -> tuple[Any, Any]:
 
 def attention_layers(decoder: nn.Module) -> list[nn.Module]:
     """The self-attention modules of a decoder, in the order of its layers."""
-    found = [
+    layers = [
         module
         for module in decoder.modules()
         if hasattr(module, "layer_idx") and hasattr(module, "scaling")
     ]
-    return sorted(found, key=lambda module: int(module.layer_idx))  # type: ignore[arg-type]
+    return sorted(layers, key=lambda module: int(module.layer_idx))  # type: ignore[arg-type]
 
 
 def _visual_ids(model: Any, family: Family) -> tuple[int, ...]:
-    found = (getattr(model.config, name, None) for name in family.ids)
-    return tuple(dict.fromkeys(int(i) for i in found if isinstance(i, int)))
+    ids = (getattr(model.config, name, None) for name in family.ids)
+    return tuple(dict.fromkeys(int(i) for i in ids if isinstance(i, int)))
 
 
 def _full_layers(config: Any) -> tuple[bool, ...]:
-    """Full attention is what `layer_types` says; without the list, no window and no chunk."""
+    """Full attention by `layer_types`; without that list, where no window and no chunk is set."""
     kinds = getattr(config, "layer_types", None)
     if kinds is not None:
         return tuple(kind == "full_attention" for kind in kinds)
@@ -202,5 +202,5 @@ def _dense_because(decoder: nn.Module) -> str | None:
 
 def _published(model: Any, full: tuple[bool, ...]) -> int | None:
     name = getattr(model.config, "name_or_path", "") or ""
-    found = (anchor for part, anchor in PUBLISHED.items() if part in name)
-    return next((anchor for anchor in found if anchor < len(full) and full[anchor]), None)
+    anchors = (anchor for part, anchor in PUBLISHED.items() if part in name)
+    return next((anchor for anchor in anchors if anchor < len(full) and full[anchor]), None)

@@ -1,4 +1,4 @@
-"""Patch what `from_pretrained` returns: for harnesses that build the model themselves."""
+"""Patch what `from_pretrained` returns: for programs that build the model themselves."""
 
 import threading
 import warnings
@@ -7,8 +7,8 @@ from typing import Any
 from ..config import PulseConfig
 from ..config import resolve as resolve_config
 from .families import UnsupportedModelError, anatomy
+from .report import Report
 from .session import patch
-from .settings import Report
 
 _lock = threading.Lock()
 
@@ -24,10 +24,10 @@ _installed: _Installed | None = None
 
 
 def install(config: PulseConfig | str = "10pct") -> None:
-    """Patch every supported model that `from_pretrained` of transformers gives from now on.
+    """Patch every supported model that `from_pretrained` of transformers returns from now on.
 
-    Models without visual tokens pass through; a multimodal model that cannot be patched warns.
-    Opt-in and undone by `uninstall`: the only thing here that changes more than one model.
+    Models without visual tokens pass through; a multimodal model that cannot be patched warns. The
+    only function here that changes more than one model; `uninstall` undoes it.
     """
     global _installed
     from transformers import PreTrainedModel
@@ -47,7 +47,7 @@ def install(config: PulseConfig | str = "10pct") -> None:
         def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
             loaded = original.__func__(cls, *args, **kwargs)
             model = loaded[0] if isinstance(loaded, tuple) else loaded  # with loading info
-            _take(model)
+            _patch_loaded(model)
             return loaded
 
         from_pretrained.__doc__ = original.__func__.__doc__
@@ -55,7 +55,7 @@ def install(config: PulseConfig | str = "10pct") -> None:
 
 
 def uninstall() -> None:
-    """Give `from_pretrained` back; models that were patched stay so until they are unpatched."""
+    """Restore `from_pretrained`; models that were patched stay so until they are unpatched."""
     global _installed
     from transformers import PreTrainedModel
 
@@ -69,11 +69,11 @@ def uninstall() -> None:
 
 
 def installed_reports() -> list[Report]:
-    """What the models that `install` has patched have to report, also those that are gone."""
+    """The reports of all models that `install` has patched, also of those that are gone."""
     return [] if _installed is None else list(_installed.reports)
 
 
-def _take(model: Any) -> None:
+def _patch_loaded(model: Any) -> None:
     installed = _installed
     if installed is None:
         return

@@ -1,7 +1,7 @@
-"""Why a decode step ran dense, and what a session says once.
+"""The reasons for a dense decode step, and the warnings of a session, each said once.
 
-Silence is for steps that have no picture, and for those that were paused; every other dense step of
-a picture is a loss that the user did not ask for.
+Steps without a picture and paused steps are silent. Every other dense step loses something that the
+user did not give up.
 """
 
 import threading
@@ -32,25 +32,25 @@ class DenseReason(Enum):
 SILENT = (DenseReason.TEXT, DenseReason.PAUSED)
 
 _TEXTS = {
-    DenseReason.TRAINING: "the model is in training mode, which takes its own attention; call "
+    DenseReason.TRAINING: "the model is in training mode, which runs its own attention; call "
     "model.eval()",
     DenseReason.DESIGN: "the model is supported but {detail}; nothing can be pruned in it",
     DenseReason.HOLES: "a row's mask hides keys between visible ones, or is of an unknown kind, so "
     "the model's own attention runs; pad on the left and hide nothing else",
-    DenseReason.CACHE_KIND: "a {detail} is no cache of transformers made of layers, so nothing "
-    "can be carried in it; use a DynamicCache or a StaticCache",
+    DenseReason.CACHE_KIND: "a {detail} is no transformers cache with layers, so it cannot "
+    "carry the positions of visual tokens; use a DynamicCache or a StaticCache",
     DenseReason.CACHE_UNSEEN: "the cache was filled before the model was patched, while the "
-    "session was paused, or was rebuilt since, so the places of its pictures are unknown; fill it "
-    "again with the patched model",
+    "session was paused, or was rebuilt since, so the positions of its pictures are unknown; "
+    "fill it again with the patched model",
     DenseReason.PROMPT_UNSEEN: "the prompt came to the decoder as embeddings, past the forward of "
-    "{detail}, so the places of its pictures are unknown; call that, or say where they are (all "
-    "False without a picture) with visionpulse.set_visual_mask(model, mask) before the prefill",
+    "{detail}, so the positions of its pictures are unknown; call that, or pass them (all False "
+    "without a picture) to visionpulse.set_visual_mask(model, mask) before the prefill",
     DenseReason.POSITIONS: "a picture came with the prompt, but none of its tokens is a visual "
     "token of the config ({detail}), or the decoder got another number of tokens; check that "
     "processor and model belong together, or call visionpulse.set_visual_mask(model, mask) "
     "before generate",
-    DenseReason.DECODER: "the decoder that was patched is no longer called ({detail}): part of the "
-    "model was replaced, or another path is taken; unpatch the model and patch it again",
+    DenseReason.DECODER: "the patched decoder is not called ({detail}): part of the model was "
+    "replaced, or the forward goes another way; unpatch the model and patch it again",
     DenseReason.ATTENTION: "no layer called the attention function of visionpulse (the config says "
     "{detail}); unpatch, set the attention implementation, patch again",
     DenseReason.INPUTS: "the anchor was left to the model's own attention: {detail}",
@@ -58,36 +58,36 @@ _TEXTS = {
 
 
 class Notices:
-    """What one session has said; each kind is said once."""
+    """The warnings of one session; each kind is said once."""
 
     def __init__(self) -> None:
-        self._said: set[object] = set()
+        self._kinds_said: set[object] = set()
         self._lock = threading.Lock()
 
     def once(self, kind: object, text: str) -> None:
-        """Warn, unless this kind was said before."""
+        """Warn, unless this kind has been said."""
         with self._lock:
-            if kind in self._said:
+            if kind in self._kinds_said:
                 return
-            self._said.add(kind)
+            self._kinds_said.add(kind)
         warnings.warn(text, stacklevel=3)
 
     def dense(self, reason: DenseReason, detail: str) -> None:
-        """Say that decode runs dense although its context has a picture."""
+        """Warn that decode runs dense although its context has a picture."""
         why = _TEXTS[reason].format(detail=detail)
         self.once(
             reason,
-            f"visionpulse prunes nothing: {why}. Decode stays right and dense; "
+            f"visionpulse prunes nothing: {why}. Decode is correct but dense; "
             "visionpulse.explain(model) counts such steps",
         )
 
     def cache(self, cache: Any) -> None:
-        """Say where a cache gives the benefit away."""
+        """Warn where a cache loses the benefit."""
         names = {type(layer).__name__ for layer in getattr(cache, "layers", ())}
         if any("Quantized" in name for name in names):
             self.once(
                 "quantised",
-                "a quantised cache gives full dense copies of keys and values in every step: "
+                "a quantised cache returns dense copies of all keys and values in every step: "
                 "pruning stays correct but saves no bandwidth; use a dynamic or a static cache",
             )
         elif getattr(cache, "offloading", False):
@@ -98,7 +98,7 @@ class Notices:
             )
 
     def prompt(self, visual: VisualTokens | None, is_embedded: bool) -> None:
-        """Say what is odd about a prompt without image features; only at prefill."""
+        """Warn of tokens and pictures that do not match, in a prefill without image features."""
         is_empty = visual is None or int(visual.counts.max()) == 0
         if is_embedded and is_empty:
             self.once(

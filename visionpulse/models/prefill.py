@@ -68,18 +68,18 @@ class Prefill:
         positions, capacity = self._positions, conversation.capacity
         if past and not positions.has_features:
             visual_mask = None  # a generated placeholder, or a text turn: nothing new is visual
-        before = conversation.visual if past else None
-        if visual_mask is None and before is not None and before.size <= max(past, capacity or 0):
+        known = conversation.visual if past else None
+        if visual_mask is None and known is not None and known.size <= max(past, capacity or 0):
             conversation.restart()
             return
-        if visual_mask is None and before is None and capacity is None:
+        if visual_mask is None and known is None and capacity is None:
             conversation.set_visual(None)
             return
         rows, total = inputs.shape[0], past + inputs.shape[1]
         size = max(total, capacity or 0)
         mask = torch.zeros(rows, size, dtype=torch.bool, device=inputs.device)
-        if before is not None:
-            mask[:, :past] = before.mask(past)
+        if known is not None:
+            mask[:, :past] = known.mask(past)
         if visual_mask is not None:
             mask[:, past:total] = visual_mask
         # one shape for every prompt of a static cache, so that they share a compiled graph

@@ -1,7 +1,8 @@
-"""Our two names in the registries of transformers, and which implementation they stand for.
+"""Our two names in the registries of transformers, and the implementation behind them.
 
-The attention implementation is a name on a config. Models that share a config object share the
-name, so what it stood for is kept per config; the names leave the registries with the last model.
+A config names its attention implementation. Models that share a config object share the name, so
+the implementation behind ours is kept by config; our names leave the registries with the last
+patched model.
 """
 
 import sys
@@ -20,14 +21,14 @@ FALLBACK = "sdpa"  # for a config that was copied while it carried our name
 @dataclass
 class _Entry:
     config: "weakref.ref[Any]"
-    before: str  # the implementation that our name stands for
+    base: str  # the implementation behind our name
     users: int = 0
 
 
 _entries: dict[int, _Entry] = {}  # by id(config)
 _lock = threading.Lock()
-# one attention layer of each patched model, and what to do when it decodes past the hooks
-_watched: "weakref.WeakKeyDictionary[nn.Module, Callable[[], None]]" = weakref.WeakKeyDictionary()
+# one attention layer of each patched model, and whom to call when it decodes past the hooks
+_watchers: "weakref.WeakKeyDictionary[nn.Module, Callable[[], None]]" = weakref.WeakKeyDictionary()
 
 
 def base_name(config: Any) -> str:
@@ -36,11 +37,11 @@ def base_name(config: Any) -> str:
     if entry is None or entry.config() is not config:
         name = config._attn_implementation
         return FALLBACK if name in (NAME, None) else str(name)
-    return entry.before
+    return entry.base
 
 
 def base_attention(module: nn.Module) -> Callable[..., Any]:
-    """The attention function that this layer would call without us."""
+    """The attention function that an unpatched layer calls."""
     home = sys.modules[type(module).__module__]
     interface = home.ALL_ATTENTION_FUNCTIONS
     eager = getattr(home, "eager_attention_forward", None)
@@ -49,7 +50,7 @@ def base_attention(module: nn.Module) -> Callable[..., Any]:
 
 
 def base_mask(*args: Any, **kwargs: Any) -> Any:
-    """Build the mask of the implementation behind our name."""
+    """Build the mask that the implementation behind our name takes."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
     make = ALL_MASK_ATTENTION_FUNCTIONS.get(base_name(kwargs["config"]))
@@ -57,22 +58,22 @@ def base_mask(*args: Any, **kwargs: Any) -> Any:
 
 
 def watch(layer: nn.Module, call: Callable[[], None] | None) -> None:
-    """Call `call` when this attention layer decodes without a step; None ends it."""
+    """Call `call` whenever an attention layer decodes without a step; None ends it."""
     if call is None:
-        _watched.pop(layer, None)
+        _watchers.pop(layer, None)
     else:
-        _watched[layer] = call
+        _watchers[layer] = call
 
 
 def report_bypass(layer: nn.Module) -> None:
     """Call back for an attention layer that decodes without a step."""
-    call = _watched.get(layer)
+    call = _watchers.get(layer)
     if call is not None:
         call()
 
 
 def enter(decoder: nn.Module, attention: Callable[..., Any]) -> None:
-    """Give the decoder's config our name."""
+    """Put our name on the decoder's config."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
@@ -82,16 +83,14 @@ def enter(decoder: nn.Module, attention: Callable[..., Any]) -> None:
         AttentionMaskInterface.register(NAME, base_mask)
         entry = _entries.get(id(config))
         if entry is None or entry.config() is not config:
-            before = base_name(config)
-            entry = _entries[id(config)] = _Entry(weakref.ref(config), before)
+            entry = _entries[id(config)] = _Entry(weakref.ref(config), base_name(config))
         entry.users += 1
-        # The public setter walks all submodules and checks names we have checked; what it writes
-        # for one config is this attribute.
+        # the attribute behind the public setter, which would walk and check all submodules
         config._attn_implementation_internal = NAME
 
 
 def leave(config_id: int) -> None:
-    """Give a config its name back when no patched model uses it; also called by finalizers."""
+    """Restore the name on a config that no patched model uses; also called by finalizers."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
@@ -105,7 +104,7 @@ def leave(config_id: int) -> None:
         del _entries[config_id]
         config = entry.config()
         if config is not None and config._attn_implementation_internal == NAME:
-            config._attn_implementation_internal = entry.before
+            config._attn_implementation_internal = entry.base
         if not _entries:
             AttentionInterface._global_mapping.pop(NAME, None)
             AttentionMaskInterface._global_mapping.pop(NAME, None)

@@ -85,7 +85,7 @@ class Session:
         self.recorder.record = bool(on)
 
     def reset_stats(self) -> None:
-        """Start statistics and trace anew."""
+        """Empty the statistics and the trace."""
         self.recorder.reset()
 
     @property
@@ -101,9 +101,9 @@ class Session:
         return self
 
     def set_visual_mask(self, mask: Tensor) -> None:
-        """Say which tokens of this thread's next prefill are visual: bool [B, tokens].
+        """Set which tokens of this thread's next prefill are visual: bool [B, tokens].
 
-        Needed only where pictures are merged into `inputs_embeds` by the caller.
+        Needed only where the caller merges pictures into `inputs_embeds`.
         """
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 2:
             raise TypeError("the visual mask must be a bool tensor [B, tokens of the next forward]")
@@ -179,10 +179,10 @@ def patch(
 ) -> Session:
     """Make single-token decode steps of a model of transformers sparse in its visual tokens.
 
-    `config` is a PulseConfig, the name of a preset, or a .json file that `visionpulse calibrate`
-    wrote; keywords change fields of it. The model keeps its `generate()`, prefill and training are
-    untouched. Patching twice with the same setting gives the same session; as a context manager the
-    session unpatches at the end.
+    `config` is a PulseConfig, the name of a preset, or a .json file of `visionpulse calibrate`;
+    keywords change fields of it. The model keeps its `generate()`, its prefill and its training.
+    Patching twice with the same setting returns the same session; as a context manager the session
+    unpatches at the end.
     """
     config = resolve_config(config)
     config = config.updated(**changes) if changes else config
@@ -201,7 +201,7 @@ def patch(
 
 
 def set_visual_mask(model: Any, mask: Tensor) -> None:
-    """Say which tokens of the next prefill are visual: bool [B, tokens]; see Session."""
+    """Set which tokens of the next prefill are visual: bool [B, tokens]; see Session."""
     session = session_of(model)
     if session is None:
         raise ValueError("the model is not patched; patch it first")

@@ -1,4 +1,4 @@
-"""What a session counts: kept on the device while it runs, summed up only when it is read."""
+"""What a session counts: on the device while it runs, summed up only when it is read."""
 
 import threading
 from collections import Counter
@@ -54,10 +54,10 @@ class Stats:
         )
 
     def __str__(self) -> str:
-        said = f"{self.steps} sparse decode steps"
+        text = f"{self.steps} sparse decode steps"
         if self.rows:
-            said += f", retention {self.retention}, K {self.kept}, mass {self.mass}"
-        return said + "".join(f", {count} dense: {why}" for why, count in self.dense.items())
+            text += f", retention {self.retention}, K {self.kept}, mass {self.mass}"
+        return text + "".join(f", {count} dense: {why}" for why, count in self.dense.items())
 
 
 class _Sums:
@@ -78,18 +78,19 @@ class _Sums:
         self, counts: Tensor, mass: Tensor, mass_mean: Tensor, inverse: Tensor, first: list[bool]
     ) -> None:
         """Add the rows [n] of some selections of one batch; the first of a step counts it."""
-        live = inverse > 0
+        has_visual = inverse > 0  # [n]
+        none = ~has_visual
         values = torch.stack((counts * inverse, counts, mass, mass_mean)).double()  # [4, n]
-        self.total.add_(values.masked_fill(~live, 0.0).sum(1))
-        self.low.copy_(torch.minimum(self.low, values.masked_fill(~live, torch.inf).amin(1)))
-        self.high.copy_(torch.maximum(self.high, values.masked_fill(~live, -torch.inf).amax(1)))
+        self.total.add_(values.masked_fill(none, 0.0).sum(1))
+        self.low.copy_(torch.minimum(self.low, values.masked_fill(none, torch.inf).amin(1)))
+        self.high.copy_(torch.maximum(self.high, values.masked_fill(none, -torch.inf).amax(1)))
         if any(first):
-            steps = torch.stack([part.any() for part in live.chunk(len(first))])
+            steps = torch.stack([part.any() for part in has_visual.chunk(len(first))])
             if not all(first):
                 steps = steps[torch.tensor(first, device=steps.device)]
             self.tally[0].add_(steps.sum())
             self.dense[0].add_((~steps).sum())  # a static cache has a set without a picture too
-        self.tally[1].add_(live.sum())
+        self.tally[1].add_(has_visual.sum())
 
     def reset(self) -> None:
         self.total.zero_()
@@ -99,7 +100,7 @@ class _Sums:
         self.dense.zero_()
 
 
-_PLACES = {reason: i for i, reason in enumerate(DenseReason)}
+_REASON_INDEX = {reason: i for i, reason in enumerate(DenseReason)}
 
 
 class Recorder:
@@ -114,7 +115,7 @@ class Recorder:
         self._lock = threading.Lock()
 
     def prepare(self, device: torch.device) -> None:
-        """Make the sums of a device ahead of a compiled step, which cannot."""
+        """Make the sums of a device, because a compiled step cannot."""
         if device not in self._sums:
             with self._lock:
                 self._sums.setdefault(device, _Sums(device))
@@ -126,7 +127,7 @@ class Recorder:
         is_first: bool,
         step: tuple[int, int, Tensor | None],
     ) -> None:
-        """Take an anchor's selection: the first of its step, or not; number, layer and token."""
+        """Take an anchor's selection; `step` is its number, layer and token."""
         inverse = conversation.inverse
         if inverse is None:
             return
@@ -145,7 +146,7 @@ class Recorder:
         """Count a decode step that pruned nothing."""
         if torch.compiler.is_compiling():
             if device in self._sums:
-                self._sums[device].dense[_PLACES[reason]].add_(1)
+                self._sums[device].dense[_REASON_INDEX[reason]].add_(1)
             return
         with self._lock:
             self._dense[reason] += 1

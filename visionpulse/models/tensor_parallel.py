@@ -1,8 +1,8 @@
-"""Heads split over ranks: the sums over heads are made whole between score and select.
+"""Heads split over ranks: sums over heads are completed between score and select.
 
 Each rank holds H / ranks query heads. The scores are a mean over heads and the mass a maximum or a
-mean, so one SUM of [B, candidates] and one of [B] give every rank the numbers of one process, and
-all-reduce gives every rank the same bits: the ranks agree on K and on every index.
+mean, so every rank gets the numbers of one process from all-reduces of [B, candidates] and of [B].
+All ranks get the same bits, so they agree on K and on every index.
 """
 
 from typing import Any
@@ -39,7 +39,7 @@ class HeadGroup:
         scale: float | None,
         softcap: float | None,
     ) -> tuple[Tensor, Selection]:
-        """Give `ops.decode` as if this rank held all heads; the output is of its own heads."""
+        """Decode as if this rank held all heads; the output is of its own heads."""
         numbers: dict[str, Any] = {"scale": scale, "softcap": softcap}
         scores, mass, mass_mean = ops.score(q, kv, visual, config, **numbers)
         share = q.shape[1] / self.heads
@@ -62,10 +62,9 @@ class HeadGroup:
             lengths=kv.lengths,
             backend=config.backend,
         )
-        kept: tuple[Any, Any] = (
-            (None, None) if config.anchor_output == "dense" else (visual, selection)
-        )
-        return ops.attend(q, kv, *kept, backend=config.backend, **numbers), selection
+        is_dense = config.anchor_output == "dense"
+        pruned: tuple[Any, Any] = (None, None) if is_dense else (visual, selection)
+        return ops.attend(q, kv, *pruned, backend=config.backend, **numbers), selection
 
 
 def head_group(decoder: nn.Module) -> HeadGroup | None:

@@ -41,8 +41,8 @@ class VisualPositions(threading.local):
         self.passed_base, self.is_embedded = True, False
         self.has_features = self.has_picture = has_features(kwargs)
         if ids is not None:
-            wanted = torch.tensor(self._anatomy.visual_ids, device=ids.device)
-            self.mask = torch.isin(ids, wanted)
+            visual_ids = torch.tensor(self._anatomy.visual_ids, device=ids.device)
+            self.mask = torch.isin(ids, visual_ids)
             return
         embeds = self._base.get("inputs_embeds", args, kwargs)
         kinds = kwargs.get("mm_token_type_ids")
@@ -57,9 +57,8 @@ class VisualPositions(threading.local):
     def _placeholders(self, embeds: Tensor) -> Tensor:
         """Positions [B, Q] whose embedding is that of a visual token."""
         embed = self._anatomy.model.get_input_embeddings()
-        wanted = torch.tensor(self._anatomy.visual_ids, device=embeds.device)
-        rows = embed(wanted).to(embeds)  # [ids, width]
-        same: Tensor = embeds[:, :, None] == rows
+        visual_ids = torch.tensor(self._anatomy.visual_ids, device=embeds.device)
+        same: Tensor = embeds[:, :, None] == embed(visual_ids).to(embeds)  # [B, Q, ids, width]
         return same.all(-1).any(-1)
 
     def visual_mask(self, inputs: Tensor) -> Tensor | None:

@@ -1,0 +1,33 @@
+"""What a session did, as a line of a log."""
+
+import json
+import time
+from dataclasses import asdict, fields
+from os import PathLike
+from typing import Any
+
+from .session import Session
+
+
+class Report:
+    """What a log says of a session, also when its model is gone: it keeps no model alive."""
+
+    def __init__(self, session: Session) -> None:
+        config = session.patched.layer_roles.config
+        self.recorder = session.recorder
+        self.about = {
+            "model": getattr(session.anatomy.model.config, "name_or_path", ""),
+            "anchors": list(session.anchors),
+            "config": {field.name: str(getattr(config, field.name)) for field in fields(config)},
+        }
+
+    def append(self, path: str | PathLike[str], **more: Any) -> None:
+        """Add one line of JSON to a log."""
+        line = {
+            **more,
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            **self.about,
+            **asdict(self.recorder.stats()),
+        }
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")

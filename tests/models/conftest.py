@@ -70,14 +70,14 @@ class Tiny:
         width = max(map(len, lists))
         ids = torch.tensor([[PAD] * (width - len(row)) + row for row in lists])
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in lists])
-        given = {"input_ids": ids, "attention_mask": mask}
+        inputs = {"input_ids": ids, "attention_mask": mask}
         if sum(pictures):
-            given |= self._batch(draws, pictures)
+            inputs |= self._batch(draws, pictures)
         if self._pictures is _families._grid:
-            given["mm_token_type_ids"] = (ids == IMAGE).int()
+            inputs["mm_token_type_ids"] = (ids == IMAGE).int()
         if self.family in ("gemma3", "paligemma"):
-            given["token_type_ids"] = (ids == IMAGE).long()
-        return given
+            inputs["token_type_ids"] = (ids == IMAGE).long()
+        return inputs
 
     def _batch(self, draws, pictures):
         if self.family not in ("smolvlm", "idefics3"):
@@ -88,10 +88,10 @@ class Tiny:
                 pixels[row, :n] = self._pictures(draws, n)["pixel_values"]
         return {"pixel_values": pixels}
 
-    def generate(self, given, tokens=8, **options):
+    def generate(self, inputs, tokens=8, **options):
         """The generated ids, without sampling unless asked."""
         options = {"do_sample": False, "max_new_tokens": tokens} | options
-        return self.model.generate(**given, suppress_tokens=SUPPRESSED, **options)
+        return self.model.generate(**inputs, suppress_tokens=SUPPRESSED, **options)
 
 
 def pytest_report_header():
@@ -131,9 +131,9 @@ def tiny():
     used = []
 
     def make(family, **changes):
-        made = Tiny(family, **changes) if changes else _tiny(family)
-        used.append(made.model)
-        return made
+        vlm = Tiny(family, **changes) if changes else _tiny(family)
+        used.append(vlm.model)
+        return vlm
 
     make.forget = used.clear
     yield make

@@ -1,4 +1,4 @@
-"""The cache is found under any name: old, new, renamed by a later version, or given by place."""
+"""The cache is found under any name, old, new or unknown, and by its position."""
 
 import inspect
 
@@ -60,8 +60,8 @@ def test_the_cache_of_an_output_is_found():
 
 
 def test_a_decoder_whose_cache_is_renamed_is_pruned_as_before(tiny, monkeypatch):
-    made = tiny("llava")
-    decoder = made.model.get_decoder()
+    vlm = tiny("llava")
+    decoder = vlm.model.get_decoder()
     inner = decoder.forward
 
     name = next(n for n in ("cache", "past_key_values") if n in inspect.signature(inner).parameters)
@@ -75,11 +75,11 @@ def test_a_decoder_whose_cache_is_renamed_is_pruned_as_before(tiny, monkeypatch)
                 kwargs["memory"] = kwargs.pop(name)
         return args, kwargs
 
-    with vp.patch(made.model):
-        expected = made.generate(made.inputs())
+    with vp.patch(vlm.model):
+        expected = vlm.generate(vlm.inputs())
     handle = decoder.register_forward_pre_hook(rename, with_kwargs=True)
     monkeypatch.setattr(decoder, "forward", renamed.__get__(decoder))
-    with vp.patch(made.model) as session:
-        assert torch.equal(made.generate(made.inputs()), expected)
+    with vp.patch(vlm.model) as session:
+        assert torch.equal(vlm.generate(vlm.inputs()), expected)
         assert session.stats.steps == 7
     handle.remove()

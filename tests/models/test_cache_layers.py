@@ -1,4 +1,4 @@
-"""The growing layer holds what a dynamic one holds, and costs less; state travels with a cache."""
+"""A growing layer holds what a dynamic one holds, and costs less; conversations go with a cache."""
 
 import copy
 import pickle
@@ -146,9 +146,9 @@ def carried(rows=3):
     kv_layers.swap_layers(cache, 2)
     for i in range(2):
         cache.update(*states(12, rows=rows), i)
-    state = Conversation()
-    state.set_visual(visual_set(mask, None))
-    kv_layers.attach(cache, 0, state)
+    conversation = Conversation()
+    conversation.set_visual(visual_set(mask, None))
+    kv_layers.attach(cache, 0, conversation)
     return cache, mask
 
 
@@ -156,7 +156,7 @@ def seen(cache, size=12):
     return kv_layers.conversation_of(cache, 0).visual.mask(size)
 
 
-def test_state_is_cut_reordered_repeated_and_selected_with_the_cache():
+def test_a_conversation_is_cropped_and_its_rows_move_with_the_cache():
     cache, mask = carried()
     assert torch.equal(seen(cache), mask)
     cache.reorder_cache(torch.tensor([2, 0, 1]))
@@ -177,19 +177,21 @@ def test_state_is_cut_reordered_repeated_and_selected_with_the_cache():
 def test_a_crop_keeps_the_shape_of_a_static_cache():
     mask = torch.zeros(1, 64, dtype=torch.bool)
     mask[0, 6:22] = True
-    state = Conversation(capacity=64)
-    state.set_visual(visual_set(mask, 64))
-    state.prepare_lookback(None)
-    buffers = state.lookback
+    conversation = Conversation(capacity=64)
+    conversation.set_visual(visual_set(mask, 64))
+    conversation.prepare_lookback(None)
+    buffers = conversation.lookback
     for length in (15, 4, 0):
-        state.crop(length)
-        assert torch.equal(state.visual.mask(length), mask[:, :length])
-        assert (state.visual.size, state.visual.max_count) == (64, 64)
-        assert state.lookback is buffers
-        assert int(state.lookback.selection(0).indices.max()) == (length - 1 if length > 6 else -1)
+        conversation.crop(length)
+        assert torch.equal(conversation.visual.mask(length), mask[:, :length])
+        assert (conversation.visual.size, conversation.visual.max_count) == (64, 64)
+        assert conversation.lookback is buffers
+        assert int(conversation.lookback.selection(0).indices.max()) == (
+            length - 1 if length > 6 else -1
+        )
 
 
-def test_state_is_copied_with_the_cache():
+def test_a_conversation_is_copied_with_the_cache():
     cache, mask = carried()
     twin = copy.deepcopy(cache)
     cache.reorder_cache(torch.tensor([2, 0, 1]))
@@ -197,7 +199,7 @@ def test_state_is_copied_with_the_cache():
     assert torch.equal(seen(pickle.loads(pickle.dumps(twin))), mask)
 
 
-def test_release_gives_the_layer_its_class_back():
+def test_a_released_layer_has_its_own_class():
     cache = StaticCache(config=_config(), max_cache_len=16)
     kinds = [type(layer) for layer in cache.layers]
     kv_layers.attach(cache, 0, Conversation())
@@ -215,10 +217,10 @@ def _config():
 
 
 def test_a_generation_is_held_in_growing_layers(tiny):
-    made = tiny("qwen3_5")
-    cache = DynamicCache(config=made.model.config.get_text_config())
-    with vp.patch(made.model):
-        made.generate(made.inputs(), past_key_values=cache)
+    vlm = tiny("qwen3_5")
+    cache = DynamicCache(config=vlm.model.config.get_text_config())
+    with vp.patch(vlm.model):
+        vlm.generate(vlm.inputs(), past_key_values=cache)
     names = [type(layer).__name__ for layer in cache.layers]
     assert names[3] == "CarrierGrowingDynamicLayer"
     assert names[7] == "GrowingDynamicLayer"

@@ -19,18 +19,18 @@ def compiled(backend):
     return {"compile_config": config}
 
 
-def answers(made, prompts=PROMPTS, **options):
-    text = made.model.config.get_text_config()
+def answers(vlm, prompts=PROMPTS, **options):
+    text = vlm.model.config.get_text_config()
     cache = StaticCache(config=text, max_cache_len=LENGTH)
     outs = []
     for parts in prompts:
         cache.reset()
-        outs.append(made.generate(made.inputs(parts), past_key_values=cache, **options))
+        outs.append(vlm.generate(vlm.inputs(parts), past_key_values=cache, **options))
     return outs
 
 
-def eager(made, prompts=PROMPTS):
-    return answers(made, prompts, disable_compile=True)
+def eager(vlm, prompts=PROMPTS):
+    return answers(vlm, prompts, disable_compile=True)
 
 
 def assert_same(left, right):
@@ -47,12 +47,12 @@ def fresh_dynamo():
 
 @pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
 def test_three_prompts_share_one_graph(tiny, family):
-    made = tiny(family, num_hidden_layers=4)
-    with vp.patch(made.model, PRUNED) as session:
-        expected = eager(made)
+    vlm = tiny(family, num_hidden_layers=4)
+    with vp.patch(vlm.model, PRUNED) as session:
+        expected = eager(vlm)
         plain = session.stats
         session.reset_stats()
-        made_by_graph = answers(made, **compiled("aot_eager"))
+        made_by_graph = answers(vlm, **compiled("aot_eager"))
         assert counters["stats"]["unique_graphs"] == 1
         assert not counters["graph_break"]
         assert_same(made_by_graph, expected)
@@ -62,41 +62,41 @@ def test_three_prompts_share_one_graph(tiny, family):
 
 @pytest.mark.deep  # a C++ compiler runs for a minute
 def test_inductor_gives_the_same_tokens(tiny):
-    made = tiny("llava", num_hidden_layers=2)
-    with vp.patch(made.model, PRUNED):
-        expected = eager(made)
-        assert_same(answers(made, **compiled("inductor")), expected)
+    vlm = tiny("llava", num_hidden_layers=2)
+    with vp.patch(vlm.model, PRUNED):
+        expected = eager(vlm)
+        assert_same(answers(vlm, **compiled("inductor")), expected)
         assert counters["stats"]["unique_graphs"] == 1
         assert not counters["graph_break"]
 
 
 def test_prompts_without_a_picture_share_the_graph(tiny):
-    made = tiny("llava", num_hidden_layers=2)
+    vlm = tiny("llava", num_hidden_layers=2)
     prompts = ([5, "i", 7], [14], [3, "i", 4])
-    with vp.patch(made.model, PRUNED):
-        expected = eager(made, prompts)
-        assert_same(answers(made, prompts, **compiled("aot_eager")), expected)
+    with vp.patch(vlm.model, PRUNED):
+        expected = eager(vlm, prompts)
+        assert_same(answers(vlm, prompts, **compiled("aot_eager")), expected)
         assert counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.parametrize("refresh", [0, 3])
 def test_lookback_is_one_graph_too(tiny, refresh):
-    made = tiny("llava", num_hidden_layers=3)
+    vlm = tiny("llava", num_hidden_layers=3)
     config = PRUNED.updated(schedule="lookback", refresh=refresh)
-    with vp.patch(made.model, config):
-        expected = eager(made)
-        assert_same(answers(made, **compiled("aot_eager")), expected)
+    with vp.patch(vlm.model, config):
+        expected = eager(vlm)
+        assert_same(answers(vlm, **compiled("aot_eager")), expected)
         assert counters["stats"]["unique_graphs"] == 1
         assert not counters["graph_break"]
 
 
 def test_unpatching_ends_with_the_graph(tiny):
-    made = tiny("llava", num_hidden_layers=2)
-    expected = answers(made, **compiled("aot_eager"))
-    with vp.patch(made.model, PRUNED):
-        pruned = answers(made, **compiled("aot_eager"))
-        assert_same(pruned, eager(made))
-    assert_same(answers(made, **compiled("aot_eager")), expected)
+    vlm = tiny("llava", num_hidden_layers=2)
+    expected = answers(vlm, **compiled("aot_eager"))
+    with vp.patch(vlm.model, PRUNED):
+        pruned = answers(vlm, **compiled("aot_eager"))
+        assert_same(pruned, eager(vlm))
+    assert_same(answers(vlm, **compiled("aot_eager")), expected)
 
 
 def crop(cache, tokens):
@@ -111,13 +111,13 @@ def crop(cache, tokens):
 
 @pytest.mark.parametrize("schedule", ["paper", "lookback"])
 def test_a_cache_cropped_within_its_picture_keeps_its_graph(tiny, schedule):
-    made = tiny("llava", num_hidden_layers=3)
-    text = made.model.config.get_text_config()
-    decode = torch.compile(made.model.__call__, fullgraph=True, dynamic=False, backend="aot_eager")
+    vlm = tiny("llava", num_hidden_layers=3)
+    text = vlm.model.config.get_text_config()
+    decode = torch.compile(vlm.model.__call__, fullgraph=True, dynamic=False, backend="aot_eager")
 
     def logits(cache, step):
         outs = []
-        made.model(**made.inputs(), past_key_values=cache, use_cache=True)
+        vlm.model(**vlm.inputs(), past_key_values=cache, use_cache=True)
         for tokens in ((7, 8), (9, 7, 8)):
             for token in tokens:
                 outs.append(step(input_ids=torch.tensor([[token]]), past_key_values=cache).logits)
@@ -127,10 +127,10 @@ def test_a_cache_cropped_within_its_picture_keeps_its_graph(tiny, schedule):
     def static():
         return StaticCache(config=text, max_cache_len=LENGTH)
 
-    with vp.patch(made.model, PRUNED.updated(schedule=schedule)) as session, torch.no_grad():
-        expected = logits(DynamicCache(config=text), made.model)
+    with vp.patch(vlm.model, PRUNED.updated(schedule=schedule)) as session, torch.no_grad():
+        expected = logits(DynamicCache(config=text), vlm.model)
         stats = session.stats
-        for step in (made.model, decode):
+        for step in (vlm.model, decode):
             session.reset_stats()
             torch.testing.assert_close(logits(static(), step), expected)
             assert session.stats.kept == stats.kept

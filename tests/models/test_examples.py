@@ -49,12 +49,12 @@ def load(name):
 
 @pytest.fixture
 def parts(tiny):
-    made = tiny("llava")
-    before = made.model.generation_config.suppress_tokens
-    made.model.generation_config.suppress_tokens = [150, 151, 152, 153]
-    yield made, Processor(made)
-    made.model.generation_config.suppress_tokens = before
-    assert session_of(made.model) is None
+    vlm = tiny("llava")
+    before = vlm.model.generation_config.suppress_tokens
+    vlm.model.generation_config.suppress_tokens = [150, 151, 152, 153]
+    yield vlm, Processor(vlm)
+    vlm.model.generation_config.suppress_tokens = before
+    assert session_of(vlm.model) is None
 
 
 def test_every_example_is_run_here():
@@ -63,27 +63,27 @@ def test_every_example_is_run_here():
 
 
 def test_single_picture(parts, capsys):
-    made, processor = parts
-    out = load("single_picture").main(made.model, processor, "photo.jpg", tokens=6)
+    vlm, processor = parts
+    out = load("single_picture").main(vlm.model, processor, "photo.jpg", tokens=6)
     assert out.shape[0] == 1
     assert "5 sparse decode steps" in capsys.readouterr().out
 
 
 def test_batch(parts, capsys):
-    made, processor = parts
-    out = load("batch").main(made.model, processor, "one.jpg", "two.jpg", tokens=6)
+    vlm, processor = parts
+    out = load("batch").main(vlm.model, processor, "one.jpg", "two.jpg", tokens=6)
     assert len(out) == 3
     assert "5 sparse decode steps" in capsys.readouterr().out
 
 
 def test_video(parts):
-    made, processor = parts
-    pruned, dense = load("video").main(made.model, processor, "clip.mp4", tokens=6)
+    vlm, processor = parts
+    pruned, dense = load("video").main(vlm.model, processor, "clip.mp4", tokens=6)
     assert pruned.shape == dense.shape
 
 
 def test_multi_turn(parts, capsys):
-    made, _ = parts
+    vlm, _ = parts
 
     class Growing(Processor):
         """A chat template renders the whole talk; its earlier turns must render alike."""
@@ -93,24 +93,24 @@ def test_multi_turn(parts, capsys):
             row = [part for message in messages for part in parts[message["role"]]]
             return BatchFeature(self.tiny.inputs([4, *row]))
 
-    answers = load("multi_turn").main(made.model, Growing(made), "a.jpg", "b.jpg", tokens=6)
+    answers = load("multi_turn").main(vlm.model, Growing(vlm), "a.jpg", "b.jpg", tokens=6)
     assert len(answers) == 2
     assert capsys.readouterr().out.count("5 sparse decode steps") == 2
 
 
 def test_static_cache(parts):
-    made, processor = parts
+    vlm, processor = parts
     outs = load("static_cache").main(
-        made.model, processor, "photo.jpg", "One?", "And a longer one?",
+        vlm.model, processor, "photo.jpg", "One?", "And a longer one?",
         tokens=6, length=64, disable_compile=True,
     )  # fmt: skip
     assert len(outs) == 2
 
 
 def test_trace_and_plot(parts, tmp_path):
-    made, processor = parts
+    vlm, processor = parts
     trace = load("trace_and_plot").main(
-        made.model, processor, "photo.jpg", folder=tmp_path, tokens=6
+        vlm.model, processor, "photo.jpg", folder=tmp_path, tokens=6
     )
     assert len(trace) == 5
     assert (tmp_path / "trace.npz").stat().st_size > 0

@@ -20,9 +20,9 @@ SUPPRESSED = [150, 151, 152, 153]
 
 @pytest.fixture
 def saved(tiny, tmp_path):
-    made = tiny("llava")
-    made.model.save_pretrained(tmp_path / "model")
-    return made, str(tmp_path / "model")
+    vlm = tiny("llava")
+    vlm.model.save_pretrained(tmp_path / "model")
+    return vlm, str(tmp_path / "model")
 
 
 @pytest.fixture
@@ -70,16 +70,16 @@ PROGRAM = """
 import sys, torch, transformers
 folder, out = sys.argv[1:]
 model = transformers.AutoModelForImageTextToText.from_pretrained(folder).eval()
-given = torch.load(folder + "/given.pt")
-torch.save(model.generate(**given, do_sample=False, max_new_tokens=6), out)
+inputs = torch.load(folder + "/inputs.pt")
+torch.save(model.generate(**inputs, do_sample=False, max_new_tokens=6), out)
 sys.exit(3)
 """
 
 
 def test_run_patches_a_program_and_logs_what_it_kept(saved, tmp_path):
-    made, folder = saved
-    given = made.inputs() | {"suppress_tokens": SUPPRESSED}
-    torch.save(given, f"{folder}/given.pt")
+    vlm, folder = saved
+    inputs = vlm.inputs() | {"suppress_tokens": SUPPRESSED}
+    torch.save(inputs, f"{folder}/inputs.pt")
     script, log = tmp_path / "program.py", tmp_path / "log.jsonl"
     script.write_text(PROGRAM)
     start = "import sys; from visionpulse.cli.run import main; sys.exit(main(sys.argv[1:]))"
@@ -96,8 +96,8 @@ def test_run_patches_a_program_and_logs_what_it_kept(saved, tmp_path):
     assert line["program"] == str(script)
     assert 0 < line["retention"]["mean"] <= 0.4
     assert line["config"]["tau"] == "0.5"
-    with vp.patch(made.model, vp.PulseConfig(tau=0.5, ratio=(0.05, 0.4))):
-        expected = made.generate(made.inputs(), tokens=6)
+    with vp.patch(vlm.model, vp.PulseConfig(tau=0.5, ratio=(0.05, 0.4))):
+        expected = vlm.generate(vlm.inputs(), tokens=6)
     assert torch.equal(torch.load(tmp_path / "out.pt"), expected)
 
 
@@ -129,7 +129,7 @@ class ModelManifest:
 @pytest.fixture
 def lmms_eval(monkeypatch, saved):
     """The published interface: registry, base class, and one wrapper that keeps self._model."""
-    made, _ = saved
+    vlm, _ = saved
 
     class lmms:
         is_simple = True
@@ -137,10 +137,10 @@ def lmms_eval(monkeypatch, saved):
     class LlavaHf(lmms):
         def __init__(self, pretrained="", batch_size=1, **kwargs):
             assert kwargs == {}, f"Unexpected kwargs: {kwargs}"
-            self._model, self._rank = made.model, 0
+            self._model, self._rank = vlm.model, 0
 
         def generate_until(self, requests):
-            return [made.generate(request.inputs) for request in requests]
+            return [vlm.generate(request.inputs) for request in requests]
 
     class ChatLlavaHf(LlavaHf):
         is_simple = False
@@ -166,13 +166,13 @@ def test_lmms_eval_plugin(lmms_eval, saved, tmp_path):
 
     from visionpulse.integrations import lmms_eval as plugin
 
-    made, _ = saved
+    vlm, _ = saved
     manifests = {manifest.model_id: manifest for manifest in plugin.manifests()}
     wanted = {"visionpulse_qwen2_5_vl", "visionpulse_qwen3_vl", "visionpulse_llava_hf"}
     assert wanted | {"visionpulse_internvl_hf"} <= set(manifests)
     assert all(type(manifest) is ModelManifest for manifest in manifests.values())
     log = tmp_path / "retention.jsonl"
-    request = types.SimpleNamespace(task_name="mmstar", inputs=made.inputs())
+    request = types.SimpleNamespace(task_name="mmstar", inputs=vlm.inputs())
     for kind in ("simple", "chat"):
         path = getattr(manifests["visionpulse_llava_hf"], f"{kind}_class_path")
         module, _, name = path.rpartition(".")
@@ -195,8 +195,8 @@ def test_published_lmms_eval_takes_the_plugin():
     registry = pytest.importorskip("lmms_eval.models.registry_v2")
     from visionpulse.integrations import lmms_eval as plugin
 
-    made = registry.ModelRegistryV2()
-    for manifest in made._coerce_payload_to_manifests(plugin.manifests):
-        made.register_manifest(manifest)
-    resolved = made.resolve("visionpulse_qwen3_vl")
+    models = registry.ModelRegistryV2()
+    for manifest in models._coerce_payload_to_manifests(plugin.manifests):
+        models.register_manifest(manifest)
+    resolved = models.resolve("visionpulse_qwen3_vl")
     assert resolved.class_path == "visionpulse.integrations.lmms_eval.chat_qwen3_vl"

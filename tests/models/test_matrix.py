@@ -50,8 +50,8 @@ def beams_of_a_batch(tiny):
 
 
 def static_cache(tiny):
-    given = tiny.inputs([9, "i", 3], [4, "i", 5])
-    return tiny.generate(given, cache_implementation="static", disable_compile=True)
+    inputs = tiny.inputs([9, "i", 3], [4, "i", 5])
+    return tiny.generate(inputs, cache_implementation="static", disable_compile=True)
 
 
 def prompt_lookup(tiny):
@@ -81,11 +81,11 @@ def second_turn(tiny):
 
 def _continue(tiny, answer, more, cache):
     ids = torch.cat((answer, more.pop("input_ids")), dim=1)
-    given = more | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    inputs = more | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     for name in ("mm_token_type_ids", "token_type_ids"):
-        if name in given:
-            given[name] = torch.nn.functional.pad(given[name], (answer.shape[1], 0))
-    out = tiny.generate(given, past_key_values=cache)
+        if name in inputs:
+            inputs[name] = torch.nn.functional.pad(inputs[name], (answer.shape[1], 0))
+    out = tiny.generate(inputs, past_key_values=cache)
     return out[:, ids.shape[1] :]
 
 
@@ -112,13 +112,13 @@ SITUATIONS = (
 
 @pytest.mark.parametrize("situation", SITUATIONS, ids=lambda f: f.__name__)
 def test_keeping_everything_changes_no_token(tiny, family, situation):
-    made = tiny(family)
-    expected = situation(made)
-    with vp.patch(made.model, KEEP_ALL) as session:
-        assert torch.equal(situation(made), expected)
+    vlm = tiny(family)
+    expected = situation(vlm)
+    with vp.patch(vlm.model, KEEP_ALL) as session:
+        assert torch.equal(situation(vlm), expected)
         if situation is not no_picture:
             assert session.stats.retention.min == 1.0
-    assert torch.equal(situation(made), expected)
+    assert torch.equal(situation(vlm), expected)
 
 
 @pytest.mark.parametrize(
@@ -128,15 +128,15 @@ def test_keeping_everything_changes_no_token(tiny, family, situation):
 )
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3"])
 def test_eager_models_too(tiny, family, situation):
-    made = tiny(family)
-    made.model.set_attn_implementation("eager")
+    vlm = tiny(family)
+    vlm.model.set_attn_implementation("eager")
     try:
-        expected = situation(made)
-        with vp.patch(made.model, KEEP_ALL) as session:
-            assert torch.equal(situation(made), expected)
+        expected = situation(vlm)
+        with vp.patch(vlm.model, KEEP_ALL) as session:
+            assert torch.equal(situation(vlm), expected)
             assert session.stats.retention.min == 1.0
     finally:
-        made.model.set_attn_implementation("sdpa")
+        vlm.model.set_attn_implementation("sdpa")
 
 
 def _prompts(situation):
@@ -155,14 +155,14 @@ def _prompts(situation):
     ids=lambda f: f.__name__,
 )
 def test_pruned_tokens_are_those_of_the_oracle(tiny, family, situation, oracle):
-    made = tiny(family)
-    dense = situation(made)
-    with vp.patch(made.model, PRUNED) as session:
-        pruned = situation(made)
+    vlm = tiny(family)
+    dense = situation(vlm)
+    with vp.patch(vlm.model, PRUNED) as session:
+        pruned = situation(vlm)
         anchor, stats = session.anchors[0], session.stats
-    with oracle(made, PRUNED, anchor) as truth:
-        truth.visual = made.inputs(*_prompts(situation))["input_ids"] == 150
-        expected = situation(made)
+    with oracle(vlm, PRUNED, anchor) as truth:
+        truth.visual = vlm.inputs(*_prompts(situation))["input_ids"] == 150
+        expected = situation(vlm)
     assert torch.equal(pruned, expected)
     counts = torch.tensor(truth.counts, dtype=torch.float64)
     assert stats.rows == len(counts)

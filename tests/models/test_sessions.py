@@ -1,4 +1,4 @@
-"""A session begins and ends without a trace, and says no where it must."""
+"""A session begins and ends without a trace, and refuses what it cannot do."""
 
 import copy
 import gc
@@ -55,64 +55,64 @@ def assert_same_footprint(model, before):
 @pytest.mark.parametrize("family", ["llava", "qwen3_vl", "gemma3", "qwen3_5"])
 @pytest.mark.parametrize("base", ["sdpa", "eager"])
 def test_unpatch_leaves_the_model_as_it_was(tiny, family, base):
-    made = tiny(family)
-    made.model.set_attn_implementation(base)
-    expected = made.generate(made.inputs())
-    before = footprint(made.model)
-    session = vp.patch(made.model, PRUNED, record=True)
-    made.generate(made.inputs())
+    vlm = tiny(family)
+    vlm.model.set_attn_implementation(base)
+    expected = vlm.generate(vlm.inputs())
+    before = footprint(vlm.model)
+    session = vp.patch(vlm.model, PRUNED, record=True)
+    vlm.generate(vlm.inputs())
     assert session.stats.rows
     session.unpatch()
-    assert_same_footprint(made.model, before)
-    assert torch.equal(made.generate(made.inputs()), expected)
-    made.model.set_attn_implementation("sdpa")
+    assert_same_footprint(vlm.model, before)
+    assert torch.equal(vlm.generate(vlm.inputs()), expected)
+    vlm.model.set_attn_implementation("sdpa")
 
 
 def test_only_the_decoder_is_switched(tiny):
-    made = tiny("qwen2_5_vl")
-    with vp.patch(made.model):
-        assert made.model.get_decoder().config._attn_implementation == "visionpulse"
-        assert made.model.config._attn_implementation == "sdpa"
-        assert made.model.model.visual.config._attn_implementation == "sdpa"
+    vlm = tiny("qwen2_5_vl")
+    with vp.patch(vlm.model):
+        assert vlm.model.get_decoder().config._attn_implementation == "visionpulse"
+        assert vlm.model.config._attn_implementation == "sdpa"
+        assert vlm.model.model.visual.config._attn_implementation == "sdpa"
 
 
 def test_static_cache_kept_by_generate_is_given_back(tiny):
-    made = tiny("llava", num_hidden_layers=4)
-    with vp.patch(made.model, PRUNED):
-        made.generate(made.inputs(), cache_implementation="static", disable_compile=True)
-    kept = getattr(made.model, "_cache", None)
+    vlm = tiny("llava", num_hidden_layers=4)
+    with vp.patch(vlm.model, PRUNED):
+        vlm.generate(vlm.inputs(), cache_implementation="static", disable_compile=True)
+    kept = getattr(vlm.model, "_cache", None)
     if kept is not None:
         assert {type(layer).__name__ for layer in kept.layers} == {"StaticLayer"}
         assert not any("visionpulse" in vars(layer) for layer in kept.layers)
 
 
 def test_same_config_gives_the_same_session_and_another_is_refused(tiny):
-    made = tiny("llava")
-    session = vp.patch(made.model, "5pct")
-    assert vp.patch(made.model, "5pct") is session
+    vlm = tiny("llava")
+    session = vp.patch(vlm.model, "5pct")
+    assert vp.patch(vlm.model, "5pct") is session
     with pytest.raises(ValueError, match=r"session\.update"):
-        vp.patch(made.model, "10pct")
+        vp.patch(vlm.model, "10pct")
     session.update(tau=0.4, ratio=(0.05, 0.10))
-    assert vp.patch(made.model, "10pct") is session
-    vp.unpatch(made.model)
+    assert vp.patch(vlm.model, "10pct") is session
+    vp.unpatch(vlm.model)
     assert not session.is_active
     with pytest.warns(UserWarning, match="not patched"):
-        vp.unpatch(made.model)
+        vp.unpatch(vlm.model)
     with pytest.warns(UserWarning, match="has ended"):
         session.unpatch()
 
 
 def test_errors_come_before_the_first_change(tiny):
-    made = tiny("gemma3")
-    before = footprint(made.model)
+    vlm = tiny("gemma3")
+    before = footprint(vlm.model)
     with pytest.raises(ValueError, match="not a full-attention layer"):
-        vp.patch(made.model, anchor=2)
+        vp.patch(vlm.model, anchor=2)
     with pytest.raises(ValueError, match="no field"):
-        vp.patch(made.model, anchr=3)
+        vp.patch(vlm.model, anchr=3)
     with pytest.raises(ValueError, match="no preset"):
-        vp.patch(made.model, "7pct")
-    assert_same_footprint(made.model, before)
-    session = vp.patch(made.model, anchor=3)
+        vp.patch(vlm.model, "7pct")
+    assert_same_footprint(vlm.model, before)
+    session = vp.patch(vlm.model, anchor=3)
     with pytest.raises(ValueError, match="not a full-attention layer"):
         session.update(anchor=4)
     assert session.config.anchor == 3
@@ -144,44 +144,44 @@ def test_unsupported_models_are_refused_with_the_reason(tiny):
 
 
 def test_flex_attention_is_refused(tiny):
-    made = tiny("llava", num_hidden_layers=2)
-    made.model.get_decoder().config._attn_implementation_internal = "flex_attention"
+    vlm = tiny("llava", num_hidden_layers=2)
+    vlm.model.get_decoder().config._attn_implementation_internal = "flex_attention"
     with pytest.raises(vp.UnsupportedModelError, match="set_attn_implementation"):
-        vp.patch(made.model)
+        vp.patch(vlm.model)
 
 
 def test_a_family_row_can_name_other_ids(tiny, monkeypatch):
-    made = tiny("llava")
+    vlm = tiny("llava")
     monkeypatch.setitem(FAMILIES, "llava", Family(ids=("bos_token_id",)))
     with pytest.raises(vp.UnsupportedModelError, match="bos_token_id"):
-        vp.patch(made.model)
+        vp.patch(vlm.model)
 
 
 def test_paused_is_the_unpatched_model(tiny):
-    made = tiny("llava")
-    expected = made.generate(made.inputs())
-    with vp.patch(made.model, PRUNED) as session:
-        pruned = made.generate(made.inputs())
+    vlm = tiny("llava")
+    expected = vlm.generate(vlm.inputs())
+    with vp.patch(vlm.model, PRUNED) as session:
+        pruned = vlm.generate(vlm.inputs())
         with session.paused():
-            cache = transformers.DynamicCache(config=made.model.config.get_text_config())
-            assert torch.equal(made.generate(made.inputs(), past_key_values=cache), expected)
+            cache = transformers.DynamicCache(config=vlm.model.config.get_text_config())
+            assert torch.equal(vlm.generate(vlm.inputs(), past_key_values=cache), expected)
             assert {type(layer).__name__ for layer in cache.layers} == {"DynamicLayer"}
-        assert torch.equal(made.generate(made.inputs()), pruned)
+        assert torch.equal(vlm.generate(vlm.inputs()), pruned)
         assert not torch.equal(pruned, expected)
 
 
 def test_update_changes_the_next_forward(tiny):
-    made = tiny("llava")
-    with vp.patch(made.model, KEEP_ALL) as session:
-        made.generate(made.inputs())
+    vlm = tiny("llava")
+    with vp.patch(vlm.model, KEEP_ALL) as session:
+        vlm.generate(vlm.inputs())
         assert session.stats.kept.min == 16
         session.reset_stats()
         session.update(budget=vp.TopK(3))
-        made.generate(made.inputs())
+        vlm.generate(vlm.inputs())
         assert (session.stats.kept.min, session.stats.kept.max) == (3, 3)
         session.reset_stats()
         session.update(budget=vp.TopP(0.6))
-        made.generate(made.inputs())
+        vlm.generate(vlm.inputs())
         assert session.stats.rows == 7
         assert 1 <= session.stats.kept.min <= session.stats.kept.max <= 16
         assert session.update(anchor=4).anchors == (4,)
@@ -190,48 +190,48 @@ def test_update_changes_the_next_forward(tiny):
 def test_two_models_that_share_a_config(tiny):
     gc.collect()  # a dropped session of another test would leave the registry within this one
     registered = set(transformers.AttentionInterface._global_mapping)
-    made = tiny("llava")
-    other = transformers.AutoModelForImageTextToText.from_config(made.model.config).eval()
+    vlm = tiny("llava")
+    other = transformers.AutoModelForImageTextToText.from_config(vlm.model.config).eval()
     Draws(9).refill(other, 0.02)
-    given = made.inputs()
-    alone = other.generate(**given, max_new_tokens=6, do_sample=False, suppress_tokens=[150])
-    first = vp.patch(made.model, PRUNED)
-    shared = other.get_decoder().config is made.model.get_decoder().config
-    again = other.generate(**given, max_new_tokens=6, do_sample=False, suppress_tokens=[150])
+    inputs = vlm.inputs()
+    alone = other.generate(**inputs, max_new_tokens=6, do_sample=False, suppress_tokens=[150])
+    first = vp.patch(vlm.model, PRUNED)
+    shared = other.get_decoder().config is vlm.model.get_decoder().config
+    again = other.generate(**inputs, max_new_tokens=6, do_sample=False, suppress_tokens=[150])
     assert torch.equal(alone, again)
     second = vp.patch(other, KEEP_ALL)
     first.unpatch()
     assert second.is_active
-    again = other.generate(**given, max_new_tokens=6, do_sample=False, suppress_tokens=[150])
+    again = other.generate(**inputs, max_new_tokens=6, do_sample=False, suppress_tokens=[150])
     assert torch.equal(alone, again)
     assert second.stats.retention.min == 1.0
     second.unpatch()
     if shared:
-        assert made.model.get_decoder().config._attn_implementation == "sdpa"
+        assert vlm.model.get_decoder().config._attn_implementation == "sdpa"
     assert set(transformers.AttentionInterface._global_mapping) == registered
 
 
 def test_a_patched_model_that_is_dropped_leaves_the_registries(tiny):
-    made = tiny("llava", num_hidden_layers=3)
-    session = vp.patch(made.model)
-    config = made.model.get_decoder().config
+    vlm = tiny("llava", num_hidden_layers=3)
+    session = vp.patch(vlm.model)
+    config = vlm.model.get_decoder().config
     assert config._attn_implementation == "visionpulse"
     tiny.forget()
-    del made, session
+    del vlm, session
     gc.collect()
     assert config._attn_implementation == "sdpa"
     assert "visionpulse" not in transformers.AttentionInterface._global_mapping
 
 
 def test_threads_on_one_model_do_not_meet(tiny):
-    made = tiny("llava")
-    prompts = [made.inputs([n, "i", 3], seed=n) for n in (3, 9, 14, 21)]
-    with vp.patch(made.model, PRUNED):
-        expected = [made.generate(given, tokens=12) for given in prompts]
+    vlm = tiny("llava")
+    prompts = [vlm.inputs([n, "i", 3], seed=n) for n in (3, 9, 14, 21)]
+    with vp.patch(vlm.model, PRUNED):
+        expected = [vlm.generate(inputs, tokens=12) for inputs in prompts]
         got = [None] * len(prompts)
 
         def work(i):
-            got[i] = made.generate(prompts[i], tokens=12)
+            got[i] = vlm.generate(prompts[i], tokens=12)
 
         for _ in range(2):
             threads = [threading.Thread(target=work, args=(i,)) for i in range(len(prompts))]
@@ -241,96 +241,96 @@ def test_threads_on_one_model_do_not_meet(tiny):
 
 
 def test_training_and_gradients_take_the_models_path(tiny):
-    made = tiny("llava")
-    given = made.inputs()
-    cache = transformers.DynamicCache(config=made.model.config.get_text_config())
-    expected = made.model(**given, past_key_values=cache, use_cache=True)
+    vlm = tiny("llava")
+    inputs = vlm.inputs()
+    cache = transformers.DynamicCache(config=vlm.model.config.get_text_config())
+    expected = vlm.model(**inputs, past_key_values=cache, use_cache=True)
     step = {"input_ids": torch.tensor([[7]])}
-    reference = made.model(**step, past_key_values=cache).logits
-    with vp.patch(made.model, PRUNED) as session:
-        cache = transformers.DynamicCache(config=made.model.config.get_text_config())
-        logits = made.model(**given, past_key_values=cache, use_cache=True).logits
+    reference = vlm.model(**step, past_key_values=cache).logits
+    with vp.patch(vlm.model, PRUNED) as session:
+        cache = transformers.DynamicCache(config=vlm.model.config.get_text_config())
+        logits = vlm.model(**inputs, past_key_values=cache, use_cache=True).logits
         assert torch.equal(logits, expected.logits)
-        out = made.model(**step, past_key_values=cache).logits
+        out = vlm.model(**step, past_key_values=cache).logits
         assert torch.equal(out, reference)
         out.sum().backward()
-        assert made.model.lm_head.weight.grad is not None
-        made.model.zero_grad(set_to_none=True)
+        assert vlm.model.lm_head.weight.grad is not None
+        vlm.model.zero_grad(set_to_none=True)
         assert session.stats.rows == 0
-        made.model.train()
-        made.model(**given, labels=given["input_ids"]).loss.backward()
-        made.model.eval().zero_grad(set_to_none=True)
+        vlm.model.train()
+        vlm.model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        vlm.model.eval().zero_grad(set_to_none=True)
 
 
 def test_a_patched_model_is_not_copied(tiny):
-    made = tiny("llava")
-    with vp.patch(made.model) as session:
+    vlm = tiny("llava")
+    with vp.patch(vlm.model) as session:
         with pytest.raises(TypeError, match="unpatch it first"):
-            copy.deepcopy(made.model)
+            copy.deepcopy(vlm.model)
         with pytest.raises(TypeError, match="unpatch it first"):
             session.__reduce__()
-    copy.deepcopy(made.model)
+    copy.deepcopy(vlm.model)
 
 
 def test_explain_names_the_parts(tiny):
-    made = tiny("gemma3")
-    text = str(vp.explain(made.model))
+    vlm = tiny("gemma3")
+    text = str(vp.explain(vlm.model))
     for part in ("Gemma3TextModel", "anchor     3", "150", "sdpa", "unpatched", "reference"):
         assert part in text
-    with vp.patch(made.model, anchor=1):
-        told = vp.explain(made.model)
-    assert told.patched
-    assert told.sparse_layers == (1, 3, 5)
-    assert [i for i, role in enumerate(told.roles) if role == "model"] == [0, 2, 4]
+    with vp.patch(vlm.model, anchor=1):
+        explanation = vp.explain(vlm.model)
+    assert explanation.patched
+    assert explanation.sparse_layers == (1, 3, 5)
+    assert [i for i, role in enumerate(explanation.roles) if role == "model"] == [0, 2, 4]
 
 
 def test_sinks_stay_dense_and_explain_says_so(tiny):
-    made = tiny("llava", num_hidden_layers=3)
-    for layer in made.model.get_decoder().layers:
+    vlm = tiny("llava", num_hidden_layers=3)
+    for layer in vlm.model.get_decoder().layers:
         layer.self_attn.sinks = torch.nn.Parameter(torch.zeros(4))
-    expected = made.generate(made.inputs())
-    with vp.patch(made.model, PRUNED) as session:
-        assert torch.equal(made.generate(made.inputs()), expected)
+    expected = vlm.generate(vlm.inputs())
+    with vp.patch(vlm.model, PRUNED) as session:
+        assert torch.equal(vlm.generate(vlm.inputs()), expected)
         assert session.stats.rows == 0
-        assert "sinks" in str(vp.explain(made.model))
+        assert "sinks" in str(vp.explain(vlm.model))
 
 
 def test_wrapped_models_are_unwrapped(tiny):
     peft = pytest.importorskip("peft")
-    made = tiny("llava", num_hidden_layers=4)
+    vlm = tiny("llava", num_hidden_layers=4)
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=True)
-    wrapped = peft.get_peft_model(copy.deepcopy(made.model), config).eval()
-    expected = made.generate(made.inputs())
+    wrapped = peft.get_peft_model(copy.deepcopy(vlm.model), config).eval()
+    expected = vlm.generate(vlm.inputs())
     with vp.patch(wrapped, KEEP_ALL) as session:
-        given = made.inputs()
+        inputs = vlm.inputs()
         out = wrapped.generate(
-            **given, max_new_tokens=8, do_sample=False, suppress_tokens=[150, 151, 152, 153]
+            **inputs, max_new_tokens=8, do_sample=False, suppress_tokens=[150, 151, 152, 153]
         )
         assert torch.equal(out, expected)
         assert session.stats.retention.min == 1.0
-    compiled = torch.compile(made.model, backend="eager")
+    compiled = torch.compile(vlm.model, backend="eager")
     session = vp.patch(compiled, KEEP_ALL)
-    assert session_of(made.model) is session
+    assert session_of(vlm.model) is session
     session.unpatch()
 
 
 def test_published_models_have_their_anchor(tiny):
-    made = tiny("qwen3_vl", num_hidden_layers=24)
-    assert vp.explain(made.model).anchors == (11,)
-    made.model.config.name_or_path = "Qwen/Qwen3-VL-4B-Instruct"
-    told = vp.explain(made.model)
-    assert told.anchors == (17,)
-    assert "published" in str(told)
-    with vp.patch(made.model) as session:
+    vlm = tiny("qwen3_vl", num_hidden_layers=24)
+    assert vp.explain(vlm.model).anchors == (11,)
+    vlm.model.config.name_or_path = "Qwen/Qwen3-VL-4B-Instruct"
+    explanation = vp.explain(vlm.model)
+    assert explanation.anchors == (17,)
+    assert "published" in str(explanation)
+    with vp.patch(vlm.model) as session:
         assert session.anchors == (17,)
         assert session.config == vp.PRESETS["10pct"]
-    with vp.patch(made.model, anchor=9) as session:
+    with vp.patch(vlm.model, anchor=9) as session:
         assert session.anchors == (9,)
 
 
 def test_use_cache_false_is_dense(tiny):
-    made = tiny("llava")
-    expected = made.generate(made.inputs(), use_cache=False)
-    with vp.patch(made.model, PRUNED) as session:
-        assert torch.equal(made.generate(made.inputs(), use_cache=False), expected)
+    vlm = tiny("llava")
+    expected = vlm.generate(vlm.inputs(), use_cache=False)
+    with vp.patch(vlm.model, PRUNED) as session:
+        assert torch.equal(vlm.generate(vlm.inputs(), use_cache=False), expected)
         assert session.stats.rows == 0

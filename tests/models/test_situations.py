@@ -12,7 +12,7 @@ PRUNED = vp.PulseConfig(tau=0.5, ratio=(0.05, 0.4))
 VIDEO = 151
 
 
-def video_of(made, family):
+def video_of(vlm, family):
     """A prompt with a video of two frames, and its number of tokens."""
     draws = Draws(1)
     if family == "qwen2_5_vl":
@@ -25,43 +25,43 @@ def video_of(made, family):
         tokens = 2 * 4 + 1
         extra = {"pixel_values_videos": draws.normal(1, 2, 3, 32, 32)}
     ids = torch.tensor([[5, 6, 152, *[VIDEO] * tokens, 153, 9, 8, 7]])
-    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | extra
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | extra
     if family == "qwen2_5_vl":
-        given["mm_token_type_ids"] = 2 * (ids == VIDEO).int()
-    return given, tokens
+        inputs["mm_token_type_ids"] = 2 * (ids == VIDEO).int()
+    return inputs, tokens
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "llava_onevision"])
 def test_video_tokens_are_visual(tiny, family):
-    made = tiny(family)
-    given, tokens = video_of(made, family)
-    expected = made.generate(given)
-    with vp.patch(made.model, KEEP_ALL) as session:
-        assert torch.equal(made.generate(given), expected)
+    vlm = tiny(family)
+    inputs, tokens = video_of(vlm, family)
+    expected = vlm.generate(inputs)
+    with vp.patch(vlm.model, KEEP_ALL) as session:
+        assert torch.equal(vlm.generate(inputs), expected)
         assert session.stats.kept.min == tokens
         session.update(ratio=(0.1, 0.3))
         session.reset_stats()
-        made.generate(given)
+        vlm.generate(inputs)
         assert 1 <= session.stats.kept.min <= session.stats.kept.max <= int(0.3 * tokens)
 
 
 def test_assisted_generation(tiny):
-    made = tiny("llava")
+    vlm = tiny("llava")
     helper = tiny("llava", num_hidden_layers=2).model
-    given = made.inputs()
-    expected = made.generate(given, tokens=16, assistant_model=helper)
-    with vp.patch(made.model, KEEP_ALL) as session, vp.patch(helper, PRUNED):
+    inputs = vlm.inputs()
+    expected = vlm.generate(inputs, tokens=16, assistant_model=helper)
+    with vp.patch(vlm.model, KEEP_ALL) as session, vp.patch(helper, PRUNED):
         with pytest.warns(UserWarning, match="assistant model"):  # it is given no picture
-            made.generate(given, tokens=16, assistant_model=helper)
-        assert torch.equal(made.generate(given, tokens=16, assistant_model=helper), expected)
+            vlm.generate(inputs, tokens=16, assistant_model=helper)
+        assert torch.equal(vlm.generate(inputs, tokens=16, assistant_model=helper), expected)
         session.update(schedule="lookback")
-        assert torch.equal(made.generate(given, tokens=16, assistant_model=helper), expected)
+        assert torch.equal(vlm.generate(inputs, tokens=16, assistant_model=helper), expected)
 
 
 def test_a_dispatched_model(tiny, tmp_path):
     pytest.importorskip("accelerate")
-    made = tiny("llava")
-    made.model.save_pretrained(tmp_path / "model")
+    vlm = tiny("llava")
+    vlm.model.save_pretrained(tmp_path / "model")
     places = {"model.vision_tower": "cpu", "model.multi_modal_projector": "cpu", "lm_head": "cpu"}
     places |= {f"model.language_model.{name}": "cpu" for name in ("embed_tokens", "norm")}
     places["model.language_model.rotary_emb"] = "cpu"
@@ -71,65 +71,65 @@ def test_a_dispatched_model(tiny, tmp_path):
     ).eval()
     assert any(hasattr(module, "_hf_hook") for module in model.modules())
     options = {"max_new_tokens": 8, "do_sample": False, "suppress_tokens": [150, 151, 152, 153]}
-    with vp.patch(made.model, PRUNED):
-        expected = made.generate(made.inputs())
+    with vp.patch(vlm.model, PRUNED):
+        expected = vlm.generate(vlm.inputs())
     with vp.patch(model, PRUNED) as session:
-        assert torch.equal(model.generate(**made.inputs(), **options), expected)
+        assert torch.equal(model.generate(**vlm.inputs(), **options), expected)
         assert session.stats.steps == 7
 
 
 def test_a_loop_of_ones_own(tiny):
-    made = tiny("qwen2_5_vl")
-    with vp.patch(made.model, PRUNED) as session, torch.no_grad():
-        expected = made.generate(made.inputs())
-        out = made.model(**made.inputs(), use_cache=True)
+    vlm = tiny("qwen2_5_vl")
+    with vp.patch(vlm.model, PRUNED) as session, torch.no_grad():
+        expected = vlm.generate(vlm.inputs())
+        out = vlm.model(**vlm.inputs(), use_cache=True)
         tokens, cache = [], out.past_key_values
         for _ in range(8):
             logits = out.logits[:, -1].clone()
             logits[:, [150, 151, 152, 153]] = -torch.inf
             tokens.append(logits.argmax(-1, keepdim=True))
-            out = made.model(input_ids=tokens[-1], past_key_values=cache, use_cache=True)
+            out = vlm.model(input_ids=tokens[-1], past_key_values=cache, use_cache=True)
         assert torch.equal(torch.cat(tokens, 1), expected[:, -8:])
         assert session.stats.steps == 7 + 8
 
 
 def test_the_inner_model_alone(tiny):
-    made = tiny("llava")
+    vlm = tiny("llava")
     with torch.no_grad():
-        expected = made.model.model(**made.inputs()).last_hidden_state
-        session = vp.patch(made.model.model, PRUNED)
-        assert torch.equal(made.model.model(**made.inputs()).last_hidden_state, expected)
-        out = made.generate(made.inputs())
+        expected = vlm.model.model(**vlm.inputs()).last_hidden_state
+        session = vp.patch(vlm.model.model, PRUNED)
+        assert torch.equal(vlm.model.model(**vlm.inputs()).last_hidden_state, expected)
+        out = vlm.generate(vlm.inputs())
         assert session.stats.steps == 7
         session.unpatch()
-        with vp.patch(made.model, PRUNED):
-            assert torch.equal(made.generate(made.inputs()), out)
+        with vp.patch(vlm.model, PRUNED):
+            assert torch.equal(vlm.generate(vlm.inputs()), out)
 
 
 def test_double_precision_is_served_by_the_reference(tiny, oracle):
-    made = tiny("llava", num_hidden_layers=4)
-    made.model.to(torch.float64)  # served by the reference alone: no rounding between the two
-    given = made.inputs([9, "i", 3], [4, "i", 5])
-    given["pixel_values"] = given["pixel_values"].double()
-    with vp.patch(made.model, PRUNED) as session:
-        pruned = made.generate(given, tokens=16)
+    vlm = tiny("llava", num_hidden_layers=4)
+    vlm.model.to(torch.float64)  # served by the reference alone: no rounding between the two
+    inputs = vlm.inputs([9, "i", 3], [4, "i", 5])
+    inputs["pixel_values"] = inputs["pixel_values"].double()
+    with vp.patch(vlm.model, PRUNED) as session:
+        pruned = vlm.generate(inputs, tokens=16)
         anchor = session.anchors[0]
-    with oracle(made, PRUNED, anchor) as truth:
-        truth.visual = given["input_ids"] == 150
-        assert torch.equal(made.generate(given, tokens=16), pruned)
+    with oracle(vlm, PRUNED, anchor) as truth:
+        truth.visual = inputs["input_ids"] == 150
+        assert torch.equal(vlm.generate(inputs, tokens=16), pruned)
 
 
 def test_a_trace_tells_what_was_kept(tiny, tmp_path):
-    made = tiny("llava")
-    given = made.inputs([9, "i", 6, "i", 3], [4, "i", 5], [8])
-    with vp.patch(made.model, PRUNED, record=True) as session:
-        out = made.generate(given)
+    vlm = tiny("llava")
+    inputs = vlm.inputs([9, "i", 6, "i", 3], [4, "i", 5], [8])
+    with vp.patch(vlm.model, PRUNED, record=True) as session:
+        out = vlm.generate(inputs)
         trace, stats = session.trace, session.stats
     rows = list(trace)
     assert len(rows) == len(trace) == stats.rows == 7 * 2  # the row without a picture is left out
     assert [row.step for row in rows] == [step for step in range(7) for _ in range(2)]
     assert {row.layer for row in rows} == set(session.anchors)
-    visual = given["input_ids"] == 150
+    visual = inputs["input_ids"] == 150
     prompt = visual.shape[1]
     for row in rows:
         assert row.n_visual == visual[row.row].sum()
@@ -144,5 +144,5 @@ def test_a_trace_tells_what_was_kept(tiny, tmp_path):
         assert (mine.kept == loaded.kept).all()
     assert again.spans == trace.spans
     assert again.about["anchors"] == list(session.anchors)
-    with vp.patch(made.model) as session, pytest.raises(ValueError, match="record=True"):
+    with vp.patch(vlm.model) as session, pytest.raises(ValueError, match="record=True"):
         session.trace  # noqa: B018

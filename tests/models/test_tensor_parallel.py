@@ -29,42 +29,42 @@ import visionpulse as vp
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
 for folder in sys.argv[1:]:
-    given, configs = torch.load(folder + "/given.pt", weights_only=False)
+    inputs, configs = torch.load(folder + "/inputs.pt", weights_only=False)
     model = AutoModelForImageTextToText.from_pretrained(
         folder, distributed_config=DistributedConfig(tp_plan="auto"), dtype=torch.float32
     ).eval()
-    made = {}
+    results = {}
     for name, config in configs.items():
         with vp.patch(model, config, record=True) as session:
             assert session.patched.heads is not None
-            tokens = model.generate(**given)
-            made[name] = tokens, [(e.selection.indices, e.selection.counts) for e in
+            tokens = model.generate(**inputs)
+            results[name] = tokens, [(e.selection.indices, e.selection.counts) for e in
                                   session.recorder.entries]
     if folder.endswith("llava"):
         graph = CompileConfig(fullgraph=True, dynamic=False, mode=None, backend="aot_eager")
         graph._compile_all_devices = True
         with vp.patch(model, configs["max"]) as session:
-            made["compiled"] = model.generate(
-                **given, cache_implementation="static", compile_config=graph
+            results["compiled"] = model.generate(
+                **inputs, cache_implementation="static", compile_config=graph
             )
             assert session.stats.steps == 7
-    torch.save(made, f"{folder}/rank{dist.get_rank()}.pt")
+    torch.save(results, f"{folder}/rank{dist.get_rank()}.pt")
 dist.destroy_process_group()
 """
 
 
-def one_process(made, folder):
+def one_process(vlm, folder):
     """What the whole model does, left with its weights for the ranks to repeat."""
-    given = made.inputs([9, "i", 6, "i", 3], [4, "i", 5])
-    given |= {"do_sample": False, "max_new_tokens": 8, "suppress_tokens": [150, 151, 152, 153]}
+    inputs = vlm.inputs([9, "i", 6, "i", 3], [4, "i", 5])
+    inputs |= {"do_sample": False, "max_new_tokens": 8, "suppress_tokens": [150, 151, 152, 153]}
     expected = {}
     for name, config in CONFIGS.items():
-        with vp.patch(made.model, config, record=True) as session:
-            tokens = made.model.generate(**given)
+        with vp.patch(vlm.model, config, record=True) as session:
+            tokens = vlm.model.generate(**inputs)
             kept = [(e.selection.indices, e.selection.counts) for e in session.recorder.entries]
         expected[name] = tokens, kept
-    made.model.save_pretrained(folder)
-    torch.save((given, CONFIGS), folder / "given.pt")
+    vlm.model.save_pretrained(folder)
+    torch.save((inputs, CONFIGS), folder / "inputs.pt")
     return expected
 
 

@@ -127,6 +127,16 @@ def test_every_allowance_is_used():
     assert set(used) == set(ALLOWED), f"rows without a module: {set(ALLOWED) - set(used)}"
 
 
+def graph():
+    return {module_of(p): {i.target for i in imports_of(p) if i.ours} for p in sources()}
+
+
+def test_no_modules_import_each_other():
+    """Not in a circle, and not through a function or for a type either."""
+    found = circles({module: targets - {module} for module, targets in graph().items()})
+    assert not found, f"these need each other: {found}"
+
+
 def test_class_names_are_used_once():
     homes = defaultdict(list)
     for path in sources():

@@ -18,7 +18,7 @@ class UnsupportedModelError(ValueError):
 
 @dataclass(frozen=True)
 class Family:
-    """The exceptions of one model type; a family without a row needs none."""
+    """The exceptions of one model type."""
 
     ids: tuple[str, ...] = VISUAL_IDS
     inner: str | None = None  # the part to patch, where it is not the model itself

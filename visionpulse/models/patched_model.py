@@ -23,13 +23,13 @@ class PatchedModel:
     recorder: Recorder
     heads: HeadGroup | None  # of a model whose heads are split over processes
     notices: Notices = field(default_factory=Notices)
-    layer_ops: dict[Any, LayerOps] = field(default_factory=dict)  # by shape, each checked once
+    ops_by_shape: dict[Any, LayerOps] = field(default_factory=dict)  # each checked once
     is_paused: bool = False
     _numbers: Iterator[int] = field(default_factory=itertools.count)
 
     def set_roles(self, layer_roles: LayerRoles) -> None:
         """Let the forwards that start from now on follow other roles."""
-        self.layer_roles, self.layer_ops = layer_roles, {}
+        self.layer_roles, self.ops_by_shape = layer_roles, {}
 
     def new_conversation(self) -> Conversation:
         """A conversation with a number of its own."""

@@ -105,11 +105,11 @@ class Step:
         kv = KVCache(key, value, self.lengths, self.starts)
         query_shape, key_shape, *rest = shape
         name = (query_shape, key_shape[1], key_shape[3], *rest, self.layer_roles)  # of any length
-        layer_ops = self.patched.layer_ops.get(name)
+        layer_ops = self.patched.ops_by_shape.get(name)
         if layer_ops is None:
             scale, softcap = rest[-2:]
             layer_ops = LayerOps(q, kv, self.visual, self.config, scale=scale, softcap=softcap)
-            self.patched.layer_ops[name] = layer_ops
+            self.patched.ops_by_shape[name] = layer_ops
         self.layer_ops, self.shape = layer_ops, shape
         self.workspace = default_workspace(key.device)
 

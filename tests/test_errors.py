@@ -50,8 +50,8 @@ def make_selection(indices=None, counts=None):
     return vp.Selection(indices, counts, torch.zeros(2), torch.zeros(2))
 
 
-def follow(**fields):
-    return vp.attend(make_q(), make_kv(), make_visual(), make_selection(**fields))
+def follow(indices=None, counts=None):
+    return vp.attend(make_q(), make_kv(), make_visual(), make_selection(indices, counts))
 
 
 def select(scores=None, mass=None, config="10pct", **options):
@@ -59,6 +59,18 @@ def select(scores=None, mass=None, config="10pct", **options):
     return vp.select(
         scores, torch.zeros(B) if mass is None else mass, make_visual(), config, **options
     )
+
+
+def freed(tensor, size=0):
+    """The tensor, its memory given back under it."""
+    tensor.untyped_storage().resize_(size)
+    return tensor
+
+
+def freed_cache(name, size=0, **changes):
+    kv = make_kv(**changes)
+    freed(getattr(kv, name), size)
+    return kv
 
 
 class Wide:
@@ -190,6 +202,22 @@ TABLE = {
         ValueError,
         ["gradient", "torch.no_grad()"],
     ),
+    # memory that was freed under a tensor: a kernel reads by address
+    "q freed": (
+        lambda: decode(q=freed(make_q())),
+        ValueError,
+        ["storage of q", "0 bytes", "freed"],
+    ),
+    "k freed": (lambda: decode(kv=freed_cache("k")), ValueError, ["storage of k", "freed"]),
+    "v cut": (lambda: decode(kv=freed_cache("v", 4096)), ValueError, ["of v holds 4096", "10240"]),
+    "lengths freed": (
+        lambda: decode(kv=freed_cache("lengths", lengths=i32(40, 33))),
+        ValueError,
+        ["storage of lengths", "freed"],
+    ),
+    "out freed": (lambda: decode(out=freed(make_q())), ValueError, ["storage of out", "freed"]),
+    "indices freed": (lambda: follow(freed(i32(3, 4).view(2, 1))), ValueError, ["indices"]),
+    "scores freed": (lambda: select(scores=freed(torch.zeros(B, N))), ValueError, ["of scores"]),
     # the visual set
     "mask rank": (
         lambda: vp.VisualTokens.from_mask(torch.ones(4).bool()),

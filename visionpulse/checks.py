@@ -12,7 +12,15 @@ from torch import Tensor
 
 from .cache import MAX_GROUP, Cache, KVCache, PagedKVCache
 from .selection import Selection
-from .tensor_checks import are_readable, in_range, per_row, same_device, tensor, unit_stride
+from .tensor_checks import (
+    are_readable,
+    has_storage,
+    in_range,
+    per_row,
+    same_device,
+    tensor,
+    unit_stride,
+)
 from .visual import VisualTokens
 
 
@@ -37,6 +45,29 @@ def query(q: Tensor, kv: Cache) -> None:
             f"a KV head serves at most {MAX_GROUP} query heads, got {heads // kv_heads}"
         )
     unit_stride("q", q)
+
+
+def storages(q: Tensor, kv: Cache, visual: VisualTokens | None) -> None:
+    """Check that the tensors of a call still have their memory: a kernel reads by address."""
+    if torch.compiler.is_compiling():
+        return
+    is_paged = isinstance(kv, PagedKVCache)
+    has_storage("q", q)
+    has_storage("k_pages" if is_paged else "k", kv.k_data)
+    has_storage("v_pages" if is_paged else "v", kv.v_data)
+    has_storage("lengths", kv.lengths)
+    has_storage("starts", kv.starts)
+    if isinstance(kv, PagedKVCache):
+        has_storage("block_table", kv.block_table)
+    if visual is not None:
+        visual_storages(visual)
+
+
+def visual_storages(visual: VisualTokens) -> None:
+    """Check the memory of a visual set."""
+    has_storage("visual.spans", visual.spans)
+    has_storage("visual.offsets", visual.offsets)
+    has_storage("visual.counts", visual.counts)
 
 
 def no_grad(*tensors: Tensor) -> None:
@@ -84,6 +115,8 @@ def selection(chosen: Selection, rows: int, size: int, device: torch.device) -> 
         raise ValueError("selection.indices must be contiguous; call .contiguous()")
     same_device("selection", indices, device, "the cache")
     per_row("selection.counts", chosen.counts, rows, device)
+    has_storage("selection.indices", indices)
+    has_storage("selection.counts", chosen.counts)
     if not chosen.trusted and are_readable(device):
         _selection_values(indices, chosen.counts, size)
 
@@ -109,6 +142,7 @@ def buffer(name: str, value: Tensor | None, shape: tuple[int, ...], like: Tensor
         raise TypeError(f"{name} must be {like.dtype}, got {value.dtype}")
     same_device(name, value, like.device, "the query")
     unit_stride(name, value)
+    has_storage(name, value)
 
 
 def scores_buffer(value: Tensor | None, rows: int, size: int, q: Tensor) -> None:
@@ -125,6 +159,7 @@ def ranked(scores: Tensor, mass: Tensor, mass_mean: Tensor | None) -> None:
     for name, value in (("scores", scores), ("mass", mass), ("mass_mean", mass_mean)):
         if value is not None and value.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"{name} must be float32, got {value.dtype}")
+        has_storage(name, value)
     if not scores.is_contiguous():
         raise ValueError("scores must be contiguous; call .contiguous()")
     for name, value in (("mass", mass), ("mass_mean", mass_mean)):
@@ -139,6 +174,7 @@ def ranked(scores: Tensor, mass: Tensor, mass_mean: Tensor | None) -> None:
 def row_cut(name: str, value: Tensor | None, scores: Tensor) -> None:
     """Check the starts or lengths that cut the candidates of `select`."""
     per_row(name, value, scores.shape[0], scores.device)
+    has_storage(name, value)
 
 
 def number(name: str, value: Any) -> float:

@@ -109,6 +109,7 @@ def select(
     config = resolve_config(config)
     checks.ranked(scores, mass, mass_mean)
     checks.visual_set(visual, scores.shape[0], scores.shape[1], scores.device)
+    checks.visual_storages(visual)
     for cut, rows in (("starts", starts), ("lengths", lengths)):
         checks.row_cut(cut, rows, scores)
     if mass_mean is None:
@@ -180,6 +181,7 @@ def check(q: Tensor, kv: Cache, visual: VisualTokens | None) -> None:
     checks.no_grad(q, kv.k_data, kv.v_data)
     if visual is not None:
         checks.visual_set(visual, kv.batch, kv.capacity, kv.device)
+    checks.storages(q, kv, visual)
     if are_readable(kv.device):
         kv.validate()
 

@@ -32,6 +32,22 @@ def unit_stride(name: str, value: Tensor) -> None:
         )
 
 
+def has_storage(name: str, value: Tensor | None) -> None:
+    """Check that the memory of a tensor was not freed or cut under it; reads host data only."""
+    if value is None or torch.compiler.is_compiling():
+        return
+    elements, offset = value.numel(), value.storage_offset()
+    if not value.is_contiguous() and elements:  # the last element says how far it reaches
+        strides = zip(value.shape, value.stride(), strict=True)
+        elements = 1 + sum((size - 1) * stride for size, stride in strides)
+    needed, held = (offset + elements) * value.itemsize, value.untyped_storage().nbytes()
+    if held < needed and elements:
+        raise ValueError(
+            f"the storage of {name} holds {held} bytes, its shape and strides need {needed}; "
+            "it was freed or resized: pass a tensor that owns its memory"
+        )
+
+
 def per_row(name: str, value: Tensor | None, rows: int, device: torch.device) -> None:
     """Check an optional int32 tensor with one number per row."""
     if value is None:

@@ -55,3 +55,17 @@ def kept_of(visual: int) -> int:
 def microseconds(bytes_: float) -> float:
     """The time of a copy."""
     return bytes_ / BANDWIDTH * 1e6
+
+
+def moved(name: str, rows: int, visual: int) -> int:
+    """Bytes that a kernel must move, and the logits that it leaves or takes."""
+    shape, kept = step(rows, visual), kept_of(visual)
+    one = rows * KV_HEADS * HEAD_DIM * ITEMSIZE  # the keys of one position
+    dense = cost.dense(shape).bytes
+    return {
+        "dense decode": dense,
+        "anchor, dense output": dense + 4 * rows * HEADS * visual,
+        "anchor, pruned: scan": shape.keys * (one + 4 * rows * HEADS),
+        "anchor, pruned: attend": (TEXT + kept) * (one + 4 * rows * HEADS),
+        "follower": cost.attend(shape, kept).bytes,
+    }[name]

@@ -5,13 +5,14 @@ the page. Plans come from the engine's own host functions, registers from cuda_r
 """
 
 import json
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from build import load
-from visionpulse.bench import cost
+from visionpulse.bench.latency import in_flight
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from gpu_facts import (
@@ -19,18 +20,17 @@ from gpu_facts import (
     HEAD_DIM,
     HEADS,
     IN_FLIGHT,
-    ITEMSIZE,
     KV_HEADS,
     SMS,
     TEXT,
     kept_of,
     microseconds,
-    step,
+    moved,
 )  # fmt: skip
 
 TABLE = Path(__file__).resolve().parents[1] / "cuda_registers.json"
 REGISTERS = json.loads(TABLE.read_text())
-BFLOAT16 = 1
+BFLOAT16, TILE = 1, 16  # keys of a tile
 SHAPES = {
     "B1 16k": (1, 16384), "B1 128k": (1, 131072), "B8 16k": (8, 16384), "B8 32k": (8, 32768),
 }  # fmt: skip
@@ -79,21 +79,27 @@ def occupancy() -> Iterator[str]:
     """On sm_90: what a block holds, how many fit, and the bytes in flight that follow."""
     yield (
         "| kernel | entry | registers | warps x stages | shared KiB | blocks per multiprocessor "
-        "| KB in flight: " + ", ".join(SHAPES) + " | bound by |"
+        "| tiles of a warp: " + ", ".join(SHAPES) + " | KB in flight | bound by |"
     )
-    yield "|---|---|---|---|---|---|---|---|"
+    yield "|---|---|---|---|---|---|---|---|---|"
     for name, use in KERNELS.items():
         plan, blocks = plan_of(use), resident(use, "sm_90")
-        flying = []
+        teams, tiles, flying, bound = plan["warps"] // plan["team"], [], [], []
         for rows, visual in SHAPES.values():
-            splits = load().splits(plan["rule"], keys_of(use, visual), KV_HEADS)
+            keys = keys_of(use, visual)
+            splits = load().splits(plan["rule"], keys, KV_HEADS)
             there = min(blocks, rows * KV_HEADS * splits / SMS)
-            tiles = plan["warps"] // plan["team"] * (plan["stages"] - 1)
-            flying.append(there * tiles * plan["stage_bytes"])
-        bound = ["memory" if bytes_ >= IN_FLIGHT else "latency" for bytes_ in flying]
+            # a block has whole tiles of each of its teams
+            tiles.append(math.ceil(keys / splits / (teams * TILE)))
+            asked = in_flight(tiles[-1], plan["stages"], plan["stage_bytes"], teams * there)
+            flying.append(asked)
+            # a warp with fewer tiles than stages spends its life in front of and behind them
+            filled = tiles[-1] >= plan["stages"] and asked >= IN_FLIGHT
+            bound.append("memory" if filled else "latency")
         yield (
             f"| {name} | `{plan['kernel']}` | {REGISTERS[plan['kernel']]} "
             f"| {plan['warps']} x {plan['stages']} | {plan['shared_bytes'] / 1024:.0f} | {blocks} "
+            f"| {', '.join(map(str, tiles))} "
             f"| {', '.join(f'{bytes_ / 1000:.0f}' for bytes_ in flying)} | {', '.join(bound)} |"
         )
 
@@ -104,20 +110,6 @@ def everywhere() -> Iterator[str]:
     yield "|---|" + "---|" * len(PARTS)
     for name, use in KERNELS.items():
         yield f"| {name} | " + " | ".join(str(resident(use, target)) for target in PARTS) + " |"
-
-
-def moved(name: str, rows: int, visual: int) -> int:
-    """Bytes that a kernel must move, and the logits that it leaves or takes."""
-    shape, kept = step(rows, visual), kept_of(visual)
-    one = rows * KV_HEADS * HEAD_DIM * ITEMSIZE  # the keys of one position
-    dense = cost.dense(shape).bytes
-    return {
-        "dense decode": dense,
-        "anchor, dense output": dense + 4 * rows * HEADS * visual,
-        "anchor, pruned: scan": shape.keys * (one + 4 * rows * HEADS),
-        "anchor, pruned: attend": (TEXT + kept) * (one + 4 * rows * HEADS),
-        "follower": cost.attend(shape, kept).bytes,
-    }[name]
 
 
 def traffic() -> Iterator[str]:

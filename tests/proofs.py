@@ -97,10 +97,20 @@ PROOFS = {
         ("tests/test_cuda_build.py",),
         (*CUDA, "tests/test_cuda_build.py", "tests/cuda_registers.json"), ("nvcc",),
     ),
+    "cuda-latency": Proof(
+        ("tests/test_machine_code.py",),
+        (*CUDA, "csrc/cuda/", "csrc/*.h", "tests/cusim/*.h", "tests/cusim/include/",
+         "tests/machine_code/", "tests/test_machine_code.py", "tests/gpu_facts.py",
+         "tests/proof_tools.py", "docs/cuda-bounds.md",
+         "tests/cuda_registers.json", "visionpulse/bench/cost.py", "visionpulse/bench/latency.py",
+         "visionpulse/schedule.py", "visionpulse/config.py"),
+        ("nvcc", "g++", "triton"),
+    ),
     "cuda-plans": Proof(
         ("tests/test_cuda_plan.py",),
         (*CUDA_BACKEND, "tests/test_cuda_plan.py", "tests/cuda_registers.json",
-         "tests/gpu_facts.py", "docs/cuda-bounds.md", "visionpulse/bench/cost.py"), ("g++",),
+         "tests/gpu_facts.py", "docs/cuda-bounds.md", "visionpulse/bench/cost.py",
+         "visionpulse/bench/latency.py"), ("g++",),
     ),
     "cuda-simulated": Proof(
         ("tests/test_cusim.py", "-k", "not bug"), (*CUDA_BACKEND, *SHARED_TESTS), ("g++", "torch")

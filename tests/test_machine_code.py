@@ -1,0 +1,201 @@
+"""The machine code of the CUDA kernels waits for memory no more often than the table allows.
+
+No GPU is needed: SASS says what is in flight, and one warp is walked through it with the arguments
+of a launch. Planted faults show that each kind of wait would be seen.
+"""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from machine_code import facts, launches, limits, report, sass
+from machine_code.walk import ARRAY_BITS
+from proof_tools import NVCC, version_of
+
+pytestmark = [
+    pytest.mark.deep,
+    pytest.mark.skipif(NVCC is None, reason="no nvcc, on PATH or among Python's packages"),
+    pytest.mark.skipif(sass.disassembler() is None, reason="no nvdisasm, on PATH or in Triton"),
+]
+SOURCES = launches.SOURCES
+
+
+@pytest.fixture(scope="module")
+def more():
+    """One more trip where the compiler is another one."""
+    return 0 if (version_of("nvcc") or "").startswith(limits.PINNED) else 1
+
+
+def kernels(source, target="90", root=launches.ROOT):
+    return sass.read(launches.cubin(source, target, root))
+
+
+# --- the reader itself ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_no_register_is_used_before_its_scoreboard_is_waited_for(source):
+    for kernel in kernels(source).values():
+        loads, wrong = facts.touched_too_early(kernel)
+        assert loads > 50 and not wrong, (kernel.name, wrong)
+
+
+@pytest.mark.parametrize("name", ("dense", "anchor-pruned", "follower"))
+def test_the_walked_copies_ask_for_each_key_of_the_row_once(name):
+    step = launches.Step(name, 1, 540, spans=3)
+    use = facts.Use(step, "score_bf16" if name == "anchor-pruned" else "attend")
+    copied = facts.Counter()
+    for block in range(use.walk().parts):
+        for warp in range(use.launch.threads // 32):
+            copied += use.walk(block, warp).copied
+    sides = (1,) if name == "anchor-pruned" else (1, 2)
+    keys = launches.key_positions(step) if name == "follower" else range(step.text + step.visual)
+    wanted = {(s << ARRAY_BITS) + p * facts.KEY_BYTES + c for s in sides for p in keys
+              for c in range(0, facts.KEY_BYTES, 16)}  # fmt: skip
+    assert set(copied) == wanted
+    assert set(copied.values()) == {16}
+
+
+# --- what the table allows ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", limits.STREAMS)
+def test_a_stream_kernel_waits_no_more_than_the_table_allows(name, more):
+    limit = limits.STREAMS[name]
+    walk = limit.use.walk()
+    chain = facts.chain_of(walk)
+    assert chain.trips_before <= limit.before + more, chain
+    assert chain.trips_behind <= limit.behind + more, chain
+    assert chain.tile_instructions <= limit.tile, chain
+    assert facts.executed(walk, *facts.BARRIERS) <= limit.barriers
+    # the fences of an arrival are for one warp
+    assert facts.executed(walk, "MEMBAR") == 2
+    assert facts.executed(limit.use.walk(warp=1), "MEMBAR") == 0
+
+
+@pytest.mark.parametrize("name", limits.ALONE)
+def test_a_kernel_without_keys_waits_no_more_than_the_table_allows(name, more):
+    limit = limits.ALONE[name]
+    walk = limit.use.walk()
+    assert walk.level <= limit.trips + more
+    assert facts.executed(walk, "BAR") <= limit.barriers
+    assert facts.executed(walk, "UCGABAR_WAIT") <= limit.cluster_barriers
+    assert facts.executed(walk, "MEMBAR") <= limit.fences
+
+
+@pytest.mark.parametrize("source", ("attend", "score"))
+def test_the_merge_of_splits_has_its_loads_in_flight_together(source):
+    kernel = next(k for name, k in kernels(source).items() if "bf16" in name)
+    flying = tuple(loop.in_flight for loop in facts.merge_loops(kernel))
+    assert flying >= limits.MERGE_IN_FLIGHT[source], flying
+    assert not facts.serial_merges(kernel)
+
+
+@pytest.mark.parametrize(
+    "source, target", [*((source, "90") for source in SOURCES), ("attend", "80"), ("select", "80")]
+)
+def test_memory_is_ordered_on_every_way(source, target):
+    for name, kernel in kernels(source, target).items():
+        assert not facts.unfenced_arrivals(kernel), name
+        assert not facts.heavy_fences(kernel), name
+        if target == "90":
+            assert not facts.accesses_before_the_wait(kernel), name
+        allowed = limits.SERIAL_BY_DESIGN.get(source, 0)
+        assert len(facts.serial_merges(kernel)) <= allowed, name
+
+
+def test_a_cluster_is_launched_only_where_its_kernel_is_not_empty():
+    step = launches.Step("anchor-pruned", 1, 16384)
+    for target, facts_of in (("90", launches.H200), ("80", (80, 108, 166912))):
+        launched = next(
+            one for one in launches.launches_of(step, facts_of) if "select" in one.kernel
+        )
+        assert not is_empty(kernels("select", target)[launched.kernel]), (target, launched.kernel)
+    assert is_empty(kernels("select", "80")["vp_select_cluster"])
+
+
+def is_empty(kernel):
+    return not any(i.is_global for i in kernel.code)
+
+
+@pytest.mark.parametrize("table", report.TABLES)
+def test_the_page_of_bounds_has_the_predictions_of_this_code(table, more):
+    if more:  # another compiler has other cycles
+        return
+    page = report.PAGE.read_text()
+    made = "\n".join(report.TABLES[table]())
+    assert made in page, "run: python tests/machine_code/report.py --write"
+
+
+# --- planted faults -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def planted(tmp_path):
+    """A copy of the kernels in which some texts are others."""
+
+    def edit(*edits):
+        for folder in ("kernels/cuda", "kernels/common"):
+            shutil.copytree(launches.ROOT / folder, tmp_path / folder)
+        for path, before, after in edits:
+            text = (tmp_path / path).read_text()
+            assert text.count(before) == 1, f"{path}: {before!r} must stand there once"
+            (tmp_path / path).write_text(text.replace(before, after))
+        return tmp_path
+
+    return edit
+
+
+def attend_of(root):
+    return next(k for name, k in kernels("attend", root=root).items() if "attend" in name)
+
+
+# Volatile, as a toolkit may declare a load past L1, and with an exit behind each.
+VOLATILE = """  if constexpr (sizeof(T) == 16) {
+    float4 x;
+    asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "l"(at));
+    return x;
+  }
+  return __ldcg(at);
+"""
+UNROLLED = """#pragma unroll 8
+  for (int i = 0; i < count; ++i) use(i, load(i), true);
+}
+"""
+
+
+def test_volatile_loads_in_an_unrolled_merge_are_seen(planted):
+    merge = "kernels/cuda/merge.cuh"
+    text = (launches.ROOT / merge).read_text()
+    begin = text.index("  decltype(load(0)) value[kLoadsAhead];")
+    end = text.index("}\n", text.index("use(at(u)", begin)) + 2
+    root = planted(
+        (merge, text[begin:end], UNROLLED),
+        ("kernels/cuda/device.cuh", "  return __ldcg(at);\n", VOLATILE),
+    )
+    assert facts.serial_merges(attend_of(root))
+    limit = limits.STREAMS["follower, 32k"]
+    assert facts.chain_of(limit.use.walk(root=root)).trips_behind > limit.behind + 1
+
+
+@pytest.mark.parametrize("before, after", (
+    ("memory_fence();\n    *flag", "*flag"), ("blocks - 1;\n    memory_fence();", "blocks - 1;"),
+))  # fmt: skip
+def test_a_lost_fence_is_seen(planted, before, after):
+    root = planted(("kernels/cuda/arrival.cuh", before, after))
+    assert len(facts.unfenced_arrivals(attend_of(root))) == 1
+
+
+def test_a_missing_wait_is_seen(planted):
+    wait = "wait_for_previous();\n  const WorkRange"
+    root = planted(("kernels/cuda/stream.cuh", wait, "const WorkRange"))
+    assert facts.accesses_before_the_wait(attend_of(root))
+
+
+def test_an_empty_cluster_kernel_is_seen(planted):
+    root = planted(("kernels/cuda/select.cu", "__CUDA_ARCH__ >= 900", "__CUDA_ARCH__ >= 9000"))
+    assert is_empty(kernels("select", root=root)["vp_select_cluster"])

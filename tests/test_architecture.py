@@ -18,7 +18,8 @@ ALLOWED = {
     "_native": set(),
     "budgets": set(),
     "data": set(),
-    "figures": set(),
+    "figures": {"files"},
+    "files": set(),
     "selection": set(),
     "tensor_checks": set(),
     "workspace": set(),
@@ -26,7 +27,7 @@ ALLOWED = {
     "visual": {"tensor_checks"},
     "call": {"workspace", *RECORDS},
     "checks": {"tensor_checks", *RECORDS},
-    "config": {"budgets"},
+    "config": {"budgets", "files"},
     "schedule": {"config"},
     "reference": {"budgets", "call", *RECORDS},
     "backends": {"call", "config", "selection"},
@@ -48,21 +49,21 @@ ALLOWED = {
         "workspace", *RECORDS,
     },
     "layer_ops": {"backends", "call", "config", "ops", "workspace", *RECORDS},
-    "trace": {"figures", "selection", "visual"},
+    "trace": {"figures", "files", "selection", "visual"},
     "models": {
         "backends", "config", "layer_ops", "ops", "schedule", "trace.record", "workspace", *RECORDS
     },
-    "calibration": {"cache", "config", "figures", "models", "ops", "visual"},
+    "calibration": {"cache", "config", "figures", "files", "models", "ops", "visual"},
     "testing": {"budgets", "call", "config", "reference", *RECORDS},
     "bench": {
-        "backends", "call", "config", "figures", "ops", "schedule", "testing", *RECORDS
+        "backends", "call", "config", "figures", "files", "ops", "schedule", "testing", *RECORDS
     },
     "integrations": {"__init__", "models"},
     "__init__": {
         "backends", "budgets", "calibration", "config", "models", "ops", "workspace", *RECORDS
     },
     "cli": {
-        "__init__", "backends", "bench", "calibration", "config", "data", "models", "ops",
+        "__init__", "backends", "bench", "calibration", "config", "data", "files", "models", "ops",
         "selection", "trace",
     },
     "__main__": {"cli"},

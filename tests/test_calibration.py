@@ -111,7 +111,7 @@ def test_a_saved_suggestion_is_a_config_again(tmp_path):
     assert vp.load_config(path) == made.config == resolve(str(path))
     assert json.loads(path.read_text())["about"]["sure"] is False
     text = made.report()
-    assert "not sure: few" in text and "*b" in text and "95 %" in text
+    assert "Do not rely on it yet: few." in text and "*b" in text and "95 %" in text
     pytest.importorskip("matplotlib")
     assert made.plot(tmp_path / "pareto.png").stat().st_size > 5_000
 

@@ -10,7 +10,7 @@ Any other runs between score and select.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -188,6 +188,40 @@ def register(name: str, make: Callable[[], Budget]) -> None:
     if name in REGISTRY:
         raise ValueError(f"budget {name!r} is taken; known: {', '.join(REGISTRY)}")
     REGISTRY[name] = make
+
+
+# name in text and in JSON, as in "top_k:64": the policy, and what reads its number
+NAMED: dict[str, tuple[Callable[[Any], Policy], Callable[[str], float]]] = {
+    "fixed": (Fixed, float),
+    "random": (Random, int),
+    "top_k": (TopK, int),
+    "top_p": (TopP, float),
+}
+
+
+def named(budget: Budget) -> Budget:
+    """The policy that a text such as "top_k:64" names; anything else passes through."""
+    name, colon, number = budget.partition(":") if isinstance(budget, str) else ("", "", "")
+    if not colon:
+        return budget
+    if name not in NAMED:
+        raise ValueError(f"no budget {budget!r}; with a number there are {', '.join(NAMED)}")
+    make, read = NAMED[name]
+    try:
+        value = read(number)
+    except ValueError as error:
+        example = "64" if read is int else "0.05"
+        raise ValueError(f"cannot read budget {budget!r}; write {name}:{example}") from error
+    return make(value)
+
+
+def name_of(budget: Budget) -> str:
+    """The text that `named` takes back; a policy of a user is shown as Python does."""
+    for name, (kind, _) in NAMED.items():
+        if isinstance(budget, Policy) and type(budget) is kind:
+            first = fields(budget)[0].name  # type: ignore[arg-type]
+            return f"{name}:{getattr(budget, first)}"
+    return budget if isinstance(budget, str) else repr(budget)
 
 
 def policy_of(budget: Budget, ratio: tuple[float, float]) -> Budget:

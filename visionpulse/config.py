@@ -1,14 +1,13 @@
 """What a user may set: `PulseConfig`, its presets, and the names that registries add to."""
 
-import json
-import math
+import sys
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 from . import budgets
+from .files import one_line, read_json
 
 MASSES = ("max", "mean")
 SCORES = ("prob", "logit", "prob_tau")
@@ -25,7 +24,8 @@ class PulseConfig:
     """Settings of the method; frozen, checked when made, hashable.
 
     `tau` is the temperature of the mass statistic, `ratio` the clamp on the retention ratio,
-    `anchor` a 0-based layer, several of them in ascending order, or None for the default.
+    `anchor` a 0-based layer, several of them in ascending order, or None for the default. `budget`
+    is a policy or its name: "dynamic", "fixed:0.05", "top_k:64", "top_p:0.9", "random:7".
     Functional ops ignore `anchor`, `schedule`, `refresh` and `dense`.
     """
 
@@ -42,6 +42,7 @@ class PulseConfig:
     backend: str = "auto"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "budget", budgets.named(self.budget))
         object.__setattr__(self, "ratio", _ratio(self.ratio))
         object.__setattr__(self, "anchor", _anchor(self.anchor))
         object.__setattr__(self, "tau", _positive("tau", self.tau))
@@ -111,17 +112,19 @@ def resolve(config: "PulseConfig | str") -> PulseConfig:
 
 def load_config(path: str | PathLike[str]) -> PulseConfig:
     """Read the setting in a file that `visionpulse calibrate` wrote."""
-    try:
-        found = json.loads(Path(path).read_text())
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"no file {path}; `visionpulse calibrate MODEL --data FILE --out {path}` writes one"
-        ) from error
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
+    found = read_json(path, f"`visionpulse calibrate MODEL --data FILE --out {path}` writes one")
     if not isinstance(found, dict) or not isinstance(found.get("config"), dict):
         raise ValueError(f"{path} holds no config; expected what `visionpulse calibrate` writes")
-    return PulseConfig().updated(**found["config"])
+    try:
+        return PulseConfig().updated(**found["config"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {one_line(error)}") from error
+
+
+def config_data(config: PulseConfig) -> dict[str, Any]:
+    """The fields as JSON holds them, numbers as numbers; `load_config` takes them back."""
+    data = {field.name: getattr(config, field.name) for field in fields(config)}
+    return data | {"budget": budgets.name_of(config.budget)}
 
 
 def _is_int(value: object) -> bool:
@@ -143,7 +146,7 @@ def _one_of(field: str, value: object, known: "tuple[str, ...] | list[str]") -> 
 def _positive(field: str, value: Any) -> float:
     if not _is_number(value):
         raise TypeError(f"{field} must be a number, got {type(value).__name__}")
-    if not (math.isfinite(value) and value > 0):
+    if not 0 < value <= sys.float_info.max:  # false for NaN as well
         raise ValueError(
             f"{field} must be finite and > 0, got {value!r}; the presets use 0.1 and 0.4"
         )
@@ -153,13 +156,13 @@ def _positive(field: str, value: Any) -> float:
 def _ratio(value: Any) -> tuple[float, float]:
     if not isinstance(value, tuple | list) or len(value) != 2 or not all(map(_is_number, value)):
         raise TypeError(f"ratio must be a pair (r_min, r_max) of numbers, got {value!r}")
-    low, high = map(float, value)
+    low, high = value
     if not 0 <= low <= high <= 1:  # false for NaN as well
         raise ValueError(
             f"ratio must hold 0 <= r_min <= r_max <= 1, got ({low}, {high}); "
             "the smaller bound comes first"
         )
-    return low, high
+    return float(low), float(high)
 
 
 def _anchor(value: Any) -> int | tuple[int, ...] | None:

@@ -1,6 +1,10 @@
 """Figures of matplotlib without a window; the package is optional."""
 
+from os import PathLike
+from pathlib import Path
 from typing import Any
+
+from .files import replacing
 
 
 def figure(**options: Any) -> Any:
@@ -13,3 +17,10 @@ def figure(**options: Any) -> Any:
             "trace.to_html(path) and `visionpulse bench --no-plots` need nothing"
         ) from error
     return Figure(layout="constrained", **options)
+
+
+def save_figure(drawing: Any, path: str | PathLike[str]) -> Path:
+    """Draw a figure to a file of the kind that its suffix names."""
+    with replacing(path) as temporary:
+        drawing.savefig(temporary, dpi=150)
+    return Path(path)

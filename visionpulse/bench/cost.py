@@ -5,7 +5,6 @@ and indices. Scratch that an implementation spills is not counted, so a share of
 that spill as a loss. One function per op; benchmarks and tests take their counts from here.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 
 from .. import schedule
 from ..config import PulseConfig
+from ..files import read_json
 from ..schedule import Role
 
 
@@ -115,7 +115,9 @@ def decoder_of(what: Any) -> Decoder:
                 f"no decoder {str(what)!r}; known: {', '.join(KNOWN)}; "
                 "or give the path to a config.json"
             )
-        what = json.loads(path.read_text())
+        what = read_json(path, f"known: {', '.join(KNOWN)}")
+        if not isinstance(what, dict):
+            raise ValueError(f"{path} holds no config of a decoder")
     return Decoder.of(what)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..figures import figure
+from ..figures import figure, save_figure
 from .cost import Roof
 
 # Colours that differ in lightness too, for print and for the colour-blind.
@@ -44,7 +44,7 @@ def _save(drawing: Any, axes: Any, path: str | Path, note: str) -> None:
     if note:
         drawing.supxlabel(note, x=0.01, ha="left", fontsize=8, color="#555555")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    drawing.savefig(path, dpi=150)
+    save_figure(drawing, path)
 
 
 def roofline(

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..config import PulseConfig
+from ..config import PulseConfig, config_data
 from ..schedule import Role
 from . import cost, plots
 from . import rows as rows_
@@ -155,7 +155,7 @@ class GainReport:
         return {
             "model": self.options.model,
             "decoder": asdict(self.decoder),
-            "config": {k: str(v) for k, v in vars(self.config).items()},
+            "config": config_data(self.config),
             "steps_seconds": self.steps,
             "rows": [asdict(row) for row in self.rows()],
         }

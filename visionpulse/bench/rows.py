@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from ..backends.cpu import instruction_set
+from ..files import write_text
 from .timing import Times
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -175,7 +176,7 @@ def write(path: str | Path, rows: Iterable[Row], *, keep: bool = True) -> None:
     old = read(path) if keep and path.exists() else []
     merged = {row.key: row for row in old} | fresh
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(asdict(row)) + "\n" for row in merged.values()))
+    write_text(path, "".join(json.dumps(asdict(row)) + "\n" for row in merged.values()))
 
 
 Column = tuple[str, str]  # heading, format of a Row's field or fact

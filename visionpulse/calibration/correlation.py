@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..figures import figure
+from ..figures import figure, save_figure
 from .observe import Observation
 
 _ABREAST = 4  # panels of a row
@@ -78,8 +78,7 @@ def plot_correlation(seen: Observation, layer: int, path: str | PathLike[str]) -
         if j % columns == 0:
             axis.set_ylabel("activated tokens")
     drawing.suptitle(f"layer {layer}, {len(seen)} steps", fontsize=10)
-    drawing.savefig(path, dpi=150)
-    return Path(path)
+    return save_figure(drawing, path)
 
 
 def similarity(seen: Observation) -> Any:
@@ -97,5 +96,4 @@ def plot_similarity(seen: Observation, path: str | PathLike[str]) -> Path:
     axis.set_xlabel("layer")
     axis.set_ylabel("layer")
     drawing.colorbar(drawn, label="cosine of visual attention")
-    drawing.savefig(path, dpi=150)
-    return Path(path)
+    return save_figure(drawing, path)

@@ -12,7 +12,7 @@
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..config import PRESETS, PulseConfig
-from ..figures import figure
+from ..config import PRESETS, PulseConfig, config_data
+from ..figures import figure, save_figure
+from ..files import write_text
 from ..models import patch
 from .correlation import pearson
 from .observe import TAUS, Observation, observe
@@ -84,12 +85,16 @@ class Calibration:
         """Print the suggestion and the trials as text."""
         low, high = self.chosen.interval
         c = self.config
+        verdict = "There were enough steps to rely on it."
+        if not self.is_sure:
+            verdict = "Do not rely on it yet: " + "; ".join(self.remarks) + "."
         lines = [
             f"suggested: anchor {c.anchor}, tau {c.tau:g}, ratio {c.ratio[0]:g} .. {c.ratio[1]:g}",
-            f"  keeps {100 * self.chosen.retention:.2f} % of the visual tokens, writes the dense "
-            f"token in {100 * self.chosen.agreement:.2f} % of {self.chosen.steps} steps "
-            f"(95 %: {100 * low:.2f} .. {100 * high:.2f})",
-            "sure" if self.is_sure else "not sure: " + "; ".join(self.remarks),
+            f"It keeps {100 * self.chosen.retention:.2f} % of the visual tokens, and writes the "
+            "dense",
+            f"model's token in {100 * self.chosen.agreement:.2f} % of {self.chosen.steps} steps "
+            f"(95 % interval: {100 * low:.2f} to {100 * high:.2f}).",
+            verdict,
             "",
             f"{'setting':<34} {'kept %':>7} {'agrees %':>9} {'distance':>9}",
         ]
@@ -103,12 +108,14 @@ class Calibration:
 
     def save(self, path: str | PathLike[str]) -> Path:
         """Write the suggested setting, with what it rests on, as JSON; `patch` takes the file."""
-        known = asdict(self.config)
-        trials = [dict(asdict(t), config=asdict(t.config)) for t in self.trials]
+        trials = [
+            {f.name: getattr(t, f.name) for f in fields(t)} | {"config": config_data(t.config)}
+            for t in self.trials
+        ]
         about = {"trials": trials, "sure": self.is_sure, "remarks": self.remarks}
         about |= {"lost": self.lost, "follows": self.follows}
-        Path(path).write_text(json.dumps({"config": known, "about": about}, indent=1) + "\n")
-        return Path(path)
+        known = {"config": config_data(self.config), "about": about}
+        return write_text(path, json.dumps(known, indent=1) + "\n")
 
     def plot(self, path: str | PathLike[str]) -> Path:
         """Draw error against retention of every setting that was tried."""
@@ -127,7 +134,7 @@ class Calibration:
         axis.set_yscale("log")
         axis.set_xlabel("visual tokens kept, %")
         axis.set_ylabel("distance from dense, nats a step")
-        drawing.savefig(path, dpi=150)
+        save_figure(drawing, path)
         return Path(path)
 
 

@@ -24,6 +24,7 @@ from ..bench.report import PLAIN, TODAY, GainReport, Measured
 from ..bench.timing import interleaved
 from ..config import PulseConfig
 from ..config import resolve as resolve_config
+from ..files import write_text
 from ..ops import attend, decode, explain
 from ..selection import Selection
 
@@ -52,9 +53,7 @@ def main(argv: Sequence[str]) -> int:
     report = GainReport(decoder, config, dtype, machine, measured, options)
     print(report.text())
     folder = Path(options.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "bench.json").write_text(json.dumps(report.data(), indent=1) + "\n")
-    written = [folder / "bench.json"]
+    written = [write_text(folder / "bench.json", json.dumps(report.data(), indent=1) + "\n")]
     if options.plots:
         try:
             written += report.plots(folder)

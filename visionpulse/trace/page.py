@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ..files import write_text
 from .layout import Pixels, RowLayout, Text, text_of
 
 _MARK = "/*TRACE*/null"
@@ -36,9 +37,7 @@ def write_page(
     text = json.dumps(data, separators=(",", ":")).replace("</", "<\\/")
     template = resources.files("visionpulse.data").joinpath("page.html").read_text("utf-8")
     before, after = template.split(_MARK)
-    out = Path(path)
-    out.write_text(before + text + after, encoding="utf-8")
-    return out
+    return write_text(path, before + text + after)
 
 
 def _sequence(row: RowLayout, text: Text) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..figures import figure
+from ..figures import figure, save_figure
 from .layout import KeptStep, RowLayout, text_of
 
 _ACCENT, _BAR = "#d9480f", "#9db2ce"
@@ -53,8 +53,7 @@ def plot(
         axes = lower[0].subplots(len(chosen.pictures), len(shown_steps), squeeze=False)
         for column, step in enumerate(shown_steps):
             _kept(axes[:, column], chosen, kept_steps[step], text)
-    drawing.savefig(path, dpi=150)
-    return Path(path)
+    return save_figure(drawing, path)
 
 
 def _chosen(rows: Iterable[RowLayout], conversation: int, row: int) -> RowLayout:

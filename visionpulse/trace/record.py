@@ -1,16 +1,20 @@
 """A record of what every step kept, for a person to look at; saved as one .npz file."""
 
 import json
+import struct
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..files import one_line, replacing
 from ..selection import Selection
 from ..visual import VisualTokens
 from . import page, plots
@@ -90,24 +94,76 @@ class Trace:
         spans = [[*key, *span] for key, row in self.spans.items() for span in row]
         arrays = {name: getattr(self, name) for name in _ARRAYS}
         arrays["spans"] = np.asarray(spans, np.int64).reshape(-1, 4)
-        with open(path, "wb") as file:  # savez would add a suffix to a name
+        # savez would add a suffix to a name
+        with replacing(path) as temporary, open(temporary, "wb") as file:
             np.savez_compressed(file, about=np.asarray(json.dumps(self.about)), **arrays)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> "Trace":
         """Read a trace that `save` wrote."""
-        with np.load(path, allow_pickle=False) as file:
-            spans: dict[tuple[int, int], list[tuple[int, int]]] = {}
-            for conversation, row, begin, end in file["spans"].tolist():
-                spans.setdefault((conversation, row), []).append((begin, end))
-            arrays = {name: file[name] for name in _ARRAYS}
-            return cls(**arrays, spans=spans, about=json.loads(str(file["about"])))
+        try:
+            return cls(**_read(path))
+        except FileNotFoundError as error:
+            raise ValueError(f"no file {path}; {_WAY_OUT}") from error
+        except OSError as error:
+            raise ValueError(f"cannot read {path}: {error.strerror or one_line(error)}") from error
+        except _BROKEN as error:
+            what = one_line(error)
+            if "pickle" in what:  # numpy's advice is to allow what could run a program
+                what = "it holds Python objects"
+            raise ValueError(f"{path} is no whole trace: {what}; {_WAY_OUT}") from error
 
 
+_WAY_OUT = "trace.save(path) writes one, under patch(model, record=True)"
 _ARRAYS = (
     "conversation", "step", "layer", "row", "token", "n_visual", "mass", "mass_mean", "ends",
     "positions",
 )  # fmt: skip
+
+
+# what zip files, their members and JSON raise where they are cut or changed
+_BROKEN = (
+    ValueError, KeyError, TypeError, EOFError, MemoryError, OverflowError, RecursionError,
+    NotImplementedError, RuntimeError, BadZipFile, zlib.error, struct.error,
+)  # fmt: skip
+
+
+def _read(path: str | PathLike[str]) -> dict[str, Any]:
+    """The fields of a trace file, checked: drawing trusts them."""
+    with open(path, "rb") as opened:  # numpy would take another file for a pickle
+        if opened.read(2) != b"PK":
+            raise ValueError("it is no .npz file")
+        opened.seek(0)
+        with np.load(opened, allow_pickle=False) as file:
+            missing = sorted({*_ARRAYS, "spans", "about"} - set(file.files))
+            if missing:
+                raise ValueError(f"it has no {', '.join(missing)}")
+            held = {name: file[name] for name in (*_ARRAYS, "spans", "about")}
+    about = json.loads(str(held.pop("about")))
+    table = held.pop("spans")
+    if table.ndim != 2 or table.shape[1] != 4 or table.dtype.kind != "i":
+        raise ValueError(f"its spans must be integers [runs, 4], got {table.dtype} {table.shape}")
+    if not isinstance(about, dict):
+        raise ValueError(f"its 'about' must be an object, got {type(about).__name__}")
+    for name in _ARRAYS:
+        kind = "f" if name.startswith("mass") else "i"
+        if held[name].ndim != 1 or held[name].dtype.kind != kind:
+            raise ValueError(f"its {name} must be one row of numbers")
+        if name != "positions" and len(held[name]) != len(held["step"]):
+            raise ValueError(f"its {name} has {len(held[name])} entries, step {len(held['step'])}")
+    ends = held["ends"]
+    if (np.diff(ends, prepend=0) < 0).any() or (ends[-1] if len(ends) else 0) != len(
+        held["positions"]
+    ):
+        raise ValueError("its ends do not cut its positions")
+    spans: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for conversation, row, begin, end in table.tolist():
+        if not 0 <= begin < end:
+            raise ValueError(f"its spans hold {begin}..{end}")
+        spans.setdefault((conversation, row), []).append((begin, end))
+    if not set(zip(held["conversation"].tolist(), held["row"].tolist(), strict=True)) <= set(spans):
+        raise ValueError("a row of it has no spans")
+    return {**held, "spans": spans, "about": about}
 
 
 def trace_of(entries: list[Entry], about: dict[str, Any]) -> Trace:

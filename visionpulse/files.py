@@ -1,0 +1,58 @@
+"""Files, written beside their place and renamed: a stop halfway leaves the old one."""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+_LONGEST = 300  # characters of a reason: a file may hold anything
+
+
+@contextlib.contextmanager
+def replacing(path: str | PathLike[str]) -> Iterator[Path]:
+    """A temporary path to write to, beside `path` and with its suffix; renamed at the end."""
+    place = Path(os.path.realpath(path))  # a link stays a link
+    if place.exists() and not place.is_file():  # a pipe or a terminal cannot be replaced
+        yield place
+        return
+    temporary = place.with_name(f".{place.stem}.{os.getpid()}{place.suffix}")
+    try:
+        yield temporary
+        if place.exists():
+            shutil.copymode(place, temporary)
+        os.replace(temporary, place)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | PathLike[str], text: str) -> Path:
+    """Write a text file whole, or leave the old one."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return Path(path)
+
+
+def read_json(path: str | PathLike[str], way_out: str) -> Any:
+    """Read JSON; whatever is wrong with the file is one line, with the way out behind it."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"no file {path}; {way_out}") from error
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}; {way_out}") from error
+    except RecursionError as error:
+        raise ValueError(
+            f"{path} is no JSON that can be read: nested too deep; {way_out}"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {one_line(error)}; {way_out}") from error
+
+
+def one_line(error: object) -> str:
+    """What an error says, on one line of bounded length."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."

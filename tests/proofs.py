@@ -101,8 +101,8 @@ PROOFS = {
         ("tests/test_machine_code.py",),
         (*CUDA, "csrc/cuda/", "csrc/*.h", "tests/cusim/*.h", "tests/cusim/include/",
          "tests/machine_code/", "tests/test_machine_code.py", "tests/gpu_facts.py",
-         "tests/proof_tools.py", "docs/cuda-bounds.md",
-         "tests/cuda_registers.json", "visionpulse/bench/cost.py", "visionpulse/bench/latency.py",
+         "tests/proof_tools.py", "tests/cuda_registers.json", "docs/cuda-bounds.md",
+         "visionpulse/bench/cost.py", "visionpulse/bench/latency.py",
          "visionpulse/schedule.py", "visionpulse/config.py"),
         ("nvcc", "g++", "triton"),
     ),
@@ -125,6 +125,12 @@ PROOFS = {
     ),
     "triton-compiled": Proof(
         ("tests/test_triton.py", "-k", "without_a_gpu and compile"), TRITON, ("triton",)
+    ),
+    "triton-latency": Proof(
+        ("tests/test_triton_latency.py",),
+        (*TRITON, "tests/machine_code/sass.py", "tests/machine_code/triton_kernels.py",
+         "tests/test_triton_latency.py", "tests/proof_tools.py"),
+        ("triton",),
     ),
     "triton-interpreted": Proof(
         ("tests/test_triton.py", "-k", "without_a_gpu and interpreter"),

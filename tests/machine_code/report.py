@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import gpu_facts
+
 from machine_code import facts, launches
 from machine_code.facts import Use
 from machine_code.launches import Step
-
 from visionpulse import PulseConfig, schedule
 from visionpulse.bench.latency import Chain, Launched, Prediction, predict
 from visionpulse.schedule import Role

@@ -1,0 +1,1 @@
+"""The machine code of the kernels, read and walked without a GPU."""

@@ -43,7 +43,9 @@ def test_the_verb_answers_in_a_table_a_file_and_plots(tmp_path, capsys):
     assert command_line.main(["bench", *TINY, "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "qwen3-vl-4b, 36 layers" in printed and "ceilings: read" in printed
+    assert max(map(len, printed.split("decode step")[1].split("written")[0].splitlines())) <= 80
     data = json.loads((tmp_path / "bench.json").read_text())
+    assert data["config"]["tau"] == 0.4 and data["config"]["ratio"] == [0.05, 0.1]
     assert [step["visual"] for step in data["steps_seconds"]] == [256, 512]
     for step in data["steps_seconds"]:
         assert set(step["attention"]) == {TODAY, PLAIN, "dense", "paper"}
@@ -82,7 +84,7 @@ def test_a_step_adds_its_layers_up(tmp_path, capsys):
         (["--model", "gpt-0"], "known: qwen3-vl-4b"),
         (["--contexts", "many"], "8k or 5000, got 'many'"),
         (["--retention", "0"], "above 0 and at most 1"),
-        (["--config", "7pct"], "no preset '7pct'"),
+        (["--preset", "7pct"], "no preset '7pct'"),
         (["--schedule", "never"], "unknown schedule 'never'"),
     ],
 )

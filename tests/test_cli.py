@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 
 import visionpulse as vp
+from visionpulse import cli
+from visionpulse.backends import states
 from visionpulse.cli import calibrate as command_calibrate
+from visionpulse.cli import info
 from visionpulse.cli import plot as command_plot
 from visionpulse.models import Trace
 from visionpulse.trace.page import png
@@ -84,6 +87,7 @@ def test_calibrate_writes_a_config_that_patch_takes(tmp_path, capsys):
     assert command_calibrate.main(options) == 0
     said = capsys.readouterr()
     assert "suggested: anchor" in said.out and "95 %" in said.out
+    assert f"The setting is in {out}: use it as" in said.out.splitlines()[-1]
     assert "settings" not in said.err  # no bar of ours where nobody watches
     from visionpulse.data import tiny
 
@@ -111,3 +115,89 @@ def test_lines_of_data_become_prompts(tmp_path):
     assert content[-1]["text"] == "why?" and made[0]["options"]["add_generation_prompt"]
     with pytest.raises(ValueError, match="line 1 needs 'image' and 'prompt'"):
         list(command_calibrate.prompts(Processor(), [{"prompt": "x"}], tmp_path))
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_help_has_an_example_the_exit_codes_and_80_columns(verb, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as ended:
+        cli.main([verb, "--help"])
+    said = capsys.readouterr().out
+    assert ended.value.code == 0 and "exit codes: 0 done, 1 it failed" in said
+    assert f"example:\n  visionpulse {verb} " in said
+    assert max(map(len, said.splitlines())) <= 80
+    if "--preset" in said:
+        words = " ".join(said.split())
+        assert "--preset NAME|FILE" in words and "or a .json file of" in words
+
+
+def closed(folder):
+    """A path that no user can write below, root neither."""
+    (folder / "file").write_text("")
+    return folder / "file" / "out"
+
+
+# name: (arguments, exit code, words of the one line on stderr)
+ERRORS = {
+    "no such script": (["run", "none.py"], 1, "no script 'none.py'; with -m"),
+    "no such module": (["run", "-m", "none_such.run"], 1, "no module 'none_such.run'"),
+    "log not writable": (["run", "--log", "CLOSED", "SCRIPT"], 1, "file"),
+    "trace broken": (["plot", "SCRIPT"], 1, "no .npz file"),
+    "page not writable": (["plot", "TRACE", "--out", "CLOSED"], 1, "cannot use"),
+    "bench not writable": (["bench", "--out", "CLOSED"], 1, "cannot use"),
+    "demo not writable": (["demo", "--out", "CLOSED"], 1, "cannot use"),
+    "demo preset": (["demo", "--preset", "7pct"], 2, "no preset '7pct'"),
+    "demo file": (["demo", "--preset", "none.json"], 2, "no file none.json"),
+    "bench file": (["bench", "--preset", "none.json"], 2, "no file none.json"),
+    "bench model": (["bench", "--model", "BROKEN"], 2, "is no JSON"),
+    "calibrate preset": (["calibrate", "tiny", "--preset", "none.json"], 2, "no file none.json"),
+    "calibrate not writable": (["calibrate", "tiny", "--out", "CLOSED"], 1, "cannot use"),
+    "calibrate no weights": (["calibrate", "EMPTY", "--data", "DATA"], 1, "visionpulse calibrate:"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_an_error_is_one_line_and_an_exit_code(name, tmp_path, saved, capsys, monkeypatch):
+    if name.startswith(("calibrate no", "run")):
+        pytest.importorskip("transformers")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    arguments, code, words = ERRORS[name]
+    script, data = tmp_path / "script.py", tmp_path / "data.jsonl"
+    script.write_text("raise SystemExit(9)")
+    data.write_text('{"image": "a.png", "prompt": "what?"}\n')
+    (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "empty").mkdir()
+    places = {
+        "CLOSED": closed(tmp_path), "SCRIPT": script, "TRACE": saved, "DATA": data,
+        "BROKEN": tmp_path / "broken.json", "EMPTY": tmp_path / "empty",
+    }  # fmt: skip
+    assert cli.main([str(places.get(a, a)) for a in arguments]) == code
+    said = capsys.readouterr().err.strip()
+    assert words in said and said.splitlines()[-1].startswith(f"visionpulse {arguments[0]}: ")
+    assert "Traceback" not in said and len(said.splitlines()[-1]) < 600
+
+
+def test_a_line_of_data_that_is_no_json_is_named():
+    for line in ("{", "[" * 100_000, "3"):
+        with pytest.raises(ValueError, match="line 4 of --data"):
+            command_calibrate._item(4, line)
+
+
+def test_ctrl_c_ends_without_a_traceback(capsys, monkeypatch):
+    def stop(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(info, "main", stop)
+    assert cli.main(["info"]) == 130
+    assert capsys.readouterr().err == "visionpulse info: stopped\n"
+
+
+def test_info_is_short_and_in_full_on_demand(capsys):
+    assert cli.main(["info"]) == 0
+    said = capsys.readouterr().out
+    assert max(map(len, said.splitlines())) <= 80
+    assert cli.main(["info", "-v"]) == 0
+    full = capsys.readouterr().out
+    assert all(f"{name:<10} {state}" in full for name, state in states().items())
+    assert info.short("built without CUDA; with nvcc on PATH run: x") == "built without CUDA"
+    assert len(info.short("x" * 300)) == 66

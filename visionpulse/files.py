@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
@@ -27,6 +28,15 @@ def replacing(path: str | PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, place)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_writable(folder: str | PathLike[str]) -> None:
+    """Fail before long work whose result could not be written to `folder`."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:  # its own name is the temporary file's
+        raise OSError(error.errno, error.strerror, str(folder)) from error
 
 
 def write_text(path: str | PathLike[str], text: str) -> Path:

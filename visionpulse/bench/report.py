@@ -90,29 +90,18 @@ class GainReport:
     def text(self) -> str:
         """The answer as a table."""
         schedule, options = self.config.schedule, self.options
-        heads = (
-            "visual", "kept", "torch, as called", "torch, best", "ours dense", f"ours {schedule}",
-            "predicted", "weights*", "attention", "step*",
-        )  # fmt: skip
-        lines: list[tuple[str, ...]] = [heads]
+        times: list[tuple[str, ...]] = [
+            ("visual", "kept", "as called", "best form", "dense", schedule, "predicted", "weights*")
+        ]
+        gains: list[tuple[str, ...]] = [("visual", "attention", "step*")]
         for step in self.steps:
             spent, weights = step["attention"], step["predicted_weights"]
-            ours = spent[schedule]
-            gains = [spent[form] / ours for form in (TODAY, PLAIN)]
-            steps = [(weights + spent[form]) / (weights + ours) for form in (TODAY, PLAIN)]
+            ours, visual = spent[schedule], plots.short(step["visual"])
             values = (*spent.values(), step["predicted_attention"], weights)
-            lines.append(
-                (
-                    plots.short(step["visual"]), str(step["kept"]),
-                    *(f"{1e3 * v:.1f} ms" for v in values),
-                    " / ".join(f"{gain:.1f}x" for gain in gains),
-                    " / ".join(f"{gain:.2f}x" for gain in steps),
-                )
-            )  # fmt: skip
-        widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
-        table = "\n".join(
-            "  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)) for line in lines
-        )
+            times.append((visual, str(step["kept"]), *(f"{1e3 * v:.1f} ms" for v in values)))
+            forms = (spent[TODAY], spent[PLAIN])
+            steps = " / ".join(f"{(weights + form) / (weights + ours):.2f}x" for form in forms)
+            gains.append((visual, " / ".join(f"{form / ours:.1f}x" for form in forms), steps))
         machine, roof = self.machine, self.roof
         rounds = [len(one.times["dense"].seconds) for one in self.measured]
         return (
@@ -123,10 +112,12 @@ class GainReport:
             f"ceilings: {self.measured[0].limits.read.name} {roof.read / 1e9:.1f} GB/s, "
             f"torch's gather {(roof.gather or 0) / 1e9:.1f} GB/s, "
             f"product {roof.compute / 1e9:,.0f} GFLOP/s\n\n"
-            f"Attention of one decode step, bests of {min(rounds)} to {max(rounds)} rounds; the "
-            f"gains are against torch as models call it / in its best form.\n{table}\n"
-            "* the weights' time is predicted from the read ceiling, not measured; "
-            "'predicted' is the sparse attention at the ceilings."
+            f"Attention of one decode step, bests of {min(rounds)} to {max(rounds)} rounds:\n"
+            "torch (as models call it, and in its best form), then ours.\n"
+            f"{_table(times)}\n\nGains over torch as models call it / in its best form:\n"
+            f"{_table(gains)}\n"
+            "* the weights' time is predicted from the read ceiling, not measured;\n"
+            "  'predicted' is the sparse attention at the ceilings."
         )
 
     def rows(self) -> list[rows_.Row]:
@@ -189,3 +180,10 @@ class GainReport:
             )  # fmt: skip
             written.append(path)
         return written
+
+
+def _table(lines: Sequence[tuple[str, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)) for line in lines
+    )

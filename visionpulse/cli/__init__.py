@@ -4,6 +4,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from .parser import EXIT_CODES, failure
+
 # verb, which is its module's name: what it is for
 VERBS = {
     "info": "what is installed, and which backends can run here",
@@ -20,7 +22,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     width = max(map(len, VERBS))
     lines = "\n".join(f"  {verb:<{width}}  {text}" for verb, text in VERBS.items())
-    usage = f"usage: visionpulse <verb> [options]\n\n{lines}\n\nvisionpulse <verb> --help says more"
+    usage = (
+        f"usage: visionpulse <verb> [options]\n\n{lines}\n\n"
+        f"visionpulse <verb> --help says more, with an example\n{EXIT_CODES}"
+    )
     if not argv or argv[0] in ("-h", "--help"):
         print(usage)
         return 0
@@ -28,4 +33,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"visionpulse: no verb {argv[0]!r}\n{usage}", file=sys.stderr)
         return 2
     verb = importlib.import_module(f".{argv[0]}", __name__)
-    return int(verb.main(argv[1:]))
+    try:
+        return int(verb.main(argv[1:]))
+    except KeyboardInterrupt:
+        print(f"visionpulse {argv[0]}: stopped", file=sys.stderr)
+        return 130
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        if argv[0] == "run":  # the program's own error, with its own traceback
+            raise
+        return failure(argv[0], error)

@@ -7,7 +7,6 @@ the weights is predicted from the ceiling, and marked so.
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,9 +23,10 @@ from ..bench.report import PLAIN, TODAY, GainReport, Measured
 from ..bench.timing import interleaved
 from ..config import PulseConfig
 from ..config import resolve as resolve_config
-from ..files import write_text
+from ..files import check_writable, write_text
 from ..ops import attend, decode, explain
 from ..selection import Selection
+from .parser import add_preset, failure, parser_of
 
 MOST_ROUNDS, LEAST_ROUNDS = 15, 3
 
@@ -36,11 +36,13 @@ def main(argv: Sequence[str]) -> int:
     options = _options(argv)
     try:
         decoder = cost.decoder_of(options.model)
-        config = resolve_config(options.config).updated(schedule=options.schedule)
+        config = resolve_config(options.preset).updated(schedule=options.schedule)
         shapes = _shapes(options, decoder, config)
+        folder = Path(options.out)
+        folder.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written fails first
+        check_writable(folder)
     except ValueError as error:
-        print(f"visionpulse bench: {error}", file=sys.stderr)
-        return 2
+        return failure("bench", error, 2)
     threads = options.threads or _threads(rows_.Machine.here().load)
     torch.set_num_threads(threads)
     device, dtype = torch.device(options.device), rows_.DTYPES[options.dtype]
@@ -52,7 +54,6 @@ def main(argv: Sequence[str]) -> int:
         measured.append(_measure(shape, dtype, device, config, seconds, tick))
     report = GainReport(decoder, config, dtype, machine, measured, options)
     print(report.text())
-    folder = Path(options.out)
     written = [write_text(folder / "bench.json", json.dumps(report.data(), indent=1) + "\n")]
     if options.plots:
         try:
@@ -64,9 +65,9 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _options(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "visionpulse bench", description=(__doc__ or "").split("\n\n")[0]
-    )
+    about = "Measure on this machine what a model would gain; about a minute."
+    example = "visionpulse bench --model qwen3-vl-4b --contexts 8k,32k --seconds 30"
+    parser = parser_of("bench", about, example)
     add = parser.add_argument
     known = ", ".join(cost.KNOWN)
     add("--model", default="qwen3-vl-4b", help=f"{known}, or a path to a config.json")
@@ -74,7 +75,7 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     add("--text", type=int, default=256, help="text tokens in the context")
     add("--batch", type=int, default=1)
     add("--dtype", default="bf16", choices=list(rows_.DTYPES))
-    add("--config", default="10pct", help="name of a preset")
+    add_preset(parser, "10pct", "the setting to measure")
     add("--schedule", default="paper", help="paper, lookback or per_layer")
     add("--retention", type=float, help="share kept; by default the largest that the preset allows")
     add("--seconds", type=float, default=60, help="about how long to measure")

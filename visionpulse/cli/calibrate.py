@@ -2,22 +2,24 @@
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..bench.progress import progress_bar
 from ..calibration.suggest import calibrate
-from ..config import PRESETS
+from ..config import resolve as resolve_config
 from ..data import tiny, trail
+from ..files import check_writable, one_line
+from .parser import add_preset, failure, parser_of
 
 TINY = "tiny"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write a config file that `patch` takes, and print its evidence."""
-    parser = argparse.ArgumentParser("visionpulse calibrate", description=main.__doc__)
+    example = "visionpulse calibrate Qwen/Qwen3-VL-4B-Instruct --data prompts.jsonl"
+    parser = parser_of("calibrate", main.__doc__ or "", example)
     parser.add_argument("model", help=f"folder or name for from_pretrained, or {TINY!r}")
     parser.add_argument(
         "--data", type=Path,
@@ -25,24 +27,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("--count", type=int, default=8, help="lines of --data to use")
     parser.add_argument("--tokens", type=int, default=128, help="of each dense answer")
-    parser.add_argument("--start", choices=sorted(PRESETS), help="a preset to compare with")
+    add_preset(parser, None, "a setting to compare with")
     parser.add_argument("--out", type=Path, default=Path("visionpulse.json"))
     parser.add_argument("--plot", type=Path, help="draw error against retention")
     args = parser.parse_args(argv)
     if args.model != TINY and args.data is None:
         parser.error("--data is needed: a model is calibrated on inputs like those it will serve")
     try:
+        start = None if args.preset is None else resolve_config(args.preset)
+    except ValueError as error:
+        return failure("calibrate", error, 2)
+    try:
+        check_writable(args.out.parent)
         model, inputs, options = _tiny(args.count) if args.model == TINY else _loaded(args)
         calibration = calibrate(
-            model, inputs, start=PRESETS.get(args.start), max_new_tokens=args.tokens,
+            model, inputs, start=start, max_new_tokens=args.tokens,
             tick=progress_bar(), **options,
         )  # fmt: skip
     except (ImportError, OSError, ValueError) as error:
-        print(f"visionpulse calibrate: {error}", file=sys.stderr)
-        return 1
-    print(f"{calibration.report()}\n\nwritten: {calibration.save(args.out)}")
+        return failure("calibrate", error)
+    print(f"{calibration.report()}\n")
     if args.plot:
-        print(f"drawn: {calibration.plot(args.plot)}")
+        print(f"The plot is in {calibration.plot(args.plot)}.")
+    out = calibration.save(args.out)
+    print(f'The setting is in {out}: use it as vp.patch(model, "{out}") or --preset {out}.')
     return 0
 
 
@@ -60,8 +68,18 @@ def _loaded(args: argparse.Namespace) -> tuple[Any, list[Any], dict[str, Any]]:
     model = models.from_pretrained(args.model, dtype="auto").eval()
     processor = processors.from_pretrained(args.model)
     lines = args.data.read_text().splitlines()[: args.count]
-    items = [json.loads(line) for line in lines if line.strip()]
+    items = [_item(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     return model, list(prompts(processor, items, args.data.parent)), {}
+
+
+def _item(number: int, line: str) -> dict[str, Any]:
+    try:
+        item = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"line {number} of --data is no JSON: {one_line(error)}") from error
+    if not isinstance(item, dict):
+        raise ValueError(f"line {number} of --data needs 'image' and 'prompt', got {line[:60]}")
+    return item
 
 
 def prompts(

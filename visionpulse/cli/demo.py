@@ -1,6 +1,5 @@
 """`visionpulse demo`: a drawn picture answered dense and with VisionPulse, side by side."""
 
-import argparse
 import contextlib
 import sys
 import time
@@ -11,10 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..config import PRESETS
+from ..config import resolve as resolve_config
 from ..data import tiny, trail
+from ..files import check_writable
 from ..models import Session, patch
 from ..trace.layout import PictureGrid
+from .parser import add_preset, failure, parser_of
 
 MOST_TOKENS = 64
 ROUNDS = 5  # dense and sparse in turn, so that a busy machine is busy for both
@@ -22,24 +23,29 @@ ROUNDS = 5  # dense and sparse in turn, so that a busy machine is busy for both
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; 0 when the page was written."""
-    parser = argparse.ArgumentParser("visionpulse demo", description=__doc__)
-    parser.add_argument("--preset", default="5pct", choices=sorted(PRESETS))
+    about = "Answer a drawn picture dense and with VisionPulse, side by side."
+    parser = parser_of("demo", about, "visionpulse demo --preset 5pct --out demo.html")
+    add_preset(parser, "5pct", "the setting to show")
     parser.add_argument("--seed", type=int, default=9, help="another picture and question")
     parser.add_argument("--pictures", type=int, default=50, help="how many to check at the end")
     parser.add_argument("--out", type=Path, default=Path("visionpulse-demo.html"))
     args = parser.parse_args(argv)
     begun = time.monotonic()
     try:
+        config = resolve_config(args.preset)
+    except ValueError as error:
+        return failure("demo", error, 2)
+    try:
+        check_writable(args.out.parent)
         model = _quietly(tiny.load)
-    except (ImportError, FileNotFoundError) as error:
-        print(f"visionpulse demo: {error}", file=sys.stderr)
-        return 1
+    except (ImportError, OSError) as error:
+        return failure("demo", error)
     drawn = trail.test_set(args.seed, max(1, args.pictures), tiny.SIDE, "crowded")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # so small a step is not worth a second one
     with contextlib.ExitStack() as stack:
         stack.callback(torch.set_num_threads, threads)
-        session = stack.enter_context(patch(model, args.preset, record=True))
+        session = stack.enter_context(patch(model, config, record=True))
         _show_one(model, session, drawn[0], args.preset, args.out)
         _count_right(model, session, drawn)
     print(f"\n{time.monotonic() - begun:.0f} s in all")

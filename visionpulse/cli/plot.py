@@ -1,18 +1,18 @@
 """`visionpulse plot`: draw a saved trace again, without the model."""
 
-import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..trace.layout import PictureGrid, picture_from
 from ..trace.record import Trace
+from .parser import failure, parser_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write a page (.html) or a plot (.png, .pdf, .svg) of a trace."""
-    parser = argparse.ArgumentParser("visionpulse plot", description=main.__doc__)
+    example = "visionpulse plot trace.npz --picture chart.png --grid 24x32"
+    parser = parser_of("plot", main.__doc__ or "", example)
     parser.add_argument("trace", type=Path, help="what trace.save(path) wrote")
     parser.add_argument("--out", type=Path, help="default: the trace's name with .html")
     parser.add_argument(
@@ -32,9 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if not args.trace.exists():
         parser.error(f"no file {args.trace}; record one with patch(model, record=True)")
-    trace = Trace.load(args.trace)
     out: Path = args.out or args.trace.with_suffix(".html")
     try:
+        trace = Trace.load(args.trace)
         pictures = _pictures(args.picture, args.grid)
         options: dict[str, Any] = {"pictures": pictures, "tokenizer": _tokenizer(args.tokenizer)}
         if out.suffix == ".html":
@@ -42,8 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             trace.plot(out, conversation=args.conversation, row=args.row, **options)
     except (ValueError, ImportError, OSError) as error:
-        print(f"visionpulse plot: {error}", file=sys.stderr)
-        return 1
+        return failure("plot", error)
     print(out)
     return 0
 

@@ -1,24 +1,28 @@
 """`visionpulse run`: run a program in which every model that it loads is patched."""
 
 import argparse
+import importlib.util
 import runpy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..files import check_writable
 from ..models.config_text import config_from_text
 from ..models.install import install, installed_reports, uninstall
+from .parser import add_preset, failure, parser_of
 
 LOG = "visionpulse-retention.jsonl"
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="visionpulse run",
-        description="Run a Python program with every model of transformers patched on loading.",
-        epilog="example: visionpulse run --preset 5pct -- run.py --data MMStar --model Qwen3-VL-4B",
+    parser = parser_of(
+        "run",
+        "Run a Python program with every model of transformers patched on loading. "
+        "Its exit code is the program's.",
+        "visionpulse run --preset 5pct -- run.py --data MMStar",
     )
-    parser.add_argument("--preset", default="10pct", help="name of a preset (default: 10pct)")
+    add_preset(parser, "10pct", "the setting")
     parser.add_argument(
         "--set",
         action="append",
@@ -43,6 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (TypeError, ValueError) as error:
         parser.error(str(error))
     log = Path(options.log).resolve()  # the program may change the working directory
+    try:
+        _check_program(options.program, options.module)
+        check_writable(log.parent)
+    except (OSError, ValueError) as error:
+        return failure("run", error)
     before = sys.argv, sys.path[:]
     install(config)
     try:
@@ -60,3 +69,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"visionpulse: {report.recorder.stats()}; logged to {log}", file=sys.stderr)
         uninstall()
     return 0
+
+
+def _check_program(program: str, is_module: bool) -> None:
+    """Refuse a program that is not there, before anything is patched."""
+    if is_module:
+        first = program.split(".")[0]  # to look for the whole name would import its parents
+        if not (
+            importlib.util.find_spec(first) or Path(first).is_dir() or Path(f"{first}.py").exists()
+        ):
+            raise ValueError(f"no module {program!r}; without -m a script is run by its path")
+    elif not Path(program).exists():
+        raise ValueError(f"no script {program!r}; with -m a module is run by its name")

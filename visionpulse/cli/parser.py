@@ -1,0 +1,52 @@
+"""What the verbs share: one vocabulary of options, one form of error, the exit codes."""
+
+import argparse
+import sys
+
+from ..config import PRESETS
+from ..files import one_line
+
+EXIT_CODES = "exit codes: 0 done, 1 it failed and says why, 2 wrong options, 130 stopped"
+
+
+def parser_of(verb: str, about: str, example: str) -> argparse.ArgumentParser:
+    """A parser whose help ends with an example and the exit codes."""
+    return argparse.ArgumentParser(
+        f"visionpulse {verb}",
+        description=about,
+        epilog=f"example:\n  {example}\n\n{EXIT_CODES}",
+        formatter_class=_Help,
+    )
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Help that fits 80 columns, its description wrapped, its epilog as written."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, width=79)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if text.startswith("example:"):
+            return super()._fill_text(text, width, indent)
+        return argparse.HelpFormatter._fill_text(self, text, width, indent)
+
+
+def add_preset(parser: argparse.ArgumentParser, default: str | None, what: str) -> None:
+    """Add `--preset`, which takes the same everywhere: a name, or a file."""
+    names = ", ".join(PRESETS)
+    said = "" if default is None else f" (default: {default})"
+    parser.add_argument(
+        "--preset",
+        default=default,
+        metavar="NAME|FILE",
+        help=f"{what}: {names}, or a .json file of `visionpulse calibrate`{said}",
+    )
+
+
+def failure(verb: str, error: BaseException, code: int = 1) -> int:
+    """Say on one line what went wrong; give the exit code."""
+    text = one_line(error) or type(error).__name__
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        text = f"cannot use {error.filename}: {error.strerror}"
+    print(f"visionpulse {verb}: {text}", file=sys.stderr)
+    return code

@@ -25,16 +25,17 @@ def stream(step: str, kernel: str, visual: int = 16384, **of: int) -> Use:
 
 
 STREAMS = {
-    # lengths, q of two halves of a head | behind: arrival, states of 33 splits in two steps, and
-    # their sums in five steps of eight, of which the first goes out with no state at hand
+    # lengths, two trips of q | behind: the arrival, the states of 33 splits in one step, and their
+    # sums in five steps of eight
     "dense": Limit(stream("dense", "attend"), 3, 7, 9, 770),
-    # 64 heads: each thread has two outputs, so the five steps come twice
+    # 64 heads: each thread has twice the outputs, so the five steps come twice
     "dense, group 8": Limit(stream("dense", "attend", heads=64), 3, 12, 9, 770),
     # beside the dense trips the search for the first span: its begin, its end, the next begin
     "dense anchor": Limit(stream("anchor-dense", "score_bf16"), 6, 7, 9, 920),
     # the same search, which one trip of q hides; behind it the states alone
     "pruned scan": Limit(stream("anchor-pruned", "score_bf16"), 5, 2, 7, 630),
-    # lengths, the visual tokens before the row's start and end, the count, q, the first index
+    # lengths, two of the spans for the length of the text, the count, two of q, and two for where the
+    # first key lies: this is a block of text, one of the list needs its first index alone
     "pruned attend": Limit(stream("anchor-pruned", "attend"), 8, 5, 9, 620),
     "follower": Limit(stream("follower", "attend"), 8, 5, 9, 620),
     # each span that a search enters is read once more
@@ -61,9 +62,25 @@ ALONE = {
     "select 128k": LoneLimit(Use(Step("anchor-pruned", 1, 131072), "select"), 17, 13, 5, 5),
 }
 
-# Loads that a loop over what other blocks wrote keeps in flight: two steps of the row's states, and
-# the steps of the sums. Eight cover the trip to L2, the remainder has up to seven.
-MERGE_IN_FLIGHT = {"attend": (8, 7, 8), "score": (8, 7, 8)}
-# Select reads the lists of other blocks entry by entry where they lie in global memory, which only
-# rows beyond 128k candidates need.
-SERIAL_BY_DESIGN = {"select": 3}
+# Loads in flight in each loop over what the blocks of a row wrote: eight cover the trip to L2, and
+# the remainder of a loop has up to seven.
+MERGE_IN_FLIGHT = 7
+
+
+class Loops(NamedTuple):
+    serial: int  # loops in which every load waits for the one before, at most
+    strong: int  # of them those that read what other blocks wrote
+
+
+# A search over spans is serial by its nature: 32 probes a step, each step the range of the next.
+LOOPS = {
+    # two searches of the row's range, one of the first key, spans entered one by one while tiles
+    # are filled, and the loop of the tiles itself, which loads one page id or one index ahead
+    "vp_attend_bf16_d128_h8": Loops(5, 0),
+    "vp_score_bf16_d128_h8": Loops(5, 0),
+    # the same searches by position and by visual index, and the remainders of both sums
+    "vp_score_finish": Loops(8, 0),
+    # the searches; and the list of a row, where it does not fit into shared memory
+    "vp_select_cluster": Loops(7, 3),
+    "vp_select_global": Loops(8, 3),
+}

@@ -34,8 +34,8 @@ STREAMS = {
     "dense anchor": Limit(stream("anchor-dense", "score_bf16"), 6, 7, 9, 920),
     # the same search, which one trip of q hides; behind it the states alone
     "pruned scan": Limit(stream("anchor-pruned", "score_bf16"), 5, 2, 7, 630),
-    # lengths, two of the spans for the length of the text, the count, two of q, and two for where the
-    # first key lies: this is a block of text, one of the list needs its first index alone
+    # lengths, two of the spans for the length of the text, the count, two of q, and two for where
+    # the first key lies: this is a block of text, one of the list needs its first index alone
     "pruned attend": Limit(stream("anchor-pruned", "attend"), 8, 5, 9, 620),
     "follower": Limit(stream("follower", "attend"), 8, 5, 9, 620),
     # each span that a search enters is read once more

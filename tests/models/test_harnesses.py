@@ -95,7 +95,7 @@ def test_run_patches_a_program_and_logs_what_it_kept(saved, tmp_path):
     assert line["steps"] == 5
     assert line["program"] == str(script)
     assert 0 < line["retention"]["mean"] <= 0.4
-    assert line["config"]["tau"] == "0.5"
+    assert line["config"]["tau"] == 0.5
     with vp.patch(vlm.model, vp.PulseConfig(tau=0.5, ratio=(0.05, 0.4))):
         expected = vlm.generate(vlm.inputs(), tokens=6)
     assert torch.equal(torch.load(tmp_path / "out.pt"), expected)

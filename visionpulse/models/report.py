@@ -2,10 +2,11 @@
 
 import json
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from os import PathLike
 from typing import Any
 
+from ..config import config_data
 from .session import Session
 
 
@@ -18,7 +19,7 @@ class Report:
         self.about = {
             "model": getattr(session.anatomy.model.config, "name_or_path", ""),
             "anchors": list(session.anchors),
-            "config": {field.name: str(getattr(config, field.name)) for field in fields(config)},
+            "config": config_data(config),
         }
 
     def append(self, path: str | PathLike[str], **more: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import PulseConfig
+from ..config import PulseConfig, config_data
 from ..config import resolve as resolve_config
 from ..trace.record import Trace, trace_of
 from . import registry
@@ -69,7 +69,7 @@ class Session:
         config = self.anatomy.config
         about = {
             "model": getattr(self.anatomy.model.config, "name_or_path", "") or config.model_type,
-            "config": {k: str(v) for k, v in vars(self.patched.layer_roles.config).items()},
+            "config": config_data(self.patched.layer_roles.config),
             "anchors": list(self.anchors),
             "layers": len(self.anatomy.full),
         }

@@ -74,7 +74,8 @@ TRITON = (
 MODELS = (
     "visionpulse/*.py", "visionpulse/models/", "visionpulse/backends/__init__.py",
     "visionpulse/trace/", "visionpulse/data/", "visionpulse/cli/run.py",
-    "visionpulse/cli/parser.py", "visionpulse/integrations/", "examples/", "tests/models/", "tests/conftest.py",
+    "visionpulse/cli/parser.py", "visionpulse/integrations/", "examples/", "tests/models/",
+    "tests/conftest.py",
 )  # fmt: skip
 TWO = ("-n", "2", "--dist", "worksteal")
 

@@ -11,7 +11,7 @@ CPP := $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' 2>/dev/null)
 .PHONY: setup demo test test-deep lint format bench gpu-check clean
 
 demo: setup
-	$(BIN)/visionpulse demo
+	$(BIN)/visionpulse demo --out build/demo.html
 
 # Broad, in minutes, the same on every CPU: no clock in it. Two processes, which take what the other
 # has left; a part, by PYTEST_ARGS, takes one.

@@ -16,6 +16,7 @@ from .tensor_checks import (
     are_readable,
     has_storage,
     in_range,
+    is_eager,
     per_row,
     same_device,
     tensor,
@@ -49,8 +50,6 @@ def query(q: Tensor, kv: Cache) -> None:
 
 def storages(q: Tensor, kv: Cache, visual: VisualTokens | None) -> None:
     """Check that the tensors of a call still have their memory: a kernel reads by address."""
-    if torch.compiler.is_compiling():
-        return
     is_paged = isinstance(kv, PagedKVCache)
     has_storage("q", q)
     has_storage("k_pages" if is_paged else "k", kv.k_data)
@@ -89,7 +88,7 @@ def visual_set(visual: VisualTokens, rows: int, size: int, device: torch.device)
     if visual.batch != rows:
         raise ValueError(f"visual has {visual.batch} rows, the cache {rows}; both are B")
     # not in a graph: a guard on the size of one prompt would compile anew for the next
-    if not torch.compiler.is_compiling() and visual.size > size:
+    if is_eager() and visual.size > size:
         raise ValueError(
             f"visual covers {visual.size} positions, the cache has {size} slots; "
             "cut the mask to the cache"

@@ -12,7 +12,7 @@ from .call import Call, Params, Scored
 from .config import PulseConfig
 from .config import resolve as resolve_config
 from .selection import Selection
-from .tensor_checks import are_readable
+from .tensor_checks import are_readable, is_eager
 from .torch_ops import Compiled
 from .visual import VisualTokens
 from .workspace import Workspace
@@ -235,7 +235,7 @@ def budget(
 
 def _backend(name: str, device: torch.device, against: Against) -> Backend:
     """Resolve a backend; while torch compiles, the ops of the graph do so when they run."""
-    if torch.compiler.is_compiling():
+    if not is_eager():
         return Compiled(name)
     return resolve(name, device, against)
 

@@ -34,7 +34,7 @@ def unit_stride(name: str, value: Tensor) -> None:
 
 def has_storage(name: str, value: Tensor | None) -> None:
     """Check that the memory of a tensor was not freed or cut under it; reads host data only."""
-    if value is None or torch.compiler.is_compiling():
+    if value is None or not is_eager():
         return
     elements, offset = value.numel(), value.storage_offset()
     if not value.is_contiguous() and elements:  # the last element says how far it reaches
@@ -69,10 +69,15 @@ def in_range(name: str, values: Tensor, low: int, high: int, way_out: str) -> No
         raise ValueError(f"{name} must lie in {low}..{high}, got {smallest}..{largest}; {way_out}")
 
 
+def is_eager() -> bool:
+    """Whether the call runs now; false while torch compiles it, when only shapes are known."""
+    return not torch.compiler.is_compiling()
+
+
 def are_readable(device: torch.device) -> bool:
     """Whether a call may look at the values in tensors: on the CPU, and never in a graph.
 
     On a GPU it would wait for the device; in a graph it would guard on one prompt's numbers, and
     the next prompt would compile anew.
     """
-    return device.type == "cpu" and not torch.compiler.is_compiling()
+    return device.type == "cpu" and is_eager()

@@ -24,6 +24,7 @@ ALLOWED = {
     "tensor_checks": set(),
     "workspace": set(),
     "cache": {"tensor_checks"},
+    "cpu": {"_native"},
     "visual": {"tensor_checks"},
     "call": {"workspace", *RECORDS},
     "checks": {"tensor_checks", *RECORDS},
@@ -60,7 +61,8 @@ ALLOWED = {
     },
     "integrations": {"__init__", "models"},
     "__init__": {
-        "backends", "budgets", "calibration", "config", "models", "ops", "workspace", *RECORDS
+        "backends", "budgets", "calibration", "config", "cpu", "models", "ops", "workspace",
+        *RECORDS,
     },
     "cli": {
         "__init__", "backends", "bench", "calibration", "config", "data", "files", "models", "ops",

@@ -223,3 +223,67 @@ def test_scratch_memory_serves_calls_of_any_size():
     for size in (80, 2000, 90, 3000):
         q, kv, visual = problem(size=size)
         assert same_bits(decoded(q, kv, visual), decoded(q, kv, visual, workspace=workspace))
+
+
+PLACED = """
+import os, torch, visionpulse as vp
+from pathlib import Path
+from visionpulse.testing.draw import Draws
+
+def cores_of_pool():
+    found = []
+    for thread in Path("/proc/self/task").iterdir():
+        if (thread / "comm").read_text().strip() == "visionpulse":
+            found.append(sorted(os.sched_getaffinity(int(thread.name))))
+    return sorted(found)
+
+all_cores = sorted(os.sched_getaffinity(0))
+first, last = all_cores[0], all_cores[-1]
+torch.set_num_threads(3)
+os.sched_setaffinity(0, {first})  # as a worker of an engine binds its main thread
+k = Draws(0).normal(1, 2, 9000, 64)
+call = lambda: vp.attend(k[:, :, 0], vp.KVCache(k, k), backend="cpu")
+before = call()
+assert cores_of_pool() == [[first]] * 2, cores_of_pool()
+for cores, pin, wanted in (
+    (all_cores, False, [all_cores] * 2),
+    ([last], True, [[last]] * 2),
+    (None, False, [[first]] * 2),
+):
+    vp.cpu.set_affinity(cores, pin=pin)
+    assert torch.equal(before, call())
+    for _ in range(100):  # a thread moves when it next wakes
+        call()
+        if cores_of_pool() == wanted:
+            break
+    assert cores_of_pool() == wanted, (cores, cores_of_pool())
+assert os.sched_getaffinity(0) == {first}
+print("done")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux binds threads")
+def test_the_pool_runs_on_the_cores_that_it_is_given_and_the_caller_stays():
+    done = python(PLACED)
+    assert done.stdout.strip() == "done", done.stderr
+
+
+def test_cores_that_cannot_be_had_are_refused_by_number():
+    with pytest.raises(ValueError, match="at least one core"):
+        vp.cpu.set_affinity([])
+    if hasattr(os, "sched_setaffinity"):
+        with pytest.raises(ValueError, match=r"may not run on core\(s\) 9999"):
+            vp.cpu.set_affinity([0, 9999])
+
+
+def test_nodes_are_read_and_threads_placed_on_them_by_turns(tmp_path):
+    for node, listed in ((0, "0-1,4\n"), (2, "2-3\n")):
+        (tmp_path / f"node{node}").mkdir()
+        (tmp_path / f"node{node}" / "cpulist").write_text(listed)
+    nodes = vp.cpu.nodes_of([0, 1, 2, 3, 4, 7], tmp_path)
+    assert nodes == [0, 0, 2, 2, 0, 0]
+    cores = [0, 1, 2, 3, 4]
+    spread = vp.cpu.places(cores, nodes[:5], pin=False, caller=None)
+    assert spread == [(0, [0, 1, 4]), (1, [2, 3]), (0, [0, 1, 4]), (1, [2, 3]), (0, [0, 1, 4])]
+    pinned = vp.cpu.places(cores, nodes[:5], pin=True, caller=0)
+    assert pinned == [(0, [1]), (1, [2]), (0, [4]), (1, [3]), (0, [0])]

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from . import cpu
 from .backends import BackendUnavailableError
 from .budgets import Fixed, Random, TopK, TopP
 from .budgets import register as register_budget
@@ -53,6 +54,7 @@ __all__ = [
     "attend",
     "backends",
     "calibrate",
+    "cpu",
     "decode",
     "explain",
     "install",

@@ -5,8 +5,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <utility>
+#include <vector>
+
 #include "csrc/cpu/dispatch.h"
 #include "csrc/cpu/engine.h"
+#include "csrc/cpu/pool.h"
 #include "csrc/reader.h"
 
 namespace visionpulse::cpu {
@@ -103,6 +107,13 @@ inline uint64_t read_bytes(uintptr_t address, int64_t count) {
   return current().read(reinterpret_cast<const void*>(address), count);
 }
 
+// Tuples (node, cores), one a worker.
+inline void bound_places(const std::vector<std::pair<int, std::vector<int>>>& given) {
+  std::vector<Place> places;
+  for (const auto& [node, cores] : given) places.push_back({node, cores});
+  set_places(std::move(places));
+}
+
 // Adds the submodule `cpu`.
 inline void register_cpu(py::module_& m) {
   py::module_ cpu = m.def_submodule("cpu");
@@ -114,6 +125,7 @@ inline void register_cpu(py::module_& m) {
   cpu.def("instruction_set", [] { return std::string(current().name); });
   cpu.def("use_instruction_set", &use);
   cpu.def("read_bytes", &read_bytes);
+  cpu.def("set_places", &bound_places);
 }
 
 }  // namespace visionpulse::cpu

@@ -144,11 +144,20 @@ int row_of_task(int rows, int task, First first) {
 
 using PartEntry = void (*)(const Call&, int32_t, int32_t, int32_t);
 
+// A row stays on one memory node, or one of its KV heads where there are fewer rows than nodes.
 void run_parts(const Call& c, int parts, int threads, PartEntry entry) {
-  parallel(parts, threads, [&](int task) {
-    const int row = row_of_task(c.B, task, [&](int b) { return c.cuts[b].first_part; });
+  const auto row_at = [&](int task) {
+    return row_of_task(c.B, task, [&](int b) { return c.cuts[b].first_part; });
+  };
+  const auto run = [&](int task) {
+    const int row = row_at(task);
     const Cut& cut = c.cuts[row];
     entry(c, row, (task - cut.first_part) / cut.n_parts, (task - cut.first_part) % cut.n_parts);
+  };
+  parallel(parts, threads, run, [&](int task) {
+    const Cut& cut = c.cuts[row_at(task)];
+    const int unit = c.B > 1 ? cut.n_parts * c.G : cut.n_parts;
+    return cut.first_part + (task - cut.first_part) / unit * unit;
   });
 }
 

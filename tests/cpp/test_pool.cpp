@@ -11,7 +11,10 @@
 #include "csrc/cpu/pool.h"
 #include "tests/cpp/check.h"
 
+using visionpulse::cpu::node_cuts;
 using visionpulse::cpu::parallel;
+using visionpulse::cpu::Place;
+using visionpulse::cpu::set_places;
 
 namespace {
 
@@ -48,6 +51,20 @@ void callers_do_not_wait_for_each_other() {
   CHECK_THAT(total == 4 * 300 * 20, "total=%d", total.load());
 }
 
+// Two nodes that share the machine's first core: the tasks are as if there were two.
+void tasks_are_cut_for_nodes_where_their_units_begin() {
+  const auto tens = [](void*, int task) { return task / 10 * 10; };
+  CHECK((node_cuts(100, {1, 1}, tens, nullptr) == std::vector<int>{0, 50, 100}));
+  CHECK((node_cuts(30, {1, 1}, tens, nullptr) == std::vector<int>{0, 10, 30}));
+  CHECK((node_cuts(100, {3, 1}, tens, nullptr) == std::vector<int>{0, 70, 100}));
+  CHECK((node_cuts(7, {1, 1, 2}, tens, nullptr) == std::vector<int>{0, 0, 0, 7}));
+  CHECK((node_cuts(100, {0, 1}, tens, nullptr) == std::vector<int>{0, 0, 100}));
+  set_places({{0, {0}}, {1, {0}}});
+  each_task_runs_once();
+  results_are_seen_by_the_caller();
+  set_places({});
+}
+
 // ThreadSanitizer refuses new threads in the child of a threaded parent.
 #if !defined(__SANITIZE_THREAD__)
 void a_child_makes_a_new_pool() {
@@ -70,6 +87,7 @@ int main() {
   each_task_runs_once();
   results_are_seen_by_the_caller();
   callers_do_not_wait_for_each_other();
+  tasks_are_cut_for_nodes_where_their_units_begin();
 #if !defined(__SANITIZE_THREAD__)
   // qemu's user mode dies in the child of a threaded parent
   if (std::getenv("VP_UNDER_QEMU") == nullptr) a_child_makes_a_new_pool();

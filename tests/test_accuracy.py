@@ -261,6 +261,20 @@ def test_the_tables_of_the_pages_are_the_committed_rows(measure):
         assert f'"weights": "{digest}"' in (write.RESULTS / file).read_text()
 
 
+def test_reuse_is_counted_on_the_right_part_of_answers(measure, model):
+    walk = script("reuse")
+    drawn = trail.test_set(21, 4, tiny.SIDE, "crowded")
+    walked = walk.walk(model, drawn, vp.PRESETS["5pct"])
+    rows = {row["kind"]: row for row in walk.rows_of("5pct", "crowded", [walked])}
+    asked = sum(len(question.answer) for _, question in drawn)
+    # the first token comes from prefill; a row's first step has none before it
+    assert 0 < rows["all"]["steps"] <= asked - 2 * len(drawn)
+    assert rows["all"]["steps"] == sum(rows[kind]["steps"] for kind in walk.KINDS)
+    assert rows["marks"]["kept"] > rows["sum"]["kept"]
+    for row in rows.values():
+        assert row["hits"] == sorted(row["hits"])  # a larger cache holds what a smaller one holds
+
+
 def test_the_weights_are_small_and_only_read_when_asked():
     files = list(tiny.FOLDER.iterdir())
     assert sum(file.stat().st_size for file in files) <= 5e6

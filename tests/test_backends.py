@@ -196,6 +196,29 @@ def test_pages_do_not_change_the_bits(backend, device, layout, page, check_decod
 
 
 @pytest.mark.bits
+@by_dtype
+def test_layers_that_share_a_record_have_the_bits_of_layers_alone(backend, device, dtype):
+    """A token's keys and values of three layers side by side, as one transfer would bring them."""
+    problem = CASES["ragged"].build(dtype, device)
+    q, kv, visual = problem.q, problem.kv, problem.visual
+    batch, kv_heads, capacity, head_dim = kv.k.shape
+    records = torch.full((batch, capacity, 3, 2, kv_heads, head_dim), torch.nan, device=device)
+    records = records.to(dtype)
+    records[:, :, 1, 0], records[:, :, 1, 1] = kv.k.transpose(1, 2), kv.v.transpose(1, 2)
+    k, v = (records[:, :, 1, i].transpose(1, 2) for i in (0, 1))
+    shared = vp.KVCache(k, v, kv.lengths, kv.starts)
+    alone = vp.KVCache(kv.k.contiguous(), kv.v.contiguous(), kv.lengths, kv.starts)
+    results = [
+        vp.decode(q, one, visual, problem.config, backend=backend) for one in (shared, alone)
+    ]
+    assert_same_bits(results[0][0], results[1][0])
+    assert torch.equal(results[0][1].indices, results[1][1].indices)
+    selection = results[1][1]
+    followed = [vp.attend(q, one, visual, selection, backend=backend) for one in (shared, alone)]
+    assert_same_bits(*followed)
+
+
+@pytest.mark.bits
 @pytest.mark.parametrize("score", ("prob", "logit", "prob_tau"))
 @by_dtype
 def test_equal_logits_have_equal_score_bits(backend, device, score, dtype):

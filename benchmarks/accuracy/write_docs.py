@@ -1,14 +1,15 @@
-"""Write the tables of docs/accuracy.md and the README from the rows that were measured."""
+"""Write the tables of the pages and the README from the rows that were measured."""
 
 import re
 from pathlib import Path
 
 import claims
 import correlate
+import reuse
 import table
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ROOT / "docs" / "accuracy.md", ROOT / "README.md"
+PAGES = tuple(ROOT / page for page in ("docs/accuracy.md", "docs/memory.md", "README.md"))
 RESULTS = ROOT / "benchmarks" / "results"
 TABLE, RETRAINED = "accuracy.jsonl", "accuracy-retrained.jsonl"
 # mark on a page: the files that its text is made of, and what makes it
@@ -17,6 +18,8 @@ PARTS = {
     "table": ((TABLE,), table.printed),
     "correlation": (("accuracy-correlation.jsonl",), correlate.printed),
     "retrained": ((TABLE, RETRAINED), claims.retrained),
+    "reuse": (("accuracy-reuse.jsonl",), reuse.printed),
+    "tier": (("accuracy-reuse.jsonl",), reuse.tier),
     "evidence": ((TABLE,), claims.front),
 }
 

@@ -1,0 +1,130 @@
+"""What a worker counts: summed on the device in a step, read by a thread of its own between steps.
+
+A step adds to tensors in place, so a CUDA graph may hold it. Nothing in a step waits for a number.
+"""
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..selection import Selection
+from ..visual import VisualTokens
+
+# Upper edges of the histograms; one more bucket holds what lies above.
+RETENTION = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0)
+MASS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Counts by bucket, those of lower buckets left out, and the sum of the values."""
+
+    edges: tuple[float, ...]
+    counts: tuple[int, ...]  # one more than edges
+    sum: float
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Since the worker began; a decode row is one row of one step."""
+
+    sparse_rows: int = 0
+    dense_rows: Mapping[str, int] = field(default_factory=dict)  # by reason
+    visual: int = 0  # visual tokens of the rows at their anchors
+    kept: int = 0
+    retention: Histogram = Histogram(RETENTION, (0,) * (len(RETENTION) + 1), 0.0)
+    mass: Histogram = Histogram(MASS, (0,) * (len(MASS) + 1), 0.0)
+
+
+class Counters:
+    """The sums of one worker. `step` and `selected` are called in a step, `totals` outside."""
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self._rows: Counter[str] = Counter()  # by reason, "" where sparse
+        self._steps = 0
+        with torch.inference_mode(False):
+            # visual, kept, sum of retentions, sum of masses, then the buckets of both
+            self._sums = torch.zeros(
+                4 + len(RETENTION) + 1 + len(MASS) + 1, dtype=torch.float64, device=device
+            )
+            self._retention = torch.tensor(RETENTION, device=device)
+            self._mass = torch.tensor(MASS, device=device)
+
+    def step(self, sparse: int, dense: Mapping[str, int]) -> None:
+        """Count the decode rows of a step as the host knows them, the dense ones by reason."""
+        self._rows[""] += sparse
+        self._rows.update(dense)
+        self._steps += 1
+
+    def selected(self, selection: Selection, visual: VisualTokens) -> None:
+        """Add what an anchor kept; rows without visual tokens are left out, on the device."""
+        candidates = visual.counts
+        has = (candidates > 0).double()
+        share = selection.counts / candidates.clamp(min=1)
+        mass = torch.nan_to_num(selection.mass)
+        values = torch.stack([candidates, selection.counts, share, mass]).double()
+        self._sums[:4].add_((values * has).sum(1))
+        first = 4 + len(RETENTION) + 1
+        buckets = [
+            torch.bucketize(share, self._retention) + 4,
+            torch.bucketize(mass, self._mass) + first,
+        ]
+        self._sums.index_add_(0, torch.cat(buckets), has.repeat(2))
+
+    @property
+    def steps(self) -> int:
+        """Steps so far: whoever publishes skips what has not changed."""
+        return self._steps
+
+    def totals(self) -> Totals:
+        """Read the sums; on a GPU by a stream of its own, so that the step is not waited for."""
+        sums = _copied(self._sums).tolist()
+        split = 4 + len(RETENTION) + 1
+        rows = dict(self._rows)
+        return Totals(
+            rows.pop("", 0), {why: count for why, count in rows.items() if count},
+            round(sums[0]), round(sums[1]),
+            Histogram(RETENTION, tuple(map(round, sums[4:split])), sums[2]),
+            Histogram(MASS, tuple(map(round, sums[split:])), sums[3]),
+        )  # fmt: skip
+
+
+class Publisher:
+    """A thread that hands the totals on, once a period and only where a step has run."""
+
+    def __init__(
+        self, counters: Counters, publish: Callable[[Totals], bool], period: float = 1.0
+    ) -> None:
+        self._counters, self._publish, self._period = counters, publish, period
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="visionpulse-stats", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Publish a last time and end."""
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        seen = 0
+        while True:
+            stopped = self._stop.wait(self._period)
+            steps = self._counters.steps
+            # what is not taken now (`False`) is offered again
+            if steps != seen and self._publish(self._counters.totals()):
+                seen = steps
+            if stopped:
+                return
+
+
+def _copied(sums: Tensor) -> Tensor:
+    if sums.device.type != "cuda":
+        return sums.clone()
+    stream: Any = torch.cuda.Stream
+    with torch.cuda.stream(stream(sums.device)):
+        return sums.cpu()

@@ -202,18 +202,22 @@ def check_decode(params_of, check_output):
         config = config or problem.config
         q, kv, visual = problem.q, problem.kv, problem.visual
         params = params_of(problem, config)
-        scores = torch.empty(kv.batch, kv.capacity, device=q.device)
+        scores = torch.empty(*q.shape[:-2], kv.capacity, device=q.device)
         out, selection = vp.decode(
-            q, kv, visual, config, scores=scores, backend=backend, **problem.case.options
-        )
-        exact = Exact(q, kv, visual, params)
-        assert_masses(selection.mass, selection.mass_mean, exact)
-        assert_scores(scores, exact)
-        assert selection.indices.shape == (kv.batch, params.k_max)
-        assert_counts(selection, exact.n_visual, params)
-        assert_valid_selection(selection, scores, exact.candidate)
-        kept = selection if config.anchor_output == "pruned" else None
-        check_output(out, exact, kept, backend)
+            q, kv, visual, config, q_counts=problem.q_counts, scores=scores, backend=backend,
+            **problem.case.options,
+        )  # fmt: skip
+        assert out.shape == q.shape
+        assert selection.indices.shape == (q.shape[:-2].numel(), params.k_max)
+        outs, ranked = (t.view(-1, *t.shape[q.dim() - 2 :]) for t in (out, scores))
+        for rows, one in problem.one_by_one():
+            exact, chosen = Exact.of(one, params), selection.rows(rows)
+            assert_masses(chosen.mass, chosen.mass_mean, exact)
+            assert_scores(ranked[rows], exact)
+            assert_counts(chosen, exact.n_visual, params)
+            assert_valid_selection(chosen, ranked[rows], exact.candidate)
+            kept = chosen if config.anchor_output == "pruned" else None
+            check_output(outs[rows], exact, kept, backend)
         return out, selection, scores
 
     return check

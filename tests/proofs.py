@@ -51,10 +51,11 @@ COMMON = ("kernels/common/",)
 CONTRACT = (
     "visionpulse/reference.py", "visionpulse/budgets.py", "visionpulse/call.py",
     "visionpulse/cache.py", "visionpulse/visual.py", "visionpulse/selection.py",
-    "visionpulse/workspace.py", "visionpulse/testing/", "visionpulse/backends/reference.py",
+    "visionpulse/workspace.py", "visionpulse/queries.py", "visionpulse/backends/by_query.py",
+    "visionpulse/testing/", "visionpulse/backends/reference.py",
     "tests/conftest.py",
 )  # fmt: skip
-SHARED_TESTS = ("tests/test_backends.py",)
+SHARED_TESTS = ("tests/test_backends.py", "tests/test_queries.py")
 CPU = (*COMMON, "kernels/cpu/", "csrc/cpu/", "csrc/*.h", "CMakeLists.txt")
 CPU_BACKEND = (
     *CPU, "csrc/module.cpp", "visionpulse/backends/cpu.py", "visionpulse/backends/packing.py",

@@ -30,9 +30,11 @@ ALLOWED = {
     "checks": {"tensor_checks", *RECORDS},
     "config": {"budgets", "files"},
     "schedule": {"config"},
+    "queries": {"call", "cache", "visual"},
     "reference": {"budgets", "call", *RECORDS},
     "backends": {"call", "config", "selection"},
     "backends.reference": {"backends", "call", "reference", "selection"},
+    "backends.by_query": {"backends", "call", "queries", "selection"},
     "backends.packing": {"call", *RECORDS},
     "backends.native": {
         "backends", "backends.packing", "call", "selection", "visual", "workspace"
@@ -44,12 +46,12 @@ ALLOWED = {
         "_native", "backends.native", "backends.packing", "call", "selection", "visual", "workspace"
     },
     "backends.triton": {"backends", "call", "selection"},
-    "torch_ops": {"backends", "call", "workspace", *RECORDS},
+    "torch_ops": {"backends", "call", "queries", "workspace", *RECORDS},
     "ops": {
-        "backends", "budgets", "call", "checks", "config", "tensor_checks", "torch_ops",
+        "backends", "budgets", "call", "checks", "config", "queries", "tensor_checks", "torch_ops",
         "workspace", *RECORDS,
     },
-    "layer_ops": {"backends", "call", "config", "ops", "workspace", *RECORDS},
+    "layer_ops": {"backends", "call", "config", "ops", "queries", "workspace", *RECORDS},
     "trace": {"figures", "files", "selection", "visual"},
     "models": {
         "backends", "config", "layer_ops", "ops", "schedule", "trace.record", "workspace", *RECORDS

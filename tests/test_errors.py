@@ -178,9 +178,9 @@ TABLE = {
     ),
     # the query
     "q rank": (
-        lambda: decode(q=torch.zeros(B, H, 1, D)),
+        lambda: decode(q=torch.zeros(B, H, 1, 1, D)),
         ValueError,
-        ["[B, H, D]", "(2, 8, 1, 16)"],
+        ["[B, H, D]", "[B, Q, H, D]", "(2, 8, 1, 1, 16)"],
     ),
     "q dtype": (lambda: decode(q=make_q(dtype=torch.bfloat16)), TypeError, ["share", "bfloat16"]),
     "q rows": (lambda: decode(q=make_q(rows=3)), ValueError, ["q has 3 rows", "2"]),

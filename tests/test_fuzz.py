@@ -37,10 +37,16 @@ def cases(draw):
         options["window"] = draw(st.integers(1, size + 3))
     if draw(st.booleans()):
         options["scale"] = draw(st.sampled_from([0.01, 1.0]))
+    queries = draw(st.sampled_from([None, None, 1, 2, 3, 6]))
+    q_counts = None
+    if queries and draw(st.booleans()):
+        q_counts = tuple(draw(st.integers(0, queries)) for _ in range(rows))
     return Case(
         "fuzz",
         tuple(draw(spans(size)) for _ in range(rows)),
         size=size,
+        queries=queries,
+        q_counts=q_counts,
         heads=kv_heads * draw(st.sampled_from([1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 32])),
         kv_heads=kv_heads,
         head_dim=draw(st.sampled_from([8, 16, 24, 64, 72, 80, 96, 128, 136, 192, 256])),
@@ -73,8 +79,9 @@ def test_random_problems(backend, device, check_decode, dtype, pytestconfig):
         problem = case.build(dtype, device, seed)
         _, selection, _ = check_decode(problem, backend)
         follow = vp.attend(
-            problem.q, problem.kv, problem.visual, selection, backend=backend, **case.options
-        )
+            problem.q, problem.kv, problem.visual, selection, q_counts=problem.q_counts,
+            backend=backend, **case.options,
+        )  # fmt: skip
         assert follow.shape == problem.q.shape
 
     run()

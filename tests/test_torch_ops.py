@@ -5,7 +5,7 @@ import torch
 
 import visionpulse as vp
 from visionpulse.call import Call, Params, Scored
-from visionpulse.testing import CASES
+from visionpulse.testing import CASES, QUERY_CASES
 from visionpulse.testing.draw import Draws
 from visionpulse.torch_ops import arguments, fields_of
 
@@ -45,6 +45,40 @@ def test_opcheck_select_and_attend(problem, backend):
     selection = vp.Selection(indices, counts, mass, mass)
     opcheck("attend", Call(q, kv, PARAMS, visual, selection), backend)
     opcheck("attend_dense", Call(q, kv, PARAMS), backend)
+
+
+@pytest.mark.parametrize("name", ("two", "counts", "paged-counts"))
+def test_opcheck_of_several_queries(name, backend):
+    problem = QUERY_CASES[name].build(torch.float32)
+    q, kv, visual = problem.q, problem.kv, problem.visual
+    call = Call(q, kv, PARAMS, visual, q_counts=problem.q_counts)
+    _, indices, counts, mass, mean = opcheck("decode", call, backend)
+    scores, *_ = opcheck(
+        "score", call._replace(params=PARAMS._replace(anchor_output="dense")), backend
+    )
+    assert len(scores) == len(counts) == q.shape[0] * q.shape[1]
+    opcheck("select", call.scored(scores, mass, mean), backend)
+    selection = vp.Selection(indices, counts, mass, mean)
+    opcheck("attend", call._replace(selection=selection), backend)
+    opcheck("attend_dense", call._replace(visual=None), backend)
+
+
+@pytest.mark.bits
+def test_one_graph_gives_the_eager_bits_of_several_queries(backend):
+    torch._dynamo.reset()
+    problem = QUERY_CASES["paged-counts"].build(torch.float32)
+
+    def run(q, kv, visual, q_counts):
+        options = {"q_counts": q_counts, "backend": backend}
+        scores, mass, _ = vp.score(q, kv, visual, **options)
+        out, selection = vp.decode(q, kv, visual, vp.PulseConfig(budget=Half()), **options)
+        follow = vp.attend(q, kv, visual, selection, **options)
+        return scores, mass, out, follow, vp.attend(q, kv, **options), selection.indices
+
+    given = (problem.q, problem.kv, problem.visual, problem.q_counts)
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for got, expected in zip(compiled(*given), run(*given), strict=True):
+        assert torch.equal(got, expected)
 
 
 def step(q, kv, visual, config, backend):

@@ -13,6 +13,7 @@ from .tensor_checks import MAX_POSITION, in_range, per_row, same_device, tensor,
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_HEAD_DIM = 256
 MAX_GROUP = 32  # query heads of one KV head
+MAX_QUERIES = 16  # queries of one row in a call
 _LAYOUTS = {"NHD": ("[P, page, G, D]", 2, 1), "HND": ("[P, G, page, D]", 1, 2)}
 
 

@@ -32,14 +32,15 @@ class Params(NamedTuple):
 class Scored(NamedTuple):
     """What select takes: the results of score, and what cuts the candidates."""
 
-    scores: Tensor  # [B, N], contiguous; -inf where there is no candidate
-    mass: Tensor  # [B], the largest of the heads
-    mass_mean: Tensor  # [B]
+    scores: Tensor  # [B, N], contiguous; -inf where there is no candidate; of Q queries [B * Q, N]
+    mass: Tensor  # [B], the largest of the heads; of Q queries [B * Q]
+    mass_mean: Tensor  # the same
     visual: VisualTokens
     params: Params
     starts: Tensor | None = None  # int32 [B]
     lengths: Tensor | None = None  # int32 [B]
     workspace: Workspace | None = None
+    q_counts: Tensor | None = None  # int32 [B], the last queries of a row, which are real
 
     @property
     def scratch(self) -> Workspace:
@@ -50,19 +51,25 @@ class Scored(NamedTuple):
 class Call(NamedTuple):
     """What score, attend and decode take. The caller has checked that its parts fit."""
 
-    q: Tensor  # [B, H, D]
+    q: Tensor  # [B, H, D], or [B, Q, H, D]: then the selection has the B * Q rows (b, i)
     kv: Cache
     params: Params
     visual: VisualTokens | None = None  # attend may do without
     selection: Selection | None = None  # None attends to all visible keys
-    out: Tensor | None = None  # filled with the output, [B, H, D]; None is a new tensor
-    scores: Tensor | None = None  # filled with the scores, [B, N]
+    out: Tensor | None = None  # filled with the output, shaped as q; None is a new tensor
+    scores: Tensor | None = None  # filled with the scores, [B, N] or [B * Q, N]
     workspace: Workspace | None = None  # None is the one of this thread and stream
+    q_counts: Tensor | None = None  # int32 [B], the last queries of a row, which are real
 
     @property
     def scratch(self) -> Workspace:
         """The scratch memory of the call."""
         return self.workspace or default_workspace(self.q.device)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the scores and of the selection: B, or B * Q."""
+        return self.q.shape[:-2].numel()
 
     @property
     def is_dense(self) -> bool:
@@ -85,7 +92,7 @@ class Call(NamedTuple):
         """Where the scores go: the caller's tensor, or a new one."""
         if self.scores is not None:
             return self.scores
-        shape = (self.kv.batch, self.kv.capacity)
+        shape = (self.rows, self.kv.capacity)
         return torch.empty(shape, dtype=score_dtype(self.q), device=self.q.device)
 
     def scored(self, scores: Tensor, mass: Tensor, mass_mean: Tensor) -> Scored:
@@ -93,7 +100,7 @@ class Call(NamedTuple):
         kv = self.kv
         return Scored(
             scores, mass, mass_mean, self.visual_set, self.params, kv.starts, kv.lengths,
-            self.workspace,
+            self.workspace, self.q_counts,
         )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cache import MAX_GROUP, Cache, KVCache, PagedKVCache
+from .cache import MAX_GROUP, MAX_QUERIES, Cache, KVCache, PagedKVCache
 from .selection import Selection
 from .tensor_checks import (
     are_readable,
@@ -27,25 +27,54 @@ from .visual import VisualTokens
 
 def query(q: Tensor, kv: Cache) -> None:
     """Check a query against its cache."""
-    tensor("q", q, 3, "[B, H, D]")
+    if not isinstance(q, Tensor) or q.dim() != 4:
+        tensor("q", q, 3, "[B, H, D], or [B, Q, H, D]")
+    elif not 1 <= q.shape[1] <= MAX_QUERIES:
+        raise ValueError(
+            f"q [B, Q, H, D] has 1 to {MAX_QUERIES} queries a row, got Q={q.shape[1]}; "
+            "make several calls, or run a prefill"
+        )
     if q.dtype != kv.dtype:
         raise TypeError(f"q, K and V must share a dtype, got {q.dtype} and {kv.dtype}")
     same_device("q", q, kv.device, "the cache")
     if q.shape[0] != kv.batch:
         raise ValueError(f"q has {q.shape[0]} rows, the cache {kv.batch}; both are B")
-    if q.shape[2] != kv.head_dim:
-        raise ValueError(f"q has head dim {q.shape[2]}, the cache {kv.head_dim}")
-    heads, kv_heads = q.shape[1], kv.kv_heads
+    if q.shape[-1] != kv.head_dim:
+        raise ValueError(f"q has head dim {q.shape[-1]}, the cache {kv.head_dim}")
+    heads, kv_heads = q.shape[-2], kv.kv_heads
     if heads == 0 or heads % kv_heads:
         raise ValueError(
             f"query heads must be a multiple of KV heads, got H={heads} and G={kv_heads}; "
-            "pass K and V before they are repeated per query head"
+            + (
+                "pass K and V before they are repeated per query head"
+                if q.dim() == 3
+                else "several queries are [B, Q, H, D]: .transpose(1, 2) of what transformers has"
+            )
         )
     if heads // kv_heads > MAX_GROUP:
         raise ValueError(
             f"a KV head serves at most {MAX_GROUP} query heads, got {heads // kv_heads}"
         )
     unit_stride("q", q)
+
+
+def query_counts(q_counts: Tensor | None, q: Tensor) -> None:
+    """Check how many queries of each row are real."""
+    if q_counts is None:
+        return
+    if q.dim() != 4:
+        raise ValueError(
+            f"q_counts counts the queries of q [B, Q, H, D], got q {tuple(q.shape)}; leave it out"
+        )
+    real_queries(q_counts, q.shape[0], q.shape[1], q.device)
+
+
+def real_queries(q_counts: Tensor, rows: int, queries: int, device: torch.device) -> None:
+    """Check q_counts of `rows` rows."""
+    per_row("q_counts", q_counts, rows, device)
+    has_storage("q_counts", q_counts)
+    if are_readable(device):
+        in_range("q_counts", q_counts, 0, queries, "it counts the real queries of a row")
 
 
 def storages(q: Tensor, kv: Cache, visual: VisualTokens | None) -> None:
@@ -144,17 +173,23 @@ def buffer(name: str, value: Tensor | None, shape: tuple[int, ...], like: Tensor
     has_storage(name, value)
 
 
-def scores_buffer(value: Tensor | None, rows: int, size: int, q: Tensor) -> None:
+def scores_buffer(value: Tensor | None, size: int, q: Tensor) -> None:
     """Check the buffer that `decode` fills with the scores it ranked."""
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    buffer("scores", value, (rows, size), q.new_empty(0, dtype=dtype) if value is not None else q)
+    buffer(
+        "scores",
+        value,
+        (*q.shape[:-2], size),
+        q.new_empty(0, dtype=dtype) if value is not None else q,
+    )
     if value is not None and not value.is_contiguous():
-        raise ValueError("scores must be contiguous; pass torch.empty(B, N)")
+        raise ValueError("scores must be contiguous; pass torch.empty(B, N), or (B, Q, N)")
 
 
 def ranked(scores: Tensor, mass: Tensor, mass_mean: Tensor | None) -> None:
     """Check the scores and masses that `select` takes."""
-    tensor("scores", scores, 2, "float32 [B, N]")
+    if not isinstance(scores, Tensor) or scores.dim() != 3:
+        tensor("scores", scores, 2, "float32 [B, N], or [B, Q, N]")
     for name, value in (("scores", scores), ("mass", mass), ("mass_mean", mass_mean)):
         if value is not None and value.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"{name} must be float32, got {value.dtype}")
@@ -164,9 +199,13 @@ def ranked(scores: Tensor, mass: Tensor, mass_mean: Tensor | None) -> None:
     for name, value in (("mass", mass), ("mass_mean", mass_mean)):
         if value is None:
             continue
-        tensor(name, value, 1, "float32 [B]")
-        if value.shape[0] != scores.shape[0]:
-            raise ValueError(f"{name} has {value.shape[0]} rows, scores {scores.shape[0]}")
+        tensor(name, value, scores.dim() - 1, "float32 [B], or [B, Q]")
+        if value.shape != scores.shape[:-1]:
+            raise ValueError(
+                f"{name} has {value.shape[0]} rows, scores {scores.shape[0]}"
+                if scores.dim() == 2
+                else f"{name} must be {tuple(scores.shape[:-1])}, got {tuple(value.shape)}"
+            )
         same_device(name, value, scores.device, "scores")
 
 

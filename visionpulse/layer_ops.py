@@ -10,9 +10,11 @@ from torch import Tensor
 
 from . import ops
 from .backends import resolve
+from .backends.by_query import fitted
 from .cache import KVCache
 from .call import Call, Params
 from .config import PulseConfig
+from .queries import count
 from .selection import Selection
 from .visual import VisualTokens
 from .workspace import Workspace
@@ -31,13 +33,15 @@ class LayerOps:
         scale: float | None = None,
         softcap: float | None = None,
     ) -> None:
-        """Check `q` [B, H, D] against `kv` and resolve its backend."""
+        """Check `q`, [B, H, D] or [B, Q, H, D], against `kv` and resolve its backend."""
         ops.check(q, kv, visual)
         self.config = config
         self.numbers: dict[str, Any] = {"scale": scale, "softcap": softcap}
         self.params = ops.numbers(q, scale, softcap, None)
         call = Call(q, kv, self.params, visual)
-        self.backend = resolve(config.backend, q.device, lambda b: b.refuses(call))
+        queries = count(q)
+        backend = resolve(config.backend, q.device, lambda b: b.refuses(call), queries)
+        self.backend = fitted(backend, queries)
         self._budgets: dict[tuple[int, int], Params] = {}
 
     def attend(
@@ -48,7 +52,7 @@ class LayerOps:
         selection: Selection | None,
         workspace: Workspace,
     ) -> Tensor:
-        """Give `ops.attend` without its checks: [B, H, D]."""
+        """Give `ops.attend` without its checks: shaped as q."""
         return self.backend.attend(Call(q, kv, self.params, visual, selection, workspace=workspace))
 
     def decode(
@@ -62,10 +66,11 @@ class LayerOps:
 
     def _budget(self, q: Tensor, visual: VisualTokens) -> Params | None:
         """The anchor's numbers; None for a policy that runs between the stages."""
-        key = (visual.max_count, q.shape[0])
+        rows = q.shape[:-2].numel()
+        key = (visual.max_count, rows)
         params = self._budgets.get(key)
         if params is None:
-            params, between = ops.budget(self.params, self.config, visual, q.shape[0], q.device)
+            params, between = ops.budget(self.params, self.config, visual, rows, q.device)
             if between is not None:
                 return None
             if params.ratio is None:  # else it was drawn for this step alone

@@ -7,10 +7,12 @@ from torch import Tensor
 
 from . import budgets, checks
 from .backends import Against, Backend, Choice, choice, resolve
+from .backends.by_query import fitted
 from .cache import Cache
 from .call import Call, Params, Scored
 from .config import PulseConfig
 from .config import resolve as resolve_config
+from .queries import count, scored_as_rows
 from .selection import Selection
 from .tensor_checks import are_readable, is_eager
 from .torch_ops import Compiled
@@ -27,6 +29,7 @@ def decode(
     scale: float | None = None,
     softcap: float | None = None,
     window: int | None = None,
+    q_counts: Tensor | None = None,
     out: Tensor | None = None,
     scores: Tensor | None = None,
     workspace: Workspace | None = None,
@@ -44,14 +47,24 @@ def decode(
         out = softmax(z[:, text + kept]) @ v[text + kept]
 
     `scores`, [B, N], is filled with the S that was ranked, -inf where there is no candidate.
+
+    `q` [B, Q, H, D] holds the last Q tokens of each row, 1 to 16: query i has its own key at
+    `length - Q + i`, sees none behind it, and is a step of its own. The selection then has B * Q
+    rows in the order (b, i), `out` is shaped as `q`, `scores` is [B, Q, N]. Of a row with fewer
+    tokens the last `q_counts` queries, int32 [B], are real; the others give zeros.
     """
     config = resolve_config(config)
     check(q, kv, visual)
     checks.buffer("out", out, tuple(q.shape), q)
-    checks.scores_buffer(scores, kv.batch, kv.capacity, q)
+    checks.query_counts(q_counts, q)
+    checks.scores_buffer(scores, kv.capacity, q)
     params = numbers(q, scale, softcap, window)
-    params, policy = budget(params, config, visual, q.shape[0], q.device)
-    call = Call(q, kv, params, visual, out=out, scores=scores, workspace=workspace)
+    params, policy = budget(params, config, visual, q.shape[:-2].numel(), q.device)
+    if scores is not None:
+        scores = scores.view(-1, kv.capacity)
+    call = Call(
+        q, kv, params, visual, out=out, scores=scores, workspace=workspace, q_counts=q_counts
+    )
     runner = _backend_of(call, backend or config.backend)
     if policy is None:
         return runner.decode(call)
@@ -67,20 +80,24 @@ def score(
     scale: float | None = None,
     softcap: float | None = None,
     window: int | None = None,
+    q_counts: Tensor | None = None,
     workspace: Workspace | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rank the visual tokens: scores [B, N], largest and mean mass of the heads [B].
 
-    Defined by the lines of `decode` that give S and M; -inf where there is no candidate.
+    Defined by the lines of `decode` that give S and M; -inf where there is no candidate. For `q`
+    [B, Q, H, D] they are [B, Q, N] and [B, Q].
     """
     config = resolve_config(config)
     check(q, kv, visual)
+    checks.query_counts(q_counts, q)
     params = numbers(q, scale, softcap, window)
     params = params._replace(tau=config.tau, mass_of=config.mass, score=config.score)
-    call = Call(q, kv, params, visual, workspace=workspace)
+    call = Call(q, kv, params, visual, workspace=workspace, q_counts=q_counts)
     scored, _ = _backend_of(call, backend or config.backend).score(call)
-    return scored.scores, scored.mass, scored.mass_mean
+    by = q.shape[:-2]  # B, or B and Q
+    return scored.scores.view(*by, -1), scored.mass.view(by), scored.mass_mean.view(by)
 
 
 def select(
@@ -93,6 +110,7 @@ def select(
     starts: Tensor | None = None,
     lengths: Tensor | None = None,
     window: int | None = None,
+    q_counts: Tensor | None = None,
     workspace: Workspace | None = None,
     backend: str | None = None,
 ) -> Selection:
@@ -104,23 +122,29 @@ def select(
         kept = V[scores[V].topk(K).indices].sort().values         # ties: the lowest position
 
     `mass_mean` is needed where the config asks for mass="mean"; `starts`, `lengths` and `window`
-    cut the candidates as they cut the keys.
+    cut the candidates as they cut the keys, and so does `q_counts` for scores [B, Q, N], whose
+    selection has B * Q rows.
     """
     config = resolve_config(config)
     checks.ranked(scores, mass, mass_mean)
-    checks.visual_set(visual, scores.shape[0], scores.shape[1], scores.device)
+    checks.visual_set(visual, scores.shape[0], scores.shape[-1], scores.device)
     checks.visual_storages(visual)
     for cut, rows in (("starts", starts), ("lengths", lengths)):
         checks.row_cut(cut, rows, scores)
+    queries = scores.shape[1] if scores.dim() == 3 else None
+    if q_counts is not None:
+        checks.real_queries(q_counts, scores.shape[0], queries or 1, scores.device)
     if mass_mean is None:
         checks.mass_for(config.mass)
         mass_mean = mass
+    scores, mass, mass_mean = scores.flatten(0, -2), mass.flatten(), mass_mean.flatten()
     params = Params(scale=1.0, window=0 if window is None else checks.window(window))
-    params, policy = budget(params, config, visual, scores.shape[0], scores.device)
-    scored = Scored(scores, mass, mass_mean, visual, params, starts, lengths, workspace)
+    params, policy = budget(params, config, visual, len(scores), scores.device)
+    scored = Scored(scores, mass, mass_mean, visual, params, starts, lengths, workspace, q_counts)
     if policy is not None:
         scored = _asked(policy, scored)
-    runner = _backend(backend or config.backend, scores.device, lambda b: b.refuses_select(scored))
+    name, device = backend or config.backend, scores.device
+    runner = _backend(name, device, lambda b: b.refuses_select(scored), queries)
     return runner.select(scored)
 
 
@@ -133,6 +157,7 @@ def attend(
     scale: float | None = None,
     softcap: float | None = None,
     window: int | None = None,
+    q_counts: Tensor | None = None,
     out: Tensor | None = None,
     workspace: Workspace | None = None,
     backend: str | None = None,
@@ -144,15 +169,17 @@ def attend(
         kept = torch.cat([text_positions, selection.indices[:count]])    # of this row
         out = softmax(scale * q[h] @ k[g, kept].T) @ v[g, kept]
 
-    Without `visual` and `selection` it is dense decode, over all visible keys.
+    Without `visual` and `selection` it is dense decode, over all visible keys. For `q` [B, Q, H, D]
+    and `q_counts` see `decode`: each query is a row of the selection.
     """
     checks.both_or_neither(visual, selection)
     check(q, kv, visual)
     if selection is not None:
-        checks.selection(selection, kv.batch, kv.capacity, kv.device)
+        checks.selection(selection, q.shape[:-2].numel(), kv.capacity, kv.device)
+    checks.query_counts(q_counts, q)
     checks.buffer("out", out, tuple(q.shape), q)
     params = numbers(q, scale, softcap, window)
-    call = Call(q, kv, params, visual, selection, out, workspace=workspace)
+    call = Call(q, kv, params, visual, selection, out, workspace=workspace, q_counts=q_counts)
     return _backend_of(call, backend or "auto").attend(call)
 
 
@@ -169,9 +196,9 @@ def explain(
     check(q, kv, visual)
     params = numbers(q)
     if visual is not None:
-        params, _ = budget(params, config, visual, q.shape[0], q.device)
+        params, _ = budget(params, config, visual, q.shape[:-2].numel(), q.device)
     call = Call(q, kv, params, visual)
-    return choice(backend or config.backend, q.device, lambda b: b.refuses(call))
+    return choice(backend or config.backend, q.device, lambda b: b.refuses(call), count(q))
 
 
 def check(q: Tensor, kv: Cache, visual: VisualTokens | None) -> None:
@@ -194,7 +221,7 @@ def numbers(
 ) -> Params:
     """Check the arguments of the logits; no budget yet."""
     return Params(
-        scale=q.shape[2] ** -0.5 if scale is None else checks.number("scale", scale),
+        scale=q.shape[-1] ** -0.5 if scale is None else checks.number("scale", scale),
         softcap=0.0 if softcap is None else checks.positive("softcap", softcap),
         window=0 if window is None else checks.window(window),
     )
@@ -233,23 +260,22 @@ def budget(
     return params, between
 
 
-def _backend(name: str, device: torch.device, against: Against) -> Backend:
+def _backend(name: str, device: torch.device, against: Against, queries: int | None) -> Backend:
     """Resolve a backend; while torch compiles, the ops of the graph do so when they run."""
     if not is_eager():
         return Compiled(name)
-    return resolve(name, device, against)
+    return fitted(resolve(name, device, against, queries), queries)
 
 
 def _backend_of(call: Call, name: str) -> Backend:
-    return _backend(name, call.q.device, lambda b: b.refuses(call))
+    return _backend(name, call.q.device, lambda b: b.refuses(call), count(call.q))
 
 
 def _asked(policy: Any, scored: Scored) -> Scored:
     """Ask a policy that runs between score and select for its K."""
     scores, params = scored.scores, scored.params
-    n_visual = scored.visual.visible_counts(
-        scores.shape[1], scored.starts, scored.lengths, params.window
-    )
+    rows = scored_as_rows(scored)
+    n_visual = rows.visual.visible_counts(scores.shape[1], rows.starts, rows.lengths, params.window)
     mass = scored.mass if params.mass_of == "max" else scored.mass_mean
     wanted = checks.counts(policy.counts(mass, n_visual, scores), n_visual, policy)
     return scored._replace(params=params._replace(wanted=wanted))

@@ -12,13 +12,16 @@ from torch import Tensor
 
 from . import workspace
 from .backends import Backend, resolve
+from .backends.by_query import fitted
 from .cache import KVCache, PagedKVCache
 from .call import Call, Params, Scored, score_dtype
+from .queries import count
 from .selection import Selection
 from .visual import VisualTokens
 
 Fields: TypeAlias = dict[str, Any]  # the arguments of an op by their names
 
+_QUERY = "Tensor q, Tensor? q_counts"  # [B, H, D], or [B, Q, H, D]
 _CACHE = "Tensor k, Tensor v, Tensor? block_table, Tensor? lengths, Tensor? starts, str layout"
 _VISUAL = "Tensor spans, Tensor offsets, Tensor visual_counts, SymInt max_count"
 _MATH = "float scale, float softcap, SymInt window"
@@ -26,23 +29,23 @@ _SCORING = f"{_MATH}, float tau, str score, str anchor_output"
 _BUDGET = "float r_min, float r_max, str mass_of, SymInt k_max, Tensor? ratio, Tensor? wanted"
 _SCHEMAS = {
     "decode": (
-        f"Tensor q, {_CACHE}, {_VISUAL}, {_SCORING}, {_BUDGET}, str backend",
+        f"{_QUERY}, {_CACHE}, {_VISUAL}, {_SCORING}, {_BUDGET}, str backend",
         "(Tensor out, Tensor indices, Tensor counts, Tensor mass, Tensor mass_mean)",
     ),
     "score": (
-        f"Tensor q, {_CACHE}, {_VISUAL}, {_SCORING}, str backend",
+        f"{_QUERY}, {_CACHE}, {_VISUAL}, {_SCORING}, str backend",
         "(Tensor scores, Tensor mass, Tensor mass_mean, Tensor out)",
     ),
     "select": (
         f"Tensor scores, Tensor mass, Tensor mass_mean, {_VISUAL}, Tensor? starts,"
-        f" Tensor? lengths, SymInt window, {_BUDGET}, str backend",
+        f" Tensor? lengths, Tensor? q_counts, SymInt window, {_BUDGET}, str backend",
         "(Tensor indices, Tensor counts)",
     ),
     "attend": (
-        f"Tensor q, {_CACHE}, {_VISUAL}, Tensor indices, Tensor counts, {_MATH}, str backend",
+        f"{_QUERY}, {_CACHE}, {_VISUAL}, Tensor indices, Tensor counts, {_MATH}, str backend",
         "Tensor",
     ),
-    "attend_dense": (f"Tensor q, {_CACHE}, {_MATH}, str backend", "Tensor"),
+    "attend_dense": (f"{_QUERY}, {_CACHE}, {_MATH}, str backend", "Tensor"),
 }
 _NAMES = {
     op: tuple(argument.split()[-1] for argument in arguments.split(","))
@@ -90,10 +93,11 @@ def fields_of(call: Call | Scored) -> Fields:
     fields: Fields = dict(zip(Params._fields, call.params, strict=True))
     if isinstance(call, Scored):
         fields |= {"scores": call.scores, "mass": call.mass, "mass_mean": call.mass_mean}
-        fields |= {"starts": call.starts, "lengths": call.lengths}
+        fields |= {"starts": call.starts, "lengths": call.lengths, "q_counts": call.q_counts}
     else:
         kv = call.kv
-        fields |= {"q": call.q, "lengths": kv.lengths, "starts": kv.starts}
+        fields |= {"q": call.q, "q_counts": call.q_counts}
+        fields |= {"lengths": kv.lengths, "starts": kv.starts}
         if isinstance(kv, PagedKVCache):
             fields |= {"k": kv.k_pages, "v": kv.v_pages}
             fields |= {"block_table": kv.block_table, "layout": kv.layout}
@@ -128,8 +132,13 @@ def _call(fields: Fields, selection: Selection | None = None) -> tuple[Backend, 
     q, k, v, table = (fields[name] for name in ("q", "k", "v", "block_table"))
     cut = (fields["lengths"], fields["starts"])
     kv = KVCache(k, v, *cut) if table is None else PagedKVCache(k, v, table, *cut, fields["layout"])
-    call = Call(q, kv, _params(fields), _visual(fields), selection, workspace=_workspace(q.device))
-    return resolve(fields["backend"], q.device, lambda b: b.refuses(call)), call
+    call = Call(
+        q, kv, _params(fields), _visual(fields), selection, workspace=_workspace(q.device),
+        q_counts=fields["q_counts"],
+    )  # fmt: skip
+    queries = count(q)
+    backend = resolve(fields["backend"], q.device, lambda b: b.refuses(call), queries)
+    return fitted(backend, queries), call
 
 
 def _workspace(device: torch.device) -> workspace.Workspace:
@@ -160,10 +169,10 @@ def _select(fields: Fields) -> tuple[Tensor, ...]:
     assert visual is not None
     scored = Scored(
         scores, fields["mass"], fields["mass_mean"], visual, _params({"scale": 1.0, **fields}),
-        fields["starts"], fields["lengths"], _workspace(scores.device),
+        fields["starts"], fields["lengths"], _workspace(scores.device), fields["q_counts"],
     )  # fmt: skip
     backend = resolve(fields["backend"], scores.device, lambda b: b.refuses_select(scored))
-    selection = backend.select(scored)
+    selection = fitted(backend, len(scores) // visual.batch).select(scored)
     return selection.indices, selection.counts
 
 
@@ -176,12 +185,17 @@ def _attend(fields: Fields) -> Tensor:
     return backend.attend(call)
 
 
+def _rows(like: Tensor) -> int:
+    """Rows of scores [R, N] or of q, B or B * Q."""
+    return like.shape[0] * like.shape[1] if like.dim() == 4 else like.shape[0]
+
+
 def _per_row(like: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty(like.shape[0], dtype=dtype, device=like.device)
+    return torch.empty(_rows(like), dtype=dtype, device=like.device)
 
 
 def _lists(like: Tensor, k_max: int) -> tuple[Tensor, Tensor]:
-    indices = torch.empty((like.shape[0], k_max), dtype=torch.int32, device=like.device)
+    indices = torch.empty((_rows(like), k_max), dtype=torch.int32, device=like.device)
     return indices, _per_row(like, torch.int32)
 
 
@@ -203,7 +217,7 @@ def _score_like(fields: Fields) -> tuple[Tensor, ...]:
     q, k, table = fields["q"], fields["k"], fields["block_table"]
     slots = k.shape[1 if fields["layout"] == "NHD" else 2]  # of a page, or of a row
     size = slots if table is None else table.shape[1] * slots
-    scores = torch.empty((q.shape[0], size), dtype=score_dtype(q), device=q.device)
+    scores = torch.empty((_rows(q), size), dtype=score_dtype(q), device=q.device)
     # the dense output comes with the scores; where none is made the result is empty
     out = _out_like(fields) if fields["anchor_output"] == "dense" else q.new_empty(0)
     return scores, *_masses(q), out

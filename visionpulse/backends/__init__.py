@@ -42,6 +42,8 @@ class Backend:
     name: ClassVar[str]
     # Types of device that `auto` takes this backend for; None is any.
     auto_devices: ClassVar[tuple[str, ...] | None] = None
+    # Queries of one row that its kernels take; more are handed to it as rows of their own.
+    max_queries: ClassVar[int] = 1
 
     def unavailable(self) -> str | None:
         """Why it cannot run on this machine, or None."""
@@ -130,10 +132,22 @@ def _wanted(name: str) -> str:
     return name
 
 
-def resolve(name: str, device: torch.device, against: Against) -> Backend:
+def _order(queries: int | None) -> list[str]:
+    """What `auto` tries in turn: first the backends whose kernels take all queries of a row.
+
+    Elsewhere each query costs a pass of its own, so only the reference, of no speed, comes later.
+    """
+    needed = queries or 1
+    return sorted(_CLASSES, key=lambda n: (n == "reference", get(n).max_queries < needed))
+
+
+def resolve(
+    name: str, device: torch.device, against: Against, queries: int | None = None
+) -> Backend:
     """The backend for a call: a name is obeyed or refused, "auto" takes the first that serves.
 
-    `against(backend)` gives what stands against a backend that can run here, or None.
+    `against(backend)` gives what stands against a backend that can run here, or None. A backend
+    whose `max_queries` are fewer than `queries` serves them as rows: see `by_query.fitted`.
     """
     name = _wanted(name)
     if name != "auto":
@@ -145,20 +159,22 @@ def resolve(name: str, device: torch.device, against: Against) -> Backend:
                 "backend='auto' takes one that can"
             )
         return backend
-    for candidate in _CLASSES:
+    for candidate in _order(queries):
         backend = get(candidate)
         if backend.auto_devices is not None and device.type not in backend.auto_devices:
             continue
         if not (backend.unavailable() or against(backend)):
             return backend
-    raise BackendUnavailableError(f"no backend serves this call:\n{choice(name, device, against)}")
+    raise BackendUnavailableError(
+        f"no backend serves this call:\n{choice(name, device, against, queries)}"
+    )
 
 
-def choice(name: str, device: torch.device, against: Against) -> Choice:
+def choice(name: str, device: torch.device, against: Against, queries: int | None = None) -> Choice:
     """Explain `resolve`: which backend it gives, and why not the others."""
     name = _wanted(name)
     chosen, reasons = None, {}
-    for candidate in _CLASSES:
+    for candidate in _order(queries):
         backend = get(candidate)
         devices = backend.auto_devices
         passed_over = ""
@@ -171,7 +187,10 @@ def choice(name: str, device: torch.device, against: Against) -> Choice:
         reason = backend.unavailable() or against(backend) or passed_over
         if not reason:
             chosen = candidate
-        reasons[candidate] = reason or "serves this call"
+        serves = "serves this call"
+        if backend.max_queries < (queries or 1):
+            serves += f", its {queries} queries of a row one by one: K and V are read for each"
+        reasons[candidate] = reason or serves
     return Choice(chosen, reasons)
 
 

@@ -74,9 +74,9 @@ class CudaBackend(NativeBackend):
         reason = self._refuses_device(q)
         if reason is not None:
             return reason
-        if q.shape[1] > _MAX_HEADS:
+        if q.shape[-2] > _MAX_HEADS:
             return f"it serves up to {_MAX_HEADS} query heads"
-        if kv.capacity > _MAX_CAPACITY or kv.batch > _MAX_ROWS:
+        if kv.capacity > _MAX_CAPACITY or call.rows > _MAX_ROWS:
             return f"it serves up to {_MAX_ROWS} rows of {_MAX_CAPACITY} slots"
         return pack.refuses(q, kv)
 

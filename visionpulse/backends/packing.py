@@ -95,9 +95,9 @@ def refuses(q: Tensor, kv: Cache) -> str | None:
     """Why neither engine serves this call, or None."""
     if q.dtype not in DTYPES:
         return f"it serves float32, bfloat16 and float16, not {q.dtype}"
-    if q.shape[2] > MAX_HEAD_DIM:
-        return f"it serves head dims up to {MAX_HEAD_DIM}, not {q.shape[2]}"
-    if q.shape[1] > MAX_GROUP * kv.kv_heads:
+    if q.shape[-1] > MAX_HEAD_DIM:
+        return f"it serves head dims up to {MAX_HEAD_DIM}, not {q.shape[-1]}"
+    if q.shape[-2] > MAX_GROUP * kv.kv_heads:
         return f"it serves up to {MAX_GROUP} query heads per KV head"
     return None
 

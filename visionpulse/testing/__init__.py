@@ -1,6 +1,6 @@
 """What tests and benchmarks share: named cases, the tolerance table, properties, timing."""
 
-from .cases import CASES, Case, Problem
+from .cases import CASES, QUERY_CASES, Case, Problem
 from .compare import (
     assert_clear_error,
     assert_masses,
@@ -11,6 +11,7 @@ from .compare import (
 
 __all__ = [
     "CASES",
+    "QUERY_CASES",
     "Case",
     "Problem",
     "assert_clear_error",

@@ -1,5 +1,6 @@
 """Named problems that every backend must solve: data, few and telling."""
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -24,6 +25,8 @@ class Case:
     heads: int = 8
     kv_heads: int = 2
     head_dim: int = 64
+    queries: int | None = None  # Q of q [B, Q, H, D]; None is q [B, H, D]
+    q_counts: tuple[int, ...] | None = None
     lengths: tuple[int, ...] | None = None
     starts: tuple[int, ...] | None = None
     values: str = "normal"  # normal, ties, equal, huge, minus_zero, nan_text, nan_visual
@@ -45,7 +48,8 @@ class Case:
     ) -> "Problem":
         """Make the tensors; slots that no step may see hold NaN."""
         draws = Draws(seed)
-        q = draws.normal(self.rows, self.heads, self.head_dim)
+        axes = () if self.queries is None else (self.queries,)
+        q = draws.normal(self.rows, *axes, self.heads, self.head_dim)
         shape = (self.rows, self.kv_heads, self.size, self.head_dim)
         k, v = draws.normal(*shape), draws.normal(*shape)
         k, v = self._plant(q, k, v)
@@ -54,18 +58,35 @@ class Case:
         v[hidden[:, None].expand_as(v[..., 0])] = torch.nan
         q, k, v = (tensor.to(dtype).to(device) for tensor in (q, k, v))
         visual = VisualTokens.from_spans(self.visual, device=device)
-        return Problem(self, self._query(q), self._cache(k, v), visual, self.config)
+        problem = Problem(self, self._query(q), self._cache(k, v), visual, self.config)
+        if self.q_counts is None:
+            return problem
+        counts = torch.tensor(self.q_counts, dtype=torch.int32, device=device)
+        return problem._replace(q_counts=counts)
 
     def visible(self) -> Tensor:
-        """Which slots a step may see: bool [B, N], straight from the contract."""
+        """Which slots some query of a step may see: bool [B, N], straight from the contract."""
+        return torch.stack([self.visible_to(i) for i in range(self.queries or 1)]).any(0)
+
+    def visible_to(self, query: int) -> Tensor:
+        """Which slots a query may see: bool [B, N]."""
         n = torch.arange(self.size)
         rows = []
-        for b in range(self.rows):
-            length = self.size if self.lengths is None else self.lengths[b]
+        for b, length in enumerate(self.lengths_at(query)):
             start = 0 if self.starts is None else self.starts[b]
             window = self.options.get("window") or self.size
             rows.append((n >= start) & (n < length) & (n > length - 1 - window))
         return torch.stack(rows)
+
+    def lengths_at(self, query: int) -> list[int]:
+        """The length of each row as a query has it: 0 for one that is not real."""
+        lengths = self.lengths or (self.size,) * self.rows
+        queries = self.queries or 1
+        real = self.q_counts or (queries,) * self.rows
+        return [
+            max(0, length - queries + 1 + query) if query >= queries - count else 0
+            for length, count in zip(lengths, real, strict=True)
+        ]
 
     def _plant(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         if self.values == "ties":  # three keys in turn: whole classes of equal logits
@@ -87,9 +108,12 @@ class Case:
     def _query(self, q: Tensor) -> Tensor:
         if self.layout == "plain":
             return q
-        wide = q.new_full((q.shape[0], q.shape[1], q.shape[2] + 3), torch.nan)
-        wide[:, :, 1:-2] = q
-        return wide[:, :, 1:-2]
+        if q.dim() == 4:  # [B, H, Q, D] in memory, as transformers has it
+            q = q.transpose(1, 2)
+        wide = q.new_full((*q.shape[:-1], q.shape[-1] + 3), torch.nan)
+        wide[..., 1:-2] = q
+        view = wide[..., 1:-2]
+        return view.transpose(1, 2) if q.dim() == 4 else view
 
     def _cache(self, k: Tensor, v: Tensor) -> Cache:
         device = k.device
@@ -113,6 +137,21 @@ class Problem(NamedTuple):
     kv: Cache
     visual: VisualTokens
     config: PulseConfig
+    q_counts: Tensor | None = None
+
+    def one_by_one(self) -> "list[tuple[Any, Problem]]":
+        """Each query as a problem of its own, and which rows of a selection it has."""
+        case, queries = self.case, self.case.queries
+        if queries is None:
+            return [(torch.arange(case.rows, device=self.q.device), self)]
+        parts = []
+        for i in range(queries):
+            rows = torch.arange(case.rows, device=self.q.device) * queries + i
+            lengths = torch.tensor(case.lengths_at(i), dtype=torch.int32, device=self.q.device)
+            alone = dataclasses.replace(case, queries=None, q_counts=None)
+            kv = dataclasses.replace(self.kv, lengths=lengths)
+            parts.append((rows, Problem(alone, self.q[:, i], kv, self.visual, self.config)))
+        return parts
 
     def __repr__(self) -> str:
         return f"Problem({self.case.name}, {self.q.dtype})"
@@ -209,5 +248,66 @@ CASES = {
         Case("page-of-one", (_TWO_IMAGES,), layout="NHD", page=1, lengths=(90,)),
         Case("odd-page", (_TWO_IMAGES, ((10, 90),)), layout="HND", page=7, lengths=(91, 50)),
         Case("long", (((20, 700), (730, 1400)), ((5, 300),)), size=1500, lengths=(1500, 611)),
+    )
+}
+
+_TAIL: Spans = ((4, 30), (37, 80), (90, 94))
+
+QUERY_CASES = {
+    case.name: case
+    for case in (
+        Case("two", (_TWO_IMAGES, ((10, 90),)), queries=2),
+        Case("most", (_TWO_IMAGES,), queries=16, heads=4),
+        Case("group1", (_TWO_IMAGES,), queries=5, heads=3, kv_heads=3, head_dim=32),
+        Case("group5", (_TWO_IMAGES,), queries=7, heads=10, head_dim=80),
+        # 32 heads of a KV head: two queries fill a pass
+        Case("group32", (_TWO_IMAGES,), queries=5, heads=32, kv_heads=1, head_dim=16),
+        Case("group8-several-passes", (_TWO_IMAGES,), queries=11, heads=16, head_dim=24),
+        Case("d256", (_TWO_IMAGES,), queries=9, heads=8, kv_heads=1, head_dim=256),
+        # a picture among the queries themselves, so that each has its own N_v
+        Case("picture-at-the-end", (_TAIL, ((60, 96),)), queries=8, lengths=(94, 96)),
+        Case("ragged", (_TWO_IMAGES, _TWO_IMAGES, ((0, 3),)), queries=4, lengths=(96, 41, 5)),
+        Case(
+            "counts", (_TWO_IMAGES,) * 4, queries=6, q_counts=(6, 1, 0, 4), lengths=(96, 41, 90, 60)
+        ),
+        Case("shorter-than-its-queries", (((0, 2),), ()), queries=6, lengths=(3, 0)),
+        Case(
+            "left-padding", (_TWO_IMAGES, ((30, 80),)), queries=3, lengths=(96, 90), starts=(7, 88)
+        ),
+        Case(
+            "window",
+            (_TWO_IMAGES, ((10, 90),)),
+            queries=5,
+            lengths=(96, 70),
+            options={"window": 33},
+        ),
+        Case("narrow-window", (_TWO_IMAGES,), queries=6, lengths=(79,), options={"window": 2}),
+        Case("softcap", (_TWO_IMAGES,), queries=3, options={"softcap": 2.0, "scale": 0.5}),
+        Case("logit", (_TWO_IMAGES, ((3, 96),)), queries=4, values="ties", config=_LOGIT),
+        Case("no-visual", ((), _TWO_IMAGES), queries=3),
+        Case("keep-all", (_TWO_IMAGES, ((10, 90),)), queries=3, config=_KEEP_ALL),
+        Case("nan-visual", (_TWO_IMAGES, ((10, 90),)), queries=3, values="nan_visual"),
+        Case(
+            "unaligned", (_TWO_IMAGES, ((10, 90),)), queries=4, layout="unaligned", lengths=(96, 77)
+        ),
+        Case("token-major", (_TWO_IMAGES,) * 2, queries=3, layout="token_major", lengths=(96, 77)),
+        Case("paged-nhd", (_TWO_IMAGES, ((10, 90),)), queries=3, layout="NHD", lengths=(96, 50)),
+        Case(
+            "paged-counts",
+            (_TWO_IMAGES, ((9, 70),)),
+            queries=4,
+            q_counts=(3, 2),
+            layout="HND",
+            page=7,
+            lengths=(91, 77),
+            starts=(0, 33),
+        ),
+        Case(
+            "long",
+            (((20, 700), (730, 1400)), ((5, 300),)),
+            queries=3,
+            size=1500,
+            lengths=(1500, 611),
+        ),
     )
 }

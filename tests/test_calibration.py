@@ -116,6 +116,34 @@ def test_a_saved_suggestion_is_a_config_again(tmp_path):
     assert made.plot(tmp_path / "pareto.png").stat().st_size > 5_000
 
 
+def test_a_schedule_that_breaks_the_model_is_named(tmp_path):
+    best = trial("best", 0.99, 0.001, 0.05)
+    bears = trial("lookback, anchor 1", 0.998, 0.002, 0.05)
+    slips = trial("anchors 2 and 4", 0.97, 0.002, 0.05, steps=30)  # may be chance
+    breaks = trial("lookback, anchor 2", 0.79, 0.4, 0.05)
+    seen = observation([[0.5, 0.5]], 1.0)
+    made = Calibration(best.config, [best], {0: 0.1}, {0.4: 0.9}, seen, [], [bears, slips, breaks])
+    assert made.breaking == [breaks] and made.is_sure  # the suggestion itself is as sure as ever
+    lines = [line for line in made.report().splitlines() if line.endswith("breaks this model")]
+    assert len(lines) == 1 and lines[0].startswith(" lookback, anchor 2 ")
+    about = json.loads(made.save(tmp_path / "config.json").read_text())["about"]
+    assert about["breaking"] == ["lookback, anchor 2"]
+    assert [t["name"] for t in about["schedules"]] == [bears.name, slips.name, breaks.name]
+
+
+def test_the_schedules_that_are_tried_keep_the_setting():
+    seen = observation([[0.5] * 6], 1.0)
+    config = vp.PulseConfig(anchor=2, tau=0.2, ratio=(0.01, 0.07))
+    tried = calibration._schedules(seen, config)
+    assert list(tried) == ["lookback, anchor 2", "lookback, anchor 1", "anchors 2 and 4"]
+    for changed in tried.values():
+        assert changed.updated(anchor=2, schedule="paper") == config
+    first = calibration._schedules(seen, config.updated(anchor=0))
+    assert list(first) == ["lookback, anchor 0", "anchors 0 and 3"]
+    last = calibration._schedules(seen, config.updated(anchor=4))  # layer 5 must follow
+    assert list(last) == ["lookback, anchor 4", "lookback, anchor 3"]
+
+
 def test_a_file_that_is_no_suggestion_is_refused(tmp_path):
     path = tmp_path / "other.json"
     with pytest.raises(ValueError, match=r"no file .*other.json; `visionpulse calibrate"):
@@ -178,6 +206,8 @@ def test_it_finds_a_good_setting_from_a_bad_start(model, pictures, others):
     assert right(model, bad, other) < dense / 2
     assert right(model, found.config, other) >= dense - 2
     assert found.chosen.retention < 0.2
+    assert [t.steps for t in found.schedules] == [found.chosen.steps] * len(found.schedules)
+    assert found.schedules and not found.breaking  # this model bears them
 
 
 def test_the_dense_setting_is_no_distance_away(model):

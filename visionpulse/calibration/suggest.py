@@ -7,6 +7,9 @@
 3. The best candidates run through the patch along the dense answers: how often it writes another
    token, and how far its distribution is. The setting that keeps fewest tokens among those that do
    as well as the best is suggested.
+4. That setting runs once more under the schedules that prune more layers. Whether a model bears
+   one is a fact of the model: where the layers before the anchor look things up themselves,
+   `lookback` blinds them.
 """
 
 import json
@@ -31,6 +34,7 @@ from .observe import TAUS, Observation, observe
 
 LOST = 0.02  # attention to the picture that the layers after the anchor may lose in a step
 ANCHORS = 3  # layers that are tried through the patch
+BEARS = 0.98  # share of steps that write the dense model's token, below which a setting is no use
 GRID = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.10, 0.15, 0.20, 0.30, 0.50)
 Floats = NDArray[np.float64]
 
@@ -70,6 +74,7 @@ class Calibration:
     follows: dict[float, float]  # by tau: r of the clamped mass with the need, at the chosen anchor
     seen: Observation = field(repr=False)
     remarks: list[str] = field(default_factory=list)
+    schedules: list[Trial] = field(default_factory=list)  # the suggestion under other schedules
 
     @property
     def chosen(self) -> Trial:
@@ -80,6 +85,12 @@ class Calibration:
     def is_sure(self) -> bool:
         """Whether the inputs were enough to rely on it."""
         return not self.remarks
+
+    @property
+    def breaking(self) -> list[Trial]:
+        """The schedules under which the model writes something else: not to be used on it."""
+        low, _ = self.chosen.interval
+        return [t for t in self.schedules if t.agreement < BEARS and t.interval[1] < low]
 
     def report(self) -> str:
         """Print the suggestion and the trials as text."""
@@ -99,20 +110,22 @@ class Calibration:
             f"{'setting':<34} {'kept %':>7} {'agrees %':>9} {'distance':>9}",
         ]
         for trial in sorted(self.trials, key=lambda t: t.retention):
-            mark = "*" if trial.config == self.config else " "
-            lines.append(
-                f"{mark}{trial.name:<33} {100 * trial.retention:7.2f} "
-                f"{100 * trial.agreement:9.2f} {trial.distance:9.5f}"
-            )
+            lines.append(("*" if trial.config == self.config else " ") + _line(trial))
+        if self.schedules:
+            lines += ["", "the suggestion under other schedules:"]
+            lines += [
+                f" {_line(trial)}{' breaks this model' if trial in self.breaking else ''}"
+                for trial in self.schedules
+            ]
         return "\n".join(lines)
 
     def save(self, path: str | PathLike[str]) -> Path:
         """Write the suggested setting, with what it rests on, as JSON; `patch` takes the file."""
-        trials = [
-            {f.name: getattr(t, f.name) for f in fields(t)} | {"config": config_data(t.config)}
-            for t in self.trials
-        ]
-        about = {"trials": trials, "sure": self.is_sure, "remarks": self.remarks}
+        about = {"trials": _data(self.trials), "sure": self.is_sure, "remarks": self.remarks}
+        about |= {
+            "schedules": _data(self.schedules),
+            "breaking": [trial.name for trial in self.breaking],
+        }
         about |= {"lost": self.lost, "follows": self.follows}
         known = {"config": config_data(self.config), "about": about}
         return write_text(path, json.dumps(known, indent=1) + "\n")
@@ -136,6 +149,20 @@ class Calibration:
         axis.set_ylabel("distance from dense, nats a step")
         save_figure(drawing, path)
         return Path(path)
+
+
+def _line(trial: Trial) -> str:
+    return (
+        f"{trial.name:<33} {100 * trial.retention:7.2f} "
+        f"{100 * trial.agreement:9.2f} {trial.distance:9.5f}"
+    )
+
+
+def _data(trials: Sequence[Trial]) -> list[dict[str, Any]]:
+    return [
+        {f.name: getattr(t, f.name) for f in fields(t)} | {"config": config_data(t.config)}
+        for t in trials
+    ]
 
 
 def calibrate(
@@ -165,13 +192,20 @@ def calibrate(
     if start is not None:
         candidates.setdefault("start", start)
     forced = ForcedAnswers(model, batches, seen, options)
-    trials = []
-    for done, (name, config) in enumerate(candidates.items(), 1):
-        trials.append(forced.run(name, config))
-        tick("settings", done, len(candidates))
+
+    def run(what: str, settings: Mapping[str, PulseConfig]) -> list[Trial]:
+        trials = []
+        for done, (name, config) in enumerate(settings.items(), 1):
+            trials.append(forced.run(name, config))
+            tick(what, done, len(settings))
+        return trials
+
+    trials = run("settings", candidates)
     best = _best([t for t in trials if t.name != "start"])
     follows = {t: _follows(seen, int(_anchor(best.config)), t, best.config.ratio) for t in TAUS}
-    return Calibration(best.config, trials, lost, follows, seen, _remarks(seen, trials, best))
+    schedules = run("schedules", _schedules(seen, best.config))
+    remarks = _remarks(seen, trials, best)
+    return Calibration(best.config, trials, lost, follows, seen, remarks, schedules)
 
 
 def _able(seen: Observation) -> tuple[int, ...]:
@@ -228,6 +262,20 @@ def _candidates(
     return candidates
 
 
+def _schedules(seen: Observation, config: PulseConfig) -> dict[str, PulseConfig]:
+    """A setting under the schedules that prune more layers, or choose more often."""
+    anchor, able = _anchor(config), _able(seen)
+    settings = {f"lookback, anchor {anchor}": config.updated(schedule="lookback")}
+    earlier = [layer for layer in able if layer < anchor][-1:]
+    for layer in earlier:
+        settings[f"lookback, anchor {layer}"] = config.updated(schedule="lookback", anchor=layer)
+    later = [layer for layer in able if layer > anchor]
+    if later:
+        second = later[len(later) // 2]
+        settings[f"anchors {anchor} and {second}"] = config.updated(anchor=(anchor, second))
+    return settings
+
+
 def _best(trials: Sequence[Trial]) -> Trial:
     """Fewest tokens among the settings that agree as well as the best, within its interval."""
     top = max(trials, key=lambda t: (t.agreement, -t.distance))
@@ -241,7 +289,7 @@ def _remarks(seen: Observation, trials: Sequence[Trial], best: Trial) -> list[st
     remarks = []
     if best.steps < 300:
         remarks.append(f"only {best.steps} steps were seen; 300 or more say something")
-    if best.agreement < 0.98:
+    if best.agreement < BEARS:
         remarks.append(
             f"the best setting writes another token in {100 * (1 - best.agreement):.1f} % of steps"
         )

@@ -62,7 +62,10 @@ ALLOWED = {
         "backends", "call", "config", "figures", "files", "ops", "schedule", "testing", *RECORDS
     },
     "integrations": {"__init__", "models"},
-    "serving": {"selection", "visual"},
+    "serving": {
+        "budgets", "config", "layer_ops", "models.tensor_parallel", "schedule", "workspace",
+        *RECORDS,
+    },
     "__init__": {
         "backends", "budgets", "calibration", "config", "cpu", "models", "ops", "workspace",
         *RECORDS,
@@ -79,7 +82,9 @@ OPTIONAL = {
 }  # fmt: skip
 # Modules that only an engine imports have the engine; the package above them does not.
 INSIDE = {"serving.vllm": {"vllm", "prometheus_client"}}
-ENVIRONMENT = {"VISIONPULSE_BACKEND", "VISIONPULSE_CPU_ISA", "VISIONPULSE_CUDA_ARCHS"}
+ENVIRONMENT = {
+    "VISIONPULSE_BACKEND", "VISIONPULSE_CPU_ISA", "VISIONPULSE_CUDA_ARCHS", "VISIONPULSE_SERVING"
+}  # fmt: skip
 # Names of others that we honour: of Triton in its backend, of CMake in the build, of Prometheus
 # where an engine has several processes.
 FOREIGN_ENVIRONMENT = {

@@ -11,7 +11,7 @@ from torch import Tensor
 from . import ops
 from .backends import resolve
 from .backends.by_query import fitted
-from .cache import KVCache
+from .cache import Cache, KVCache, PagedKVCache
 from .call import Call, Params
 from .config import PulseConfig
 from .queries import count
@@ -26,18 +26,19 @@ class LayerOps:
     def __init__(
         self,
         q: Tensor,
-        kv: KVCache,
+        kv: Cache,
         visual: VisualTokens | None,
         config: PulseConfig,
         *,
         scale: float | None = None,
         softcap: float | None = None,
+        window: int | None = None,
     ) -> None:
         """Check `q`, [B, H, D] or [B, Q, H, D], against `kv` and resolve its backend."""
         ops.check(q, kv, visual)
         self.config = config
-        self.numbers: dict[str, Any] = {"scale": scale, "softcap": softcap}
-        self.params = ops.numbers(q, scale, softcap, None)
+        self.numbers: dict[str, Any] = {"scale": scale, "softcap": softcap, "window": window}
+        self.params = ops.numbers(q, scale, softcap, window)
         call = Call(q, kv, self.params, visual)
         queries = count(q)
         backend = resolve(config.backend, q.device, lambda b: b.refuses(call), queries)
@@ -47,22 +48,32 @@ class LayerOps:
     def attend(
         self,
         q: Tensor,
-        kv: KVCache,
+        kv: Cache,
         visual: VisualTokens | None,
         selection: Selection | None,
         workspace: Workspace,
+        out: Tensor | None = None,
     ) -> Tensor:
         """Give `ops.attend` without its checks: shaped as q."""
-        return self.backend.attend(Call(q, kv, self.params, visual, selection, workspace=workspace))
+        return self.backend.attend(
+            Call(q, kv, self.params, visual, selection, out=out, workspace=workspace)
+        )
 
     def decode(
-        self, q: Tensor, kv: KVCache, visual: VisualTokens, workspace: Workspace
+        self,
+        q: Tensor,
+        kv: Cache,
+        visual: VisualTokens,
+        workspace: Workspace,
+        out: Tensor | None = None,
     ) -> tuple[Tensor, Selection]:
         """Give `ops.decode` without its checks, where the budget is part of the op."""
         params = self._budget(q, visual)
         if params is None:
-            return ops.decode(q, kv, visual, self.config, workspace=workspace, **self.numbers)
-        return self.backend.decode(Call(q, kv, params, visual, workspace=workspace))
+            return ops.decode(
+                q, kv, visual, self.config, workspace=workspace, out=out, **self.numbers
+            )
+        return self.backend.decode(Call(q, kv, params, visual, out=out, workspace=workspace))
 
     def _budget(self, q: Tensor, visual: VisualTokens) -> Params | None:
         """The anchor's numbers; None for a policy that runs between the stages."""
@@ -83,4 +94,16 @@ def cache_of(k: Tensor, v: Tensor, lengths: Tensor | None, starts: Tensor | None
     kv: KVCache = object.__new__(KVCache)
     fields: dict[str, Any] = kv.__dict__
     fields["k"], fields["v"], fields["lengths"], fields["starts"] = k, v, lengths, starts
+    return kv
+
+
+def paged_cache_of(
+    k_pages: Tensor, v_pages: Tensor, block_table: Tensor, lengths: Tensor, layout: str
+) -> PagedKVCache:
+    """A PagedKVCache without its checks, for tensors shaped like ones that were checked."""
+    kv: PagedKVCache = object.__new__(PagedKVCache)
+    fields: dict[str, Any] = kv.__dict__
+    fields["k_pages"], fields["v_pages"] = k_pages, v_pages
+    fields["block_table"], fields["lengths"], fields["starts"] = block_table, lengths, None
+    fields["layout"] = layout
     return kv

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import ops
-from ..cache import KVCache
+from ..cache import Cache
 from ..config import PulseConfig
 from ..selection import Selection
 from ..visual import VisualTokens
@@ -33,7 +33,7 @@ class HeadGroup:
     def decode(
         self,
         q: Tensor,
-        kv: KVCache,
+        kv: Cache,
         visual: VisualTokens,
         config: PulseConfig,
         scale: float | None,

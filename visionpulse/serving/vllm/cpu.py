@@ -1,0 +1,213 @@
+"""vLLM's CPU attention with our decode rows.
+
+vLLM packs the keys of a block for its own kernels (transposed, or in tiles of AMX), which no
+strides describe. So the blocks of an engine that asked for us hold plain rows, keys in the first
+half of the last dimension and values in the second, as on a GPU. Decode rows are read in place; the
+other rows (prefill, chunked prefill) are packed into a scratch cache and run by vLLM's own kernel.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.config import get_current_vllm_config
+from vllm.v1.attention.backend import AttentionType, CommonAttentionMetadata
+from vllm.v1.attention.backends import cpu_attn
+
+from ...workspace import default as workspace
+from ..stats import Counters
+from ..step import DecodeRows, Layer, Steps
+from . import compat
+
+
+class PulseBackend(cpu_attn.CPUAttentionBackend):  # type: ignore[misc]
+    """Stands where CPU_ATTN stood; an engine that did not ask for us gets vLLM's own classes."""
+
+    @staticmethod
+    def get_impl_cls() -> Any:
+        """VLLM asks with the config at hand."""
+        is_ours = compat.setting(get_current_vllm_config()) is not None
+        return PulseImpl if is_ours else cpu_attn.CPUAttentionBackendImpl
+
+    @staticmethod
+    def get_builder_cls() -> Any:
+        """No config is at hand where vLLM asks: the function that makes a builder has one."""
+        return builder_of
+
+
+def builder_of(spec: Any, names: list[str], vllm_config: Any, device: Any) -> Any:
+    """The builder of one engine."""
+    is_ours = compat.setting(vllm_config) is not None
+    made = PulseBuilder if is_ours else cpu_attn.CPUAttentionMetadataBuilder
+    return made(spec, names, vllm_config, device)
+
+
+@dataclass
+class Rest:
+    """Rows that are not ours, as vLLM's kernel takes them, and the blocks that hold their keys."""
+
+    begin: int  # their query tokens
+    end: int
+    blocks: Tensor  # int64, of the rows one after the other
+    metadata: Any  # vLLM's own, over the scratch cache
+
+
+@dataclass
+class PulseMetadata:
+    """What the builder gives to every layer of its group."""
+
+    steps: Steps
+    step: DecodeRows | None
+    rests: list[Rest]
+
+
+class PulseBuilder(cpu_attn.CPUAttentionMetadataBuilder):  # type: ignore[misc]
+    """Splits a step into decode rows, which are ours, and the rest."""
+
+    def __init__(self, spec: Any, names: list[str], vllm_config: Any, device: Any) -> None:
+        super().__init__(spec, names, vllm_config, device)
+        setting = compat.setting(vllm_config)
+        assert setting is not None
+        self.reorder_batch_threshold = 1  # vLLM then puts the decode rows first
+        self.longest = -(-vllm_config.model_config.max_model_len // self.block_size)
+        rows = vllm_config.scheduler_config.max_num_seqs
+        self.steps = Steps(setting, rows, Counters())
+        compat.watch_runner(setting)
+
+    def build(
+        self, common_prefix_len: int, common: CommonAttentionMetadata, fast_build: bool = False
+    ) -> PulseMetadata:
+        """The metadata of one step."""
+        known = compat.current_rows()
+        lengths: list[int] = common.seq_lens.tolist()
+        n = self._decode_rows(common) if known is not None else 0
+        step = None
+        if n:
+            assert known is not None
+            blocks = -(-max(lengths[:n]) // self.block_size)
+            table = common.block_table_tensor[:n, :blocks]
+            step = self.steps.make(known[:n], table, common.seq_lens[:n], lengths[:n])
+        return PulseMetadata(self.steps, step, self._rests(common, n, lengths))
+
+    def _decode_rows(self, common: CommonAttentionMetadata) -> int:
+        """Rows at the start with one token that is no prefill."""
+        if common.is_prefilling is None:
+            return 0
+        one = common.query_start_loc_cpu.diff() == 1
+        decodes = (one & ~common.is_prefilling[: len(one)]).tolist()
+        return decodes.index(False) if False in decodes else len(decodes)
+
+    def _rests(self, common: CommonAttentionMetadata, n: int, lengths: list[int]) -> list[Rest]:
+        """The other rows, in parts that a scratch cache of the longest context holds."""
+        rests, first, used = [], n, 0
+        for row in range(n, common.num_reqs):
+            blocks = -(-lengths[row] // self.block_size)
+            if used and used + blocks > self.longest:
+                rests.append(self._rest(common, first, row, lengths))
+                first, used = row, 0
+            used += blocks
+        if used:
+            rests.append(self._rest(common, first, common.num_reqs, lengths))
+        return rests
+
+    def _rest(
+        self, common: CommonAttentionMetadata, first: int, end: int, lengths: list[int]
+    ) -> Rest:
+        starts: list[int] = common.query_start_loc_cpu[[first, end]].tolist()
+        counts = [-(-length // self.block_size) for length in lengths[first:end]]
+        blocks = [common.block_table_tensor[first + i, :count] for i, count in enumerate(counts)]
+        before = torch.tensor([sum(counts[:i]) for i in range(len(counts))])
+        table = (before[:, None] + torch.arange(max(counts))).to(torch.int32)
+        own = common.replace(
+            num_reqs=end - first,
+            num_actual_tokens=starts[1] - starts[0],
+            query_start_loc=common.query_start_loc[first : end + 1] - starts[0],
+            query_start_loc_cpu=common.query_start_loc_cpu[first : end + 1] - starts[0],
+            seq_lens=common.seq_lens[first:end],
+            max_seq_len=max(lengths[first:end]),
+            block_table_tensor=table,
+            slot_mapping=common.slot_mapping[starts[0] : starts[1]],
+        )
+        return Rest(starts[0], starts[1], torch.cat(blocks).long(), super().build(0, own))
+
+
+class PulseImpl(cpu_attn.CPUAttentionBackendImpl):  # type: ignore[misc]
+    """One layer."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        unserved = {
+            "attention that is not causal": self.attn_type != AttentionType.DECODER,
+            "ALiBi": self.alibi_slopes is not None,
+            "attention sinks": self.sinks is not None,
+            "keys shared with another layer": self.kv_sharing_target_layer_name is not None,
+        }
+        if wrong := [what for what, has in unserved.items() if has]:
+            raise ValueError(
+                f"visionpulse cannot serve {', '.join(wrong)}; leave visionpulse out of "
+                "--additional-config, or serve another model"
+            )
+        self.ours: Layer | None = None
+        self.pages: tuple[Tensor, Tensor] | None = None
+
+    def do_kv_cache_update(
+        self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
+    ) -> None:
+        """Write new keys and values as plain rows."""
+        size, width, n = kv_cache.shape[2], key.shape[-1], len(slot_mapping)
+        block, offset = slot_mapping // size, slot_mapping % size
+        kv_cache[block, :, offset, :width] = key[:n]
+        kv_cache[block, :, offset, width:] = value[:n]
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: PulseMetadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Our decode rows, then the others by vLLM's kernel."""
+        if attn_metadata is None:
+            return output  # vLLM warms up
+        step = attn_metadata.step
+        if step is not None:
+            if self.ours is None:
+                self._begin(layer, kv_cache, attn_metadata.steps)
+            assert self.ours is not None and self.pages is not None
+            n = step.rows
+            self.ours.run(step, query[:n], *self.pages, output[:n])
+        for rest in attn_metadata.rests:
+            self._rest(layer, query, kv_cache, rest, output)
+        return output
+
+    def _begin(self, layer: Any, kv_cache: Tensor, steps: Steps) -> None:
+        heads = compat.head_group(steps.setting.engine.heads)
+        number = compat.layer_number(layer.layer_name)
+        window = self.sliding_window if self.sliding_window > 0 else None
+        softcap = self.logits_soft_cap or None
+        self.ours = Layer(steps, number, self.scale, softcap, window, heads)
+        keys, values = kv_cache.chunk(2, dim=3)
+        self.pages = keys, values
+
+    def _rest(
+        self, layer: Any, query: Tensor, kv_cache: Tensor, rest: Rest, output: Tensor
+    ) -> None:
+        blocks, (_, kv_heads, size, width) = len(rest.blocks), kv_cache.shape
+        rows = kv_cache[rest.blocks].transpose(1, 2).reshape(blocks * size, kv_heads, width)
+        scratch = workspace(kv_cache.device).take(
+            "serving", rows.numel(), kv_cache.dtype, kv_cache.device
+        )
+        scratch = scratch[: rows.numel()].view(blocks, kv_heads, size, width)
+        slots = torch.arange(blocks * size)
+        keys, values = rows.chunk(2, dim=2)
+        super().do_kv_cache_update(layer, keys.contiguous(), values.contiguous(), scratch, slots)
+        out = output[rest.begin : rest.end]
+        super().forward(
+            layer, query[rest.begin : rest.end], None, None, scratch, rest.metadata, out
+        )

@@ -1,0 +1,83 @@
+"""vLLM's config as the facts that decide what can be served. Imports no vllm: fakes will do."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from ..setting import KEY, Engine, Obstacle, Setting, asked_of, setting_of
+
+UNQUANTISED = ("auto", "float32", "bfloat16", "float16", "half", "float")
+# Config fields of language models whose logits have a bias that the kernels do not add.
+ALIBI = ("alibi", "use_alibi", "alibi_bias_max")
+SINKS = ("gpt_oss", "mimo_v2", "mimo_v2_flash", "openai_privacy_filter")  # model types
+
+
+def asked(vllm_config: Any) -> dict[str, Any] | None:
+    """What `--additional-config`, or else the environment, asks for."""
+    given = vllm_config.additional_config
+    return asked_of(given.get(KEY) if isinstance(given, dict) else None)
+
+
+def setting(vllm_config: Any, device: str, stage_of: Callable[..., Any]) -> Setting | None:
+    """The setting of one engine, None where nobody asked; refuses what cannot be served."""
+    wanted = asked(vllm_config)
+    if wanted is None:
+        return None
+    return setting_of(wanted, engine_of(vllm_config, device, stage_of))
+
+
+def engine_of(vllm_config: Any, device: str, stage_of: Callable[..., Any]) -> Engine:
+    """The facts; `stage_of(layers, rank, ranks)` gives the layers of a pipeline stage."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    text = model.hf_text_config
+    layers = text.num_hidden_layers
+    types = getattr(text, "layer_types", None)
+    ranks = parallel.pipeline_parallel_size
+    return Engine(
+        full=tuple(t == "full_attention" for t in types) if types else (True,) * layers,
+        heads=text.num_attention_heads,
+        stages=tuple(stage_of(layers, rank, ranks) for rank in range(ranks)),
+        tensor_ranks=parallel.tensor_parallel_size,
+        device=device,
+        has_graphs=device != "cpu" and not model.enforce_eager,
+        obstacles=tuple(_obstacles(vllm_config, device)),
+    )
+
+
+def _obstacles(vllm_config: Any, device: str) -> Iterable[Obstacle]:
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    cache, text = vllm_config.cache_config, model.hf_text_config
+    if not model.is_multimodal_model:
+        yield Obstacle(
+            f"{model.model} takes no pictures, so there is nothing to prune",
+            "serve a vision-language model",
+        )
+    if str(cache.cache_dtype) not in UNQUANTISED:
+        yield Obstacle(
+            f"--kv-cache-dtype {cache.cache_dtype}: the kernels read 16- and 32-bit keys",
+            "leave the flag out",
+        )
+    if model.use_mla:
+        yield Obstacle(
+            "multi-head latent attention: a head has no keys of its own to score",
+            "serve a model with grouped-query attention",
+        )
+    if any(getattr(text, name, None) for name in ALIBI):
+        yield Obstacle("ALiBi: the kernels add no position bias", "serve a model with RoPE")
+    if getattr(text, "model_type", None) in SINKS:
+        yield Obstacle("attention sinks: the kernels have none", "serve a model without sinks")
+    if device == "cpu" and vllm_config.kv_transfer_config is not None:
+        yield Obstacle(
+            "--kv-transfer-config: on the CPU our blocks hold plain rows, other engines' do not",
+            "leave the flag out",
+        )
+    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        flag = f"--{name.replace('_', '-')}"
+        if (ranks := getattr(parallel, name, 1)) > 1:
+            yield Obstacle(f"{flag} {ranks}: no rank sees all keys of a row", f"set {flag} 1")
+    if device == "cpu" and "chunked_attention" in (getattr(text, "layer_types", None) or ()):
+        yield Obstacle("chunked attention: our blocks hold plain rows", "serve another model")
+    if getattr(cache, "kv_sharing_fast_prefill", False):
+        yield Obstacle(
+            "--kv-sharing-fast-prefill: layers share keys past their own attention",
+            "leave the flag out",
+        )

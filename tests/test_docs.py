@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import math
 import re
 from pathlib import Path
@@ -20,6 +21,32 @@ def blocks(heading):
     return re.findall(r"```python\n(.*?)```", section, re.S)
 
 
+def tiny_model():
+    pytest.importorskip("transformers")
+    from visionpulse.data import tiny, trail
+
+    return tiny.load(), tiny.inputs_of(trail.test_set(5, 1, 12, "crowded"))
+
+
+def test_the_first_lines_run_on_the_tiny_model():
+    (code,) = re.findall(r"```python\n(.*?)```", README.split("\n## ")[0], re.S)
+    model, inputs = tiny_model()
+    names = {"model": model, "inputs": inputs}
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["session"].stats.steps and names["out"].shape[0] == 1
+    names["session"].unpatch()
+
+
+def test_the_first_picture_shows_the_committed_rows():
+    image = pytest.importorskip("PIL.Image")
+    pytest.importorskip("matplotlib")
+    import front
+
+    with image.open(front.PICTURE) as picture:
+        drawn = json.loads(picture.text["Description"])
+    assert drawn == json.loads(json.dumps(front.numbers())), "run python benchmarks/front.py"
+
+
 def test_the_quickstart_runs():
     (code,) = blocks("Use it on tensors")
     printed = io.StringIO()
@@ -29,16 +56,9 @@ def test_the_quickstart_runs():
 
 
 def test_the_model_example_runs_on_the_tiny_model():
-    pytest.importorskip("transformers")
-    from visionpulse.data import tiny, trail
-
     (code,) = blocks("Use it on a model")
-    model = tiny.load()
-    names = {
-        "vp": vp,
-        "model": model,
-        "inputs": tiny.inputs_of(trail.test_set(5, 1, 12, "crowded")),
-    }
+    model, inputs = tiny_model()
+    names = {"vp": vp, "model": model, "inputs": inputs}
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         exec(compile(code, "README.md", "exec"), names)

@@ -19,8 +19,8 @@ def figure(**options: Any) -> Any:
     return Figure(layout="constrained", **options)
 
 
-def save_figure(drawing: Any, path: str | PathLike[str]) -> Path:
+def save_figure(drawing: Any, path: str | PathLike[str], **metadata: str) -> Path:
     """Draw a figure to a file of the kind that its suffix names."""
     with replacing(path) as temporary:
-        drawing.savefig(temporary, dpi=150)
+        drawing.savefig(temporary, dpi=150, metadata=metadata or None)
     return Path(path)

@@ -55,7 +55,9 @@ CONTRACT = (
     "visionpulse/testing/", "visionpulse/backends/reference.py",
     "tests/conftest.py",
 )  # fmt: skip
-SHARED_TESTS = ("tests/test_backends.py", "tests/test_queries.py")
+SHARED_TESTS = (
+    "tests/test_backends.py", "tests/test_buffers.py", "tests/test_queries.py"
+)  # fmt: skip
 CPU = (*COMMON, "kernels/cpu/", "csrc/cpu/", "csrc/*.h", "CMakeLists.txt")
 CPU_BACKEND = (
     *CPU, "csrc/module.cpp", "visionpulse/backends/cpu.py", "visionpulse/backends/packing.py",

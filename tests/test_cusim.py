@@ -127,7 +127,8 @@ def test_shared_cases_touch_no_memory_but_theirs(watched, seed, dtype):
 def test_the_suite_of_all_backends_passes(plain):
     """What it holds beside the cases: bits that depend on no neighbour, page size or capacity."""
     beside = "not decode_is_the_contract"
-    suite = ("tests/test_backends.py", "--backends", "cuda", "--require-backends", "cuda")
+    shared = ("tests/test_backends.py", "tests/test_buffers.py")
+    suite = (*shared, "--backends", "cuda", "--require-backends", "cuda")
     quiet = ("-q", "-x", "--no-header", "-p", "no:cacheprovider", "-p", "stand_in")
     options = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 600}
     options["env"] = surroundings() | environment(plain, 4, "late", None)

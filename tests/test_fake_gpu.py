@@ -16,7 +16,7 @@ FAKE, CUSIM = ROOT / "tests" / "fakegpu", ROOT / "tests" / "cusim"
 sys.path.insert(0, str(CUSIM))
 COMPILER = os.environ.get("CXX", "g++")
 # of tests/test_gpu.py, those that a simulated kernel gets through in seconds
-OF_GPU = "cuda and (reads_nothing or follows_lengths or outlives or two_graphs)"
+OF_GPU = "cuda and (reads_nothing or follows_lengths or outlives or two_graphs or tables)"
 QUIET = ("-q", "-x", "--no-header", "-p", "no:cacheprovider", "-p", "plugin")
 
 
@@ -42,4 +42,4 @@ def test_graphs_of_the_simulated_kernels(which):
 
     module = build(kernels=FEW if which == "few" else None)
     said = run("tests/test_gpu.py", "-k", OF_GPU, CUSIM_MODULE=str(module))
-    assert "5 passed" in said
+    assert "6 passed" in said

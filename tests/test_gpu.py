@@ -7,6 +7,7 @@ import visionpulse as vp
 from visionpulse.backends import cuda
 from visionpulse.testing.cases import CASES, Case
 from visionpulse.testing.draw import Draws
+from visionpulse.visual import span_row
 
 pytestmark = pytest.mark.gpu
 
@@ -137,6 +138,51 @@ def test_a_replayed_graph_follows_lengths_that_changed(on):
         assert_same(replayed, Step(problem, on)().results())
         masses.add(float(step.selection.mass_mean[0]))
     assert len(masses) == 4
+
+
+class Engine(Step):
+    """A step over tables, lists and lengths that an engine owns and writes between replays."""
+
+    def __init__(self, problem, backend, capacity=1400, max_runs=8):
+        super().__init__(problem, backend)
+        rows, config = problem.case.rows, problem.config
+        shapes = ((rows, max_runs, 2), (rows, max_runs + 1), (rows,))
+        self.tables = [torch.zeros(shape, dtype=torch.int32, device="cuda") for shape in shapes]
+        visual = vp.VisualTokens.over(*self.tables, capacity)
+        self.problem = problem._replace(visual=visual)
+        self.kept = vp.Selection.empty(rows, config.k_max(capacity), "cuda")
+        self.write([()] * rows)
+
+    def write(self, runs):
+        made = zip(*(span_row(row, self.tables[0].shape[1]) for row in runs), strict=True)
+        for table, new in zip(self.tables, made, strict=True):
+            table.copy_(torch.tensor(new, dtype=torch.int32))
+
+    def __call__(self):
+        q, kv, visual, config = self.problem[1:]
+        shared = {"workspace": self.workspace, "backend": self.backend}
+        given = {"out": self.outs[0], "selection": self.kept}
+        _, self.selection = vp.decode(q, kv, visual, config, **given, **shared)
+        vp.attend(q, kv, visual, self.selection, out=self.outs[1], **shared)
+        vp.attend(q, kv, out=self.outs[2], **shared)
+        return self
+
+
+def test_a_graph_follows_tables_that_an_engine_writes(on):
+    """Captured with empty rows, as an engine does: a row of count 0 is dense in the same graph."""
+    problem = LONG.build(torch.bfloat16, "cuda")
+    engine, graph = Engine(problem, on), torch.cuda.CUDAGraph()
+    engine()  # kernels load, scratch memory is made
+    with torch.cuda.graph(graph):
+        engine()
+    for runs in (SPANS, (SPANS[1], ()), ((), SPANS[1]), SPANS):
+        engine.write(runs)
+        graph.replay()
+        fresh = Engine(problem, on)
+        fresh.write(runs)
+        assert_same(engine.results(), fresh().results())
+        counts = engine.kept.counts.tolist()
+        assert [count > 0 for count in counts] == [bool(row) for row in runs]
 
 
 def test_streams_do_not_disturb_each_other(on):

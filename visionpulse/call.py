@@ -1,5 +1,6 @@
 """What a backend method takes: one record for score, attend and decode, one for select."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -41,11 +42,18 @@ class Scored(NamedTuple):
     lengths: Tensor | None = None  # int32 [B]
     workspace: Workspace | None = None
     q_counts: Tensor | None = None  # int32 [B], the last queries of a row, which are real
+    selected: Selection | None = None  # filled with the selection; None is a new one
 
     @property
     def scratch(self) -> Workspace:
         """The scratch memory of the call."""
         return self.workspace or default_workspace(self.scores.device)
+
+    def new_selection(self, mass: Tensor, mass_mean: Tensor) -> Selection:
+        """Where the selection goes, its masses with it: the caller's, or a new one."""
+        if self.selected is None:
+            return new_selection(self.params.k_max, mass, mass_mean)
+        return filled(self.selected, replace(self.selected, mass=mass, mass_mean=mass_mean))
 
 
 class Call(NamedTuple):
@@ -60,6 +68,7 @@ class Call(NamedTuple):
     scores: Tensor | None = None  # filled with the scores, [B, N] or [B * Q, N]
     workspace: Workspace | None = None  # None is the one of this thread and stream
     q_counts: Tensor | None = None  # int32 [B], the last queries of a row, which are real
+    selected: Selection | None = None  # filled with what decode selects; None is a new one
 
     @property
     def scratch(self) -> Workspace:
@@ -100,8 +109,39 @@ class Call(NamedTuple):
         kv = self.kv
         return Scored(
             scores, mass, mass_mean, self.visual_set, self.params, kv.starts, kv.lengths,
-            self.workspace, self.q_counts,
+            self.workspace, self.q_counts, self.selected,
         )  # fmt: skip
+
+    def new_masses(self) -> tuple[Tensor, Tensor]:
+        """Where the masses [B] go: the caller's selection, or new tensors."""
+        if self.selected is not None:
+            return self.selected.mass, self.selected.mass_mean
+        rows, dtype, device = self.rows, score_dtype(self.q), self.q.device
+        mass = torch.empty(rows, dtype=dtype, device=device)
+        return mass, torch.empty(rows, dtype=dtype, device=device)
+
+    def new_selection(self) -> Selection:
+        """Where a selection goes: the caller's, or a new one."""
+        return self.selected or new_selection(self.params.k_max, *self.new_masses())
+
+
+def new_selection(k_max: int, mass: Tensor, mass_mean: Tensor) -> Selection:
+    """Tensors for what a backend will select, beside masses [B]."""
+    rows, device = len(mass), mass.device
+    indices = torch.empty(rows, k_max, dtype=torch.int32, device=device)
+    counts = torch.empty(rows, dtype=torch.int32, device=device)
+    return Selection(indices, counts, mass, mass_mean, trusted=True)
+
+
+def filled(given: Selection | None, result: Selection) -> Selection:
+    """The result, copied into the caller's selection where there is one."""
+    if given is None or given is result:
+        return result
+    for name in ("indices", "counts", "mass", "mass_mean"):
+        into, new = getattr(given, name), getattr(result, name)
+        if into is not new:
+            into.copy_(new)
+    return given
 
 
 def score_dtype(q: Tensor) -> torch.dtype:

@@ -5,6 +5,7 @@ are checked always. Values inside tensors are checked only where the tensor is o
 a person asks by `kv.validate()`: nothing in a decode step may read the device.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -88,14 +89,16 @@ def storages(q: Tensor, kv: Cache, visual: VisualTokens | None) -> None:
     if isinstance(kv, PagedKVCache):
         has_storage("block_table", kv.block_table)
     if visual is not None:
-        visual_storages(visual)
+        visual_tables(visual)
 
 
-def visual_storages(visual: VisualTokens) -> None:
-    """Check the memory of a visual set."""
+def visual_tables(visual: VisualTokens) -> None:
+    """Check the memory of a visual set, and the values that a caller may have changed."""
     has_storage("visual.spans", visual.spans)
     has_storage("visual.offsets", visual.offsets)
     has_storage("visual.counts", visual.counts)
+    if visual.is_borrowed and are_readable(visual.device):
+        visual.validate()
 
 
 def no_grad(*tensors: Tensor) -> None:
@@ -147,6 +150,29 @@ def selection(chosen: Selection, rows: int, size: int, device: torch.device) -> 
     has_storage("selection.counts", chosen.counts)
     if not chosen.trusted and are_readable(device):
         _selection_values(indices, chosen.counts, size)
+
+
+def selection_buffers(
+    given: Any, rows: int, k_max: int, dtype: torch.dtype, device: torch.device
+) -> Selection | None:
+    """Check a selection that the caller gives to be written."""
+    if given is None:
+        return None
+    if not isinstance(given, Selection):
+        raise TypeError(
+            f"selection must be a Selection, got {type(given).__name__}; "
+            "Selection.empty(rows, k_max) makes its buffers"
+        )
+    wanted = {
+        "indices": ((rows, k_max), torch.int32), "counts": ((rows,), torch.int32),
+        "mass": ((rows,), dtype), "mass_mean": ((rows,), dtype),
+    }  # fmt: skip
+    for field, (shape, kind) in wanted.items():
+        name, value = f"selection.{field}", getattr(given, field)
+        buffer(name, value, shape, torch.empty(0, dtype=kind, device=device))
+        if not value.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {value.stride()}")
+    return replace(given, trusted=True)  # a backend writes it
 
 
 def _selection_values(indices: Tensor, counts: Tensor, size: int) -> None:

@@ -77,6 +77,11 @@ class PulseConfig:
                 "pass one layer, or schedule='paper' for several"
             )
 
+    def k_max(self, n_visual: int) -> int:
+        """The most visual tokens that a row of `n_visual` can keep: the width of its list."""
+        bound: int = budgets.policy_of(self.budget, self.ratio).bound(n_visual)
+        return bound
+
     def updated(self, **changes: Any) -> "PulseConfig":
         """Give a copy with some fields changed, checked again."""
         known = [field.name for field in fields(self)]

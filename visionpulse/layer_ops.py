@@ -21,7 +21,7 @@ from .workspace import Workspace
 
 
 class LayerOps:
-    """Dense attention, anchor and follower for one shape of heads, dtype and device."""
+    """Dense attention, anchor and follower for one shape of heads, dtype, device and cache."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class LayerOps:
         queries = count(q)
         backend = resolve(config.backend, q.device, lambda b: b.refuses(call), queries)
         self.backend = fitted(backend, queries)
-        self._budgets: dict[tuple[int, int], Params] = {}
+        self._budgets: dict[tuple[int, int, bool], Params] = {}
 
     def attend(
         self,
@@ -56,7 +56,7 @@ class LayerOps:
     ) -> Tensor:
         """Give `ops.attend` without its checks: shaped as q."""
         return self.backend.attend(
-            Call(q, kv, self.params, visual, selection, out=out, workspace=workspace)
+            Call(q, kv, self.params, visual, selection, out, workspace=workspace)
         )
 
     def decode(
@@ -66,27 +66,36 @@ class LayerOps:
         visual: VisualTokens,
         workspace: Workspace,
         out: Tensor | None = None,
+        selection: Selection | None = None,
+        ratio: Tensor | None = None,
     ) -> tuple[Tensor, Selection]:
-        """Give `ops.decode` without its checks, where the budget is part of the op."""
-        params = self._budget(q, visual)
+        """Give `ops.decode` without its checks, where the budget is part of the op.
+
+        `ratio`, float32 [B], stands in for the mass: for a budget that the caller draws itself,
+        since nothing may be drawn in a graph.
+        """
+        params = self._budget(q, visual, ratio)
         if params is None:
             return ops.decode(
-                q, kv, visual, self.config, workspace=workspace, out=out, **self.numbers
-            )
-        return self.backend.decode(Call(q, kv, params, visual, out=out, workspace=workspace))
+                q, kv, visual, self.config,
+                out=out, selection=selection, workspace=workspace, **self.numbers,
+            )  # fmt: skip
+        return self.backend.decode(
+            Call(q, kv, params, visual, out=out, workspace=workspace, selected=selection)
+        )
 
-    def _budget(self, q: Tensor, visual: VisualTokens) -> Params | None:
+    def _budget(self, q: Tensor, visual: VisualTokens, ratio: Tensor | None) -> Params | None:
         """The anchor's numbers; None for a policy that runs between the stages."""
         rows = q.shape[:-2].numel()
-        key = (visual.max_count, rows)
+        key = (visual.max_count, rows, ratio is None)
         params = self._budgets.get(key)
         if params is None:
             params, between = ops.budget(self.params, self.config, visual, rows, q.device)
             if between is not None:
                 return None
-            if params.ratio is None:  # else it was drawn for this step alone
+            if params.ratio is None or ratio is not None:  # else drawn for this step alone
                 self._budgets[key] = params
-        return params
+        return params if ratio is None else params._replace(ratio=ratio)
 
 
 def cache_of(k: Tensor, v: Tensor, lengths: Tensor | None, starts: Tensor | None) -> KVCache:

@@ -9,7 +9,7 @@ from . import budgets, checks
 from .backends import Against, Backend, Choice, choice, resolve
 from .backends.by_query import fitted
 from .cache import Cache
-from .call import Call, Params, Scored
+from .call import Call, Params, Scored, score_dtype
 from .config import PulseConfig
 from .config import resolve as resolve_config
 from .queries import count, scored_as_rows
@@ -32,6 +32,7 @@ def decode(
     q_counts: Tensor | None = None,
     out: Tensor | None = None,
     scores: Tensor | None = None,
+    selection: Selection | None = None,
     workspace: Workspace | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Selection]:
@@ -46,7 +47,8 @@ def decode(
         kept = V[S.topk(K).indices]                               # ties: the lowest position
         out = softmax(z[:, text + kept]) @ v[text + kept]
 
-    `scores`, [B, N], is filled with the S that was ranked, -inf where there is no candidate.
+    `scores`, [B, N], is filled with the S that was ranked, -inf where there is no candidate;
+    `selection`, buffers as `Selection.empty` makes them, with what is returned.
 
     `q` [B, Q, H, D] holds the last Q tokens of each row, 1 to 16: query i has its own key at
     `length - Q + i`, sees none behind it, and is a step of its own. The selection then has B * Q
@@ -59,12 +61,15 @@ def decode(
     checks.query_counts(q_counts, q)
     checks.scores_buffer(scores, kv.capacity, q)
     params = numbers(q, scale, softcap, window)
-    params, policy = budget(params, config, visual, q.shape[:-2].numel(), q.device)
+    rows = q.shape[:-2].numel()
+    selected = _buffers(selection, config, visual, rows, score_dtype(q))
+    params, policy = budget(params, config, visual, rows, q.device)
     if scores is not None:
         scores = scores.view(-1, kv.capacity)
     call = Call(
-        q, kv, params, visual, out=out, scores=scores, workspace=workspace, q_counts=q_counts
-    )
+        q, kv, params, visual, out=out, scores=scores, workspace=workspace, q_counts=q_counts,
+        selected=selected,
+    )  # fmt: skip
     runner = _backend_of(call, backend or config.backend)
     if policy is None:
         return runner.decode(call)
@@ -111,6 +116,7 @@ def select(
     lengths: Tensor | None = None,
     window: int | None = None,
     q_counts: Tensor | None = None,
+    selection: Selection | None = None,
     workspace: Workspace | None = None,
     backend: str | None = None,
 ) -> Selection:
@@ -123,12 +129,13 @@ def select(
 
     `mass_mean` is needed where the config asks for mass="mean"; `starts`, `lengths` and `window`
     cut the candidates as they cut the keys, and so does `q_counts` for scores [B, Q, N], whose
-    selection has B * Q rows.
+    selection has B * Q rows. `selection` is filled as by `decode`.
     """
     config = resolve_config(config)
     checks.ranked(scores, mass, mass_mean)
     checks.visual_set(visual, scores.shape[0], scores.shape[-1], scores.device)
-    checks.visual_storages(visual)
+    checks.visual_tables(visual)
+    selected = _buffers(selection, config, visual, scores.shape[:-1].numel(), mass.dtype)
     for cut, rows in (("starts", starts), ("lengths", lengths)):
         checks.row_cut(cut, rows, scores)
     queries = scores.shape[1] if scores.dim() == 3 else None
@@ -140,7 +147,8 @@ def select(
     scores, mass, mass_mean = scores.flatten(0, -2), mass.flatten(), mass_mean.flatten()
     params = Params(scale=1.0, window=0 if window is None else checks.window(window))
     params, policy = budget(params, config, visual, len(scores), scores.device)
-    scored = Scored(scores, mass, mass_mean, visual, params, starts, lengths, workspace, q_counts)
+    cuts = (starts, lengths)
+    scored = Scored(scores, mass, mass_mean, visual, params, *cuts, workspace, q_counts, selected)
     if policy is not None:
         scored = _asked(policy, scored)
     name, device = backend or config.backend, scores.device
@@ -253,11 +261,29 @@ def budget(
         mass_of=config.mass,
         score=config.score,
         anchor_output=config.anchor_output,
-        k_max=checks.bound(policy.bound(visual.max_count), policy),
+        k_max=_k_max(policy, visual),
         ratio=ratio,
         wanted=wanted,
     )
     return params, between
+
+
+def _k_max(policy: Any, visual: VisualTokens) -> int:
+    return checks.bound(policy.bound(visual.max_count), policy)
+
+
+def _buffers(
+    given: Selection | None,
+    config: PulseConfig,
+    visual: VisualTokens,
+    rows: int,
+    dtype: torch.dtype,
+) -> Selection | None:
+    """The caller's selection, checked to hold what this config selects."""
+    if given is None:
+        return None
+    k_max = _k_max(budgets.policy_of(config.budget, config.ratio), visual)
+    return checks.selection_buffers(given, rows, k_max, dtype, visual.device)
 
 
 def _backend(name: str, device: torch.device, against: Against, queries: int | None) -> Backend:

@@ -18,6 +18,24 @@ class Selection:
     # Made by a backend, so the values need no check; one made by hand is checked when used.
     trusted: bool = field(default=False, repr=False)
 
+    @classmethod
+    def empty(
+        cls,
+        rows: int,
+        k_max: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> "Selection":
+        """Buffers for `decode(..., selection=)` and `select`, with no token kept yet."""
+        indices = torch.full((rows, k_max), -1, dtype=torch.int32, device=device)
+        counts = torch.zeros(rows, dtype=torch.int32, device=device)
+        mass, mass_mean = (torch.zeros(rows, dtype=dtype, device=device) for _ in range(2))
+        return cls(indices, counts, mass, mass_mean, trusted=True)
+
+    def first(self, rows: int) -> "Selection":
+        """Give the first rows alone, over the same memory."""
+        return self._each(lambda t: t[:rows])
+
     def rows(self, index: Tensor) -> "Selection":
         """Take rows by an index tensor, in its order and as often as it names them."""
         return self._each(lambda t: t[index])

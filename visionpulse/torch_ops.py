@@ -14,7 +14,7 @@ from . import workspace
 from .backends import Backend, resolve
 from .backends.by_query import fitted
 from .cache import KVCache, PagedKVCache
-from .call import Call, Params, Scored, score_dtype
+from .call import Call, Params, Scored, filled, score_dtype
 from .queries import count
 from .selection import Selection
 from .visual import VisualTokens
@@ -61,12 +61,16 @@ class Compiled(Backend):
 
     def score(self, call: Call) -> tuple[Scored, Tensor | None]:
         scores, mass, mass_mean, out = self._run("score", fields_of(call))
+        if call.selected is not None:
+            mass = call.selected.mass.copy_(mass)
+            mass_mean = call.selected.mass_mean.copy_(mass_mean)
         scored = call.scored(_into(call.scores, scores), mass, mass_mean)
         return scored, _into(call.out, out) if call.is_dense else None
 
     def select(self, scored: Scored) -> Selection:
         indices, counts = self._run("select", fields_of(scored))
-        return Selection(indices, counts, scored.mass, scored.mass_mean, trusted=True)
+        result = Selection(indices, counts, scored.mass, scored.mass_mean, trusted=True)
+        return filled(scored.selected, result)
 
     def attend(self, call: Call) -> Tensor:
         op = "attend_dense" if call.selection is None else "attend"
@@ -76,7 +80,8 @@ class Compiled(Backend):
         if call.scores is not None:  # which the op does not give
             return self.staged(call)
         out, indices, counts, mass, mass_mean = self._run("decode", fields_of(call))
-        return _into(call.out, out), Selection(indices, counts, mass, mass_mean, trusted=True)
+        result = Selection(indices, counts, mass, mass_mean, trusted=True)
+        return _into(call.out, out), filled(call.selected, result)
 
     def _run(self, op: str, fields: Fields) -> Any:
         return getattr(torch.ops.visionpulse, op)(*arguments(op, fields, self.backend))

@@ -5,12 +5,13 @@ Immutable, its arguments checked when it is made; building may read the device, 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .tensor_checks import MAX_POSITION, tensor
+from .tensor_checks import MAX_POSITION, has_storage, same_device, tensor
 
 NO_SPAN = 2**31 - 1  # begin and end of the empty spans behind a row's last: the list stays sorted
 
@@ -28,6 +29,8 @@ class VisualTokens:
     counts: Tensor  # int32 [B]
     max_count: int  # the largest count of a row, or the capacity
     size: int  # positions covered; all beyond are text
+    # The tables are the caller's, who may write them between two calls: see `over`.
+    is_borrowed: bool = False
 
     @property
     def batch(self) -> int:
@@ -97,6 +100,21 @@ class VisualTokens:
         return cls.from_mask(torch.isin(input_ids, input_ids.new_tensor(wanted)), capacity)
 
     @classmethod
+    def over(cls, spans: Tensor, offsets: Tensor, counts: Tensor, capacity: int) -> "VisualTokens":
+        """Stand over tables that the caller owns and writes between steps, as graphs need.
+
+        `spans` int32 [B, max_runs, 2], `offsets` int32 [B, max_runs + 1] and `counts` int32 [B]
+        hold in each row what `span_row` gives; `capacity` is the most visual tokens of a row and
+        fixes K_max. A row of count 0 has none, so its attention is dense. A call looks at the
+        values where they lie on the CPU; on a device only `validate` does.
+        """
+        _check_tables(spans, offsets, counts)
+        if capacity is None:
+            raise TypeError("tables of the caller need a capacity, got None; K_max follows from it")
+        _check_capacity(capacity)
+        return cls(spans, offsets, counts, capacity, size=0, is_borrowed=True)
+
+    @classmethod
     def _from_runs(cls, spans: Tensor, size: int, capacity: int | None) -> "VisualTokens":
         widths = spans[:, :, 1] - spans[:, :, 0]  # [B, S]
         offsets = torch.nn.functional.pad(widths.cumsum(1), (1, 0)).to(torch.int32)
@@ -127,6 +145,31 @@ class VisualTokens:
         width = torch.minimum(ends, end[:, None]) - torch.maximum(begins, begin[:, None])
         return width.clamp(min=0).sum(1, dtype=torch.int32)
 
+    def validate(self) -> None:
+        """Check the values of the tables; reads the device, so never called in a step there."""
+        begins, ends = self.spans.unbind(2)  # [B, S]
+        used = begins != NO_SPAN
+        before = torch.nn.functional.pad(ends[:, :-1], (1, 0), value=-1)
+        fits = torch.where(used, (begins > before) & (ends > begins), ends == NO_SPAN)
+        if not bool(fits.all()):
+            raise ValueError(
+                "visual.spans must hold ascending runs [begin, end) that do not touch, then "
+                f"{NO_SPAN} twice a run; fill each row with what span_row gives"
+            )
+        sums = torch.nn.functional.pad((ends - begins).cumsum(1), (1, 0))
+        if not (
+            torch.equal(self.offsets.long(), sums) and torch.equal(self.counts.long(), sums[:, -1])
+        ):
+            raise ValueError(
+                "visual.offsets must hold the visual tokens before each run, and visual.counts "
+                "those of the row; fill each row with what span_row gives"
+            )
+        _check_capacity(self.max_count, int(self.counts.max()))
+
+    def first(self, rows: int) -> "VisualTokens":
+        """Give the first rows alone, over the same memory."""
+        return self._each(lambda t: t[:rows])
+
     def rows(self, index: Tensor) -> "VisualTokens":
         """Take rows by an index tensor, in its order and as often as it names them."""
         return self._each(lambda t: t[index])
@@ -139,7 +182,44 @@ class VisualTokens:
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "VisualTokens":
         spans, offsets, counts = change(self.spans), change(self.offsets), change(self.counts)
-        return VisualTokens(spans, offsets, counts, self.max_count, self.size)
+        return VisualTokens(spans, offsets, counts, self.max_count, self.size, self.is_borrowed)
+
+
+def span_row(
+    runs: Sequence[tuple[int, int]], max_runs: int
+) -> tuple[list[tuple[int, int]], list[int], int]:
+    """One row of the tables that `VisualTokens.over` takes: its spans, offsets and count.
+
+    `runs` are [begin, end), in any order, that do not overlap; without any the row has count 0.
+    """
+    spans = _runs_of(0, runs)
+    if len(spans) > max_runs:
+        raise ValueError(
+            f"a row has {len(spans)} runs of visual tokens, the table {max_runs}; raise max_runs"
+        )
+    offsets = [0, *accumulate(end - begin for begin, end in spans)]
+    unused = max_runs - len(spans)
+    return spans + [(NO_SPAN, NO_SPAN)] * unused, offsets + offsets[-1:] * unused, offsets[-1]
+
+
+def _check_tables(spans: Tensor, offsets: Tensor, counts: Tensor) -> None:
+    """Check the tables of a caller: shape, dtype, device and strides."""
+    tensor("spans", spans, 3, "int32 [B, max_runs, 2]")
+    rows, runs, pair = spans.shape
+    if rows == 0 or runs == 0 or pair != 2:
+        raise ValueError(f"spans must be int32 [B, max_runs, 2], got shape {tuple(spans.shape)}")
+    tensor("offsets", offsets, 2, "int32 [B, max_runs + 1]")
+    tensor("counts", counts, 1, "int32 [B]")
+    wanted = {"spans": (rows, runs, 2), "offsets": (rows, runs + 1), "counts": (rows,)}
+    for (name, shape), table in zip(wanted.items(), (spans, offsets, counts), strict=True):
+        if tuple(table.shape) != shape:
+            raise ValueError(f"{name} must be {shape} beside the spans, got {tuple(table.shape)}")
+        if table.dtype != torch.int32:
+            raise TypeError(f"{name} must be int32, got {table.dtype}; use .to(torch.int32)")
+        same_device(name, table, spans.device, "spans")
+        if not table.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {table.stride()}")
+        has_storage(name, table)
 
 
 def _no_spans(rows: int, runs: int, capacity: int | None, device: torch.device) -> Tensor:

@@ -8,7 +8,7 @@ the mass, N_v and K, and selects (`_radix.py`).
 All sums are of integers, so the order of arrival changes nothing.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -154,15 +154,6 @@ def _select_kernel(
                 )  # fmt: skip
 
 
-class Selected(NamedTuple):
-    """A selection: indices [B, K_max], counts [B], mass [B], mass_mean [B]."""
-
-    indices: Tensor
-    counts: Tensor
-    mass: Tensor
-    mass_mean: Tensor
-
-
 # What the kernel takes in their place where it only scores.
 _NO_SELECTION = dict.fromkeys(
     (
@@ -173,9 +164,10 @@ _NO_SELECTION = dict.fromkeys(
 
 
 def _selection_args(
-    workspace: Any, rows: int, n_slots: int, k_max: int, device: torch.device
+    workspace: Any, selection: Any, n_slots: int, device: torch.device
 ) -> dict[str, Tensor]:
-    """The new selection, and the scratch memory that it is made in."""
+    """The tensors of a selection, and the scratch memory that it is made in."""
+    rows = len(selection.counts)
     table = tuning.table_of(device)
     n_chunks = triton.cdiv(n_slots, table.select_chunk)
     padded = _host.padded_slots(n_slots, device)
@@ -198,8 +190,8 @@ def _selection_args(
             )
             for name, numel in counters
         },
-        "indices_ptr": torch.empty((rows, k_max), dtype=torch.int32, device=device),
-        "counts_ptr": torch.empty(rows, dtype=torch.int32, device=device),
+        "indices_ptr": selection.indices,
+        "counts_ptr": selection.counts,
     }
 
 
@@ -248,17 +240,14 @@ def _from_logits(
     sums_only: bool,
     selection: dict[str, Tensor] | None,
     scores: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    mass, mean = (
-        torch.empty(kv.batch, dtype=torch.float32, device=stored_logits.device) for _ in range(2)
-    )
+    masses: tuple[Tensor, Tensor],
+) -> None:
     _launch(
-        stored_logits, (mass, mean), visual, params, selection=selection, scores=scores,
+        stored_logits, masses, visual, params, selection=selection, scores=scores,
         visible=_host.visible_args(kv.starts, kv.lengths, kv.capacity, params.window),
         pages=_host.page_args(kv), head_stats=head_stats,
         n_stored=kv.kv_heads if sums_only else n_heads, n_heads=n_heads,
     )  # fmt: skip
-    return mass, mean
 
 
 def finish_scores(
@@ -271,11 +260,12 @@ def finish_scores(
     *,
     sums_only: bool,
     scores: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Fill `scores` [B, N] from what `score` stored; return the largest and mean mass [B]."""
-    return _from_logits(
+    masses: tuple[Tensor, Tensor],
+) -> None:
+    """Fill `scores` [B, N], the largest mass and the mean one [B] from what `score` stored."""
+    _from_logits(
         stored_logits, head_stats, kv, n_heads, visual, params,
-        sums_only=sums_only, selection=None, scores=scores,
+        sums_only=sums_only, selection=None, scores=scores, masses=masses,
     )  # fmt: skip
 
 
@@ -286,40 +276,36 @@ def select_by_logits(
     n_heads: int,
     visual: Any,
     params: Any,
+    selection: Any,
     *,
     sums_only: bool,
     scores: Tensor | None,
     workspace: Any,
-) -> Selected:
-    """Select from what `score` stored; fill `scores` [B, N], unless it is None."""
-    selection = _selection_args(
-        workspace, kv.batch, kv.capacity, params.k_max, stored_logits.device
-    )
-    masses = _from_logits(
+) -> None:
+    """Fill a selection from what `score` stored, and `scores` [B, N], unless it is None."""
+    _from_logits(
         stored_logits, head_stats, kv, n_heads, visual, params,
-        sums_only=sums_only, selection=selection, scores=scores,
+        sums_only=sums_only, scores=scores, masses=(selection.mass, selection.mass_mean),
+        selection=_selection_args(workspace, selection, kv.capacity, stored_logits.device),
     )  # fmt: skip
-    return Selected(selection["indices_ptr"], selection["counts_ptr"], *masses)
 
 
 def select(
     scores: Tensor,
-    mass: Tensor,
-    mass_mean: Tensor,
+    selection: Any,
     visual: Any,
     params: Any,
     *,
     starts: Tensor | None,
     lengths: Tensor | None,
     workspace: Any,
-) -> Selected:
-    """Select from scores [B, N] and masses [B]."""
-    rows, n_slots = scores.shape
-    selection = _selection_args(workspace, rows, n_slots, params.k_max, scores.device)
+) -> None:
+    """Fill a selection from scores [B, N] and from the masses that it holds already."""
+    n_slots = scores.shape[1]
     _launch(
-        scores, (mass.contiguous(), mass_mean.contiguous()), visual, params,
-        selection=selection, scores=None, from_scores=True,
+        scores, (selection.mass, selection.mass_mean), visual, params,
+        selection=_selection_args(workspace, selection, n_slots, scores.device),
+        scores=None, from_scores=True,
         visible=_host.visible_args(starts, lengths, n_slots, params.window),
         pages=_host.NO_PAGES,
     )  # fmt: skip
-    return Selected(selection["indices_ptr"], selection["counts_ptr"], mass, mass_mean)

@@ -14,8 +14,9 @@ import repairs
 
 HERE = Path(__file__).resolve().parent
 SUITE = [
-    str(HERE.parent / "test_backends.py"), str(HERE / "interpreted.py"), "--backends", "triton"
-]  # fmt: skip
+    *(str(HERE.parent / f"test_{name}.py") for name in ("backends", "buffers")),
+    *(str(HERE / "interpreted.py"), "--backends", "triton"),
+]
 
 if __name__ == "__main__":
     repairs.compute_dots()

@@ -32,7 +32,7 @@ class NativeBackend(Backend):
         raise NotImplementedError
 
     def score(self, call: Call) -> tuple[Scored, Tensor | None]:
-        mass, mass_mean = pack.masses(call.kv.batch, call.q.device)
+        mass, mass_mean = call.new_masses()
         scores, out = call.new_scores(), call.new_out() if call.is_dense else None
         packed = (
             *(pack.query(call.q, call.kv), pack.cache(call.kv), pack.visual(call.visual)),
@@ -45,7 +45,7 @@ class NativeBackend(Backend):
     def select(self, scored: Scored) -> Selection:
         scores, params = scored.scores, scored.params
         masses = (scored.mass.float().contiguous(), scored.mass_mean.float().contiguous())
-        selection = pack.empty_selection(scores.shape[0], params.k_max, *masses)
+        selection = scored.new_selection(*masses)
         packed = (
             *(*scores.shape, pack.address(scored.starts), pack.address(scored.lengths)),
             *(pack.visual(scored.visual), pack.params(params), pack.chosen(selection)),
@@ -69,9 +69,7 @@ class NativeBackend(Backend):
         return pack.kept(selection)
 
     def decode(self, call: Call) -> tuple[Tensor, Selection]:
-        rows, k_max = call.kv.batch, call.params.k_max
-        selection = pack.empty_selection(rows, k_max, *pack.masses(rows, call.q.device))
-        out = call.new_out()
+        selection, out = call.new_selection(), call.new_out()
         packed = (
             *(pack.query(call.q, call.kv), pack.cache(call.kv), pack.visual(call.visual)),
             *(pack.params(call.params), pack.chosen(selection), pack.output(out)),

@@ -63,18 +63,6 @@ def output(out: Tensor | None) -> tuple[int, int, int]:
     return out.data_ptr(), out.stride(0), out.stride(1)
 
 
-def masses(rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Room for the mass of the strongest head, and of the mean head."""
-    return torch.empty(rows, device=device), torch.empty(rows, device=device)
-
-
-def empty_selection(rows: int, k_max: int, mass: Tensor, mass_mean: Tensor) -> Selection:
-    """Tensors for what a kernel will select."""
-    indices = torch.empty(rows, k_max, dtype=torch.int32, device=mass.device)
-    counts = torch.empty(rows, dtype=torch.int32, device=mass.device)
-    return Selection(indices, counts, mass, mass_mean, trusted=True)
-
-
 def kept(selection: Selection | None) -> tuple[int, int, int]:
     """The lists of a selection that is attended."""
     if selection is None:

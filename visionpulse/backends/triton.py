@@ -76,24 +76,25 @@ class TritonBackend(Backend):
         q, kv, params, visual = call.q, call.kv, call.params, call.visual
         sums = params.score == "logit"
         scores, out = call.new_scores(), call.new_out() if call.is_dense else None
-        kernels = _kernels()
+        kernels, masses = _kernels(), call.new_masses()
         with _on(q.device):
             stored_logits, head_stats = kernels.score(
                 q, kv, visual, params, sums_only=sums, out=out, workspace=call.scratch
             )
-            masses = kernels.finish_scores(
+            kernels.finish_scores(
                 stored_logits, head_stats, kv, q.shape[1], visual, params,
-                sums_only=sums, scores=scores,
+                sums_only=sums, scores=scores, masses=masses,
             )  # fmt: skip
         return call.scored(scores, *masses), out
 
     def select(self, scored: Scored) -> Selection:
+        selection = scored.new_selection(scored.mass.contiguous(), scored.mass_mean.contiguous())
         with _on(scored.scores.device):
-            selected = _kernels().select(
-                scored.scores, scored.mass, scored.mass_mean, scored.visual, scored.params,
+            _kernels().select(
+                scored.scores, selection, scored.visual, scored.params,
                 starts=scored.starts, lengths=scored.lengths, workspace=scored.scratch,
             )  # fmt: skip
-        return _selection(selected)
+        return selection
 
     def attend(self, call: Call) -> Tensor:
         q, kv, params, selection, out = call.q, call.kv, call.params, call.selection, call.new_out()
@@ -114,24 +115,19 @@ class TritonBackend(Backend):
         dense = call.is_dense
         # a pruned output needs the logits of each head; a dense one by "logit" only their sums
         sums = dense and params.score == "logit"
+        selection = call.new_selection()
         with _on(q.device):
             stored_logits, head_stats = kernels.score(
                 q, kv, visual, params,
                 sums_only=sums, out=out if dense else None, workspace=workspace,
             )  # fmt: skip
-            selected = kernels.select_by_logits(
-                stored_logits, head_stats, kv, q.shape[1], visual, params,
+            kernels.select_by_logits(
+                stored_logits, head_stats, kv, q.shape[1], visual, params, selection,
                 sums_only=sums, scores=call.scores, workspace=workspace,
             )  # fmt: skip
-            selection = _selection(selected)
             if not dense:
                 kernels.attend(
                     q, kv, visual, selection.indices, selection.counts, params,
                     stored_logits=stored_logits, out=out, workspace=workspace,
                 )  # fmt: skip
         return out, selection
-
-
-def _selection(selected: Any) -> Selection:
-    indices, counts, mass, mass_mean = selected
-    return Selection(indices, counts, mass, mass_mean, trusted=True)

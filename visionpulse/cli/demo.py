@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..bench import long_context
+from ..bench.progress import progress_bar
+from ..config import PulseConfig
 from ..config import resolve as resolve_config
 from ..data import tiny, trail
 from ..files import check_writable
@@ -18,6 +22,7 @@ from ..trace.layout import PictureGrid
 from .parser import add_preset, failure, parser_of
 
 MOST_TOKENS = 64
+PICTURES, EACH = 8, 4096  # of the long context that is timed, and visual tokens of each
 ROUNDS = 5  # dense and sparse in turn, so that a busy machine is busy for both
 
 
@@ -46,10 +51,52 @@ def main(argv: Sequence[str] | None = None) -> int:
     with contextlib.ExitStack() as stack:
         stack.callback(torch.set_num_threads, threads)
         session = stack.enter_context(patch(model, config, record=True))
-        _show_one(model, session, drawn[0], args.preset, args.out)
+        times = _long_context(config)
+        _show_one(model, session, drawn[0], args.preset, args.out, times)
         _count_right(model, session, drawn)
     print(f"\n{time.monotonic() - begun:.0f} s in all")
     return 0
+
+
+LEGEND = (
+    "Every cell is one visual token: a glyph on its left half, above right the glyph it points to, "
+    "below right one of four marks.",
+    "HAS names the marks found on all cells of a glyph, SUM adds their numbers up (the last digit "
+    "counts), TO names the next glyph.",
+)
+
+
+def _in_words(question: trail.Question) -> str:
+    """The question as a person would ask it."""
+    colour, glyph = trail.words(question.prompt)[-2:]
+    return (
+        f"Start at the {colour} glyph {glyph}. Which marks has it, what is their sum so far, and "
+        "where does it point? Go on there, until STOP."
+    )
+
+
+def _long_context(config: PulseConfig) -> dict[str, Any]:
+    """Time what the tiny model is too small for, print it, and make the page's part of it."""
+    tick = progress_bar(True)
+    tick("attention of a large model", 0, 1)
+    seconds = long_context.step_seconds(config, PICTURES * EACH)
+    tick("attention of a large model", 1, 1)
+    rows = [(name, round(1e3 * taken, 1)) for name, taken in seconds.items()]
+    (_, as_called), *compared = rows
+    title = f"Where time is won: {PICTURES} large pictures, {PICTURES * EACH:,} visual tokens"
+    about = (
+        f"All attention of one decode step of a model shaped like {long_context.MODEL}: "
+        f"{100 * config.ratio[1]:g} % of the visual tokens kept, random keys, bf16, one thread of "
+        f"this machine. In the form that transformers calls, torch takes {as_called:,.0f} ms. "
+        "The other work of a step is not in these times."
+    )
+    print(f"{title}\n{textwrap.fill(about, 79)}\n")
+    most = max(ms for _, ms in compared)
+    for name, ms in compared:
+        print(f"  {name:<28}{ms:>9,.1f} ms  {'#' * max(1, round(30 * ms / most))}")
+    gain = seconds[long_context.BEST_FORM] / seconds[long_context.SPARSE]
+    print(f"  {gain:.1f} times as fast as torch's best form\n\n")
+    return {"title": title, "about": about, "rows": compared}
 
 
 def _quietly(make: Any) -> Any:
@@ -74,13 +121,14 @@ def _show_one(
     drawn: tuple[trail.Picture, trail.Question],
     preset: str,
     out: Path,
+    times: dict[str, Any],
 ) -> None:
     """Answer one picture both ways, token by token, and write the page."""
     picture, question = drawn
     inputs = tiny.inputs_of([drawn])
     n = picture.side**2
     print(f"a picture of {picture.side} x {picture.side} glyphs, {n} visual tokens")
-    print(f"question: {' '.join(trail.words(question.prompt))}\n")
+    print(textwrap.fill(f"question: {_in_words(question)}", 79) + "\n")
     seconds: dict[str, list[float]] = {"dense": [], "sparse": []}
     dense: list[int] = []
     for turn in range(ROUNDS):
@@ -98,16 +146,24 @@ def _show_one(
     kept = np.array([len(row.kept) for row in rows]) / n
     print(f"\nvisual tokens kept: {100 * kept.mean():.2f} % on average, "
           f"{100 * kept.min():.2f} % to {100 * kept.max():.2f} %")  # fmt: skip
-    times = {name: 1e3 * float(np.median(taken)) for name, taken in seconds.items()}
+    step = {name: 1e3 * float(np.median(taken)) for name, taken in seconds.items()}
     print(
-        f"time per step here: dense {times['dense']:.2f} ms, VisionPulse {times['sparse']:.2f} ms, "
-        f"ratio {times['dense'] / times['sparse']:.2f}\n"
-        f"  (one thread; with {n} visual tokens and 1.6 M parameters a step is mostly Python:\n"
-        "   `visionpulse bench` times the attention of large models)"
+        f"time per step of this tiny model: dense {step['dense']:.2f} ms, VisionPulse "
+        f"{step['sparse']:.2f} ms, ratio {step['dense'] / step['sparse']:.2f}\n"
+        f"  ({n} visual tokens, 1.6 M parameters: nearly all of it is Python, none of it attention)"
     )
-    note = " ".join(trail.words(question.prompt)) + f" · preset {preset}"
+    right = {name: list(tokens) == question.answer for name, tokens in
+             (("dense", dense), ("VisionPulse", sparse))}  # fmt: skip
+    story = {
+        "question": _in_words(question),
+        "legend": LEGEND,
+        "answers": {"dense": trail.words(dense), "VisionPulse": trail.words(sparse)},
+        "verdict": ", ".join(f"{name}: {'right' if ok else 'wrong'}" for name, ok in right.items())
+        + f"; visual tokens kept: {100 * kept.mean():.2f} % on average",
+        "times": times,
+    }
     session.trace.to_html(
-        out, title="VisionPulse demo", note=note,
+        out, title="VisionPulse demo", note=f"preset {preset}", story=story,
         pictures=[PictureGrid(picture.side, picture.side, picture.pixels, "the picture")],
         tokenizer=lambda token: trail.words([token])[0],
     )  # fmt: skip

@@ -26,13 +26,20 @@ def write_page(
     tokenizer: Any = None,
     title: str = "VisionPulse",
     note: str = "",
+    story: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write the page to `path`; it needs no network and no other file."""
+    """Write the page to `path`; it needs no network and no other file.
+
+    `story` says in words what the page shows: `question`, `legend` (paragraphs), `answers` (words
+    by name), `verdict`, and `times` (`title`, `about`, rows of a name and milliseconds).
+    """
     sequences = [_sequence(row, text_of(tokenizer)) for row in rows]
     shown = {key: about.get(key) for key in ("model", "config", "anchors", "layers")}
     if str(shown["model"]).startswith("/"):  # a folder: its place on this machine stays private
         shown["model"] = Path(str(shown["model"])).name
     data = {"title": title, "note": note, "about": shown, "sequences": sequences}
+    if story:
+        data["story"] = dict(story)
     # a closing tag inside a string would end the script
     text = json.dumps(data, separators=(",", ":")).replace("</", "<\\/")
     template = resources.files("visionpulse.data").joinpath("page.html").read_text("utf-8")

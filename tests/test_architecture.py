@@ -63,8 +63,8 @@ ALLOWED = {
     },
     "integrations": {"__init__", "models"},
     "serving": {
-        "budgets", "config", "layer_ops", "models.tensor_parallel", "schedule", "workspace",
-        *RECORDS,
+        "backends.cpu", "budgets", "config", "cpu", "layer_ops", "models.tensor_parallel",
+        "schedule", "workspace", *RECORDS,
     },
     "__init__": {
         "backends", "budgets", "calibration", "config", "cpu", "models", "ops", "workspace",
@@ -72,7 +72,7 @@ ALLOWED = {
     },
     "cli": {
         "__init__", "backends", "bench", "calibration", "config", "data", "files", "models", "ops",
-        "selection", "trace",
+        "selection", "serving.vllm", "trace",
     },
     "__main__": {"cli"},
 }  # fmt: skip

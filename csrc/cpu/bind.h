@@ -10,6 +10,7 @@
 
 #include "csrc/cpu/dispatch.h"
 #include "csrc/cpu/engine.h"
+#include "csrc/cpu/pages.h"
 #include "csrc/cpu/pool.h"
 #include "csrc/reader.h"
 
@@ -114,6 +115,30 @@ inline void bound_places(const std::vector<std::pair<int, std::vector<int>>>& gi
   set_places(std::move(places));
 }
 
+// Addresses and byte strides of the tokens, the same of the pages, then the sizes.
+inline void bound_write_pages(const py::tuple& tokens, const py::tuple& pages,
+                              const py::tuple& sizes) {
+  PageWrite w = {};
+  Reader from(tokens, 7), into(pages, 8), size(sizes, 6);
+  w.k = from.address<const char>();
+  w.v = from.address<const char>();
+  w.k_stride = {from.integer(), from.integer()};
+  w.v_stride = {from.integer(), from.integer()};
+  w.slots = from.address<const int64_t>();
+  w.k_pages = into.address<char>();
+  w.v_pages = into.address<char>();
+  w.k_page_stride = {into.integer(), into.integer(), into.integer()};
+  w.v_page_stride = {into.integer(), into.integer(), into.integer()};
+  w.tokens = size.integer();
+  w.pages = size.integer();
+  w.page_size = size.integer();
+  w.heads = size.small();
+  w.bytes = size.integer();
+  const int threads = size.small();
+  py::gil_scoped_release released;
+  write_pages(w, threads);
+}
+
 // Adds the submodule `cpu`.
 inline void register_cpu(py::module_& m) {
   py::module_ cpu = m.def_submodule("cpu");
@@ -121,6 +146,7 @@ inline void register_cpu(py::module_& m) {
   cpu.def("score", &bound_score);
   cpu.def("select", &bound_select);
   cpu.def("decode", &bound_decode);
+  cpu.def("write_pages", &bound_write_pages);
   cpu.def("instruction_sets", &instruction_sets);
   cpu.def("instruction_set", [] { return std::string(current().name); });
   cpu.def("use_instruction_set", &use);

@@ -36,6 +36,29 @@ def use_instruction_set(name: str) -> None:
     _entries().use_instruction_set(name)
 
 
+def write_pages(
+    key: Tensor, value: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor
+) -> None:
+    """Copy tokens, [tokens, G, D], to their slots in pages [P, G, page, D]; int64 `slots` [tokens].
+
+    Token t goes to slot `slots[t] % page` of page `slots[t] // page`; a negative one is left out.
+    All are on the CPU, of one dtype and with a unit last stride, which the caller has checked.
+    """
+    (pages, heads, size, dim), item = k_pages.shape, k_pages.element_size()
+    _entries().write_pages(
+        (
+            *(key.data_ptr(), value.data_ptr()),
+            *(item * stride for t in (key, value) for stride in t.stride()[:2]),
+            slots.data_ptr(),
+        ),
+        (
+            *(k_pages.data_ptr(), v_pages.data_ptr()),
+            *(item * stride for t in (k_pages, v_pages) for stride in t.stride()[:3]),
+        ),
+        (len(slots), pages, size, heads, item * dim, torch.get_num_threads()),
+    )
+
+
 class CpuBackend(NativeBackend):
     """C++ kernels for float32, bfloat16 and float16 on the CPU; one instruction set per process."""
 

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 
 from .parser import EXIT_CODES, failure
 
-# verb, which is its module's name: what it is for
+# verb, its module's name with dashes: what it is for
 VERBS = {
     "info": "what is installed, and which backends can run here",
     "demo": "a picture answered dense and with VisionPulse, side by side",
     "run": "a program, with every model that it loads patched",
     "calibrate": "anchor, tau and bounds for a model, from your own inputs",
     "plot": "a saved trace, drawn again without the model",
+    "serve-check": "whether a serving engine can run it, and what it would do",
     "bench": "what you would gain on this machine, for a model's config",
 }
 
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[0] not in VERBS:
         print(f"visionpulse: no verb {argv[0]!r}\n{usage}", file=sys.stderr)
         return 2
-    verb = importlib.import_module(f".{argv[0]}", __name__)
+    verb = importlib.import_module(f".{argv[0].replace('-', '_')}", __name__)
     try:
         return int(verb.main(argv[1:]))
     except KeyboardInterrupt:

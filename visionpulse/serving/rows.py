@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..config import PulseConfig
 from ..visual import NO_SPAN, VisualTokens
 
 Spans = tuple[tuple[int, int], ...]  # maximal runs [begin, end) of one request, ascending
@@ -22,8 +21,8 @@ class RequestRow(NamedTuple):
     """One request as a step sees it."""
 
     request: str
-    spans: Spans  # () where it stays dense
-    config: PulseConfig | None  # None where it opted out
+    spans: Spans
+    wish: Any = None  # what it asks for itself: `setting.of_request` reads it
 
 
 def spans_of(runs: Iterable[tuple[int, int]]) -> Spans:

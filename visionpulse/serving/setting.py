@@ -141,21 +141,24 @@ def _of_stages(roles: tuple[Role, ...], stages: tuple[tuple[int, int], ...]) -> 
     return found
 
 
-def of_request(value: Any, config: PulseConfig) -> PulseConfig | None:
+def of_request(wish: Any, setting: Setting) -> PulseConfig | None:
     """The config of a request that asks for its own budget; None where it opts out.
 
     A preset or a budget such as "top_k:64"; anchors and schedule stay those of the engine.
     """
-    if value is None or value is True:
+    config = setting.config
+    if wish is None or wish is True:
         return config
-    if value is False or value == OFF:
+    if wish is False or wish == OFF:
         return None
-    if isinstance(value, str) and value in PRESETS:
-        preset = PRESETS[value]
+    if isinstance(wish, str) and wish in PRESETS:
+        preset = PRESETS[wish]
         return config.updated(tau=preset.tau, ratio=preset.ratio, budget=preset.budget)
-    if isinstance(value, str) and ":" in value:
-        return config.updated(budget=value)
+    if isinstance(wish, str) and ":" in wish:
+        own = config.updated(budget=wish)
+        if not (setting.engine.has_graphs and runs_between_stages(own)):
+            return own
     raise ValueError(
         f"a request's {KEY!r} must be {OFF!r}, a preset ({', '.join(PRESETS)}) or a budget such "
-        f'as "fixed:0.05", "top_k:64", got {value!r}'
+        f'as "fixed:0.05" or "top_k:64", got {wish!r}'
     )

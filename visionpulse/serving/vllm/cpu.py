@@ -15,7 +15,9 @@ from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import AttentionType, CommonAttentionMetadata
 from vllm.v1.attention.backends import cpu_attn
 
+from ...backends.cpu import write_pages
 from ...workspace import default as workspace
+from ..cores import spread_pool
 from ..stats import Counters
 from ..step import DecodeRows, Layer, Steps
 from . import compat
@@ -27,20 +29,15 @@ class PulseBackend(cpu_attn.CPUAttentionBackend):  # type: ignore[misc]
     @staticmethod
     def get_impl_cls() -> Any:
         """VLLM asks with the config at hand."""
-        is_ours = compat.setting(get_current_vllm_config()) is not None
-        return PulseImpl if is_ours else cpu_attn.CPUAttentionBackendImpl
+        if compat.setting(get_current_vllm_config()) is None:
+            return cpu_attn.CPUAttentionBackendImpl
+        compat.account_memory()
+        return PulseImpl
 
     @staticmethod
     def get_builder_cls() -> Any:
-        """No config is at hand where vLLM asks: the function that makes a builder has one."""
-        return builder_of
-
-
-def builder_of(spec: Any, names: list[str], vllm_config: Any, device: Any) -> Any:
-    """The builder of one engine."""
-    is_ours = compat.setting(vllm_config) is not None
-    made = PulseBuilder if is_ours else cpu_attn.CPUAttentionMetadataBuilder
-    return made(spec, names, vllm_config, device)
+        """No config is at hand where vLLM asks: whether we are wanted is seen where one is made."""
+        return PulseBuilder
 
 
 @dataclass
@@ -65,6 +62,12 @@ class PulseMetadata:
 class PulseBuilder(cpu_attn.CPUAttentionMetadataBuilder):  # type: ignore[misc]
     """Splits a step into decode rows, which are ours, and the rest."""
 
+    def __new__(cls, spec: Any, names: list[str], vllm_config: Any, device: Any) -> Any:
+        """An engine that did not ask for us gets vLLM's own builder."""
+        if compat.setting(vllm_config) is None:
+            return cpu_attn.CPUAttentionMetadataBuilder(spec, names, vllm_config, device)
+        return super().__new__(cls)
+
     def __init__(self, spec: Any, names: list[str], vllm_config: Any, device: Any) -> None:
         super().__init__(spec, names, vllm_config, device)
         setting = compat.setting(vllm_config)
@@ -73,7 +76,8 @@ class PulseBuilder(cpu_attn.CPUAttentionMetadataBuilder):  # type: ignore[misc]
         self.longest = -(-vllm_config.model_config.max_model_len // self.block_size)
         rows = vllm_config.scheduler_config.max_num_seqs
         self.steps = Steps(setting, rows, Counters())
-        compat.watch_runner(setting)
+        compat.watch_runner()
+        spread_pool()
 
     def build(
         self, common_prefix_len: int, common: CommonAttentionMetadata, fast_build: bool = False
@@ -149,16 +153,14 @@ class PulseImpl(cpu_attn.CPUAttentionBackendImpl):  # type: ignore[misc]
                 "--additional-config, or serve another model"
             )
         self.ours: Layer | None = None
-        self.pages: tuple[Tensor, Tensor] | None = None
+        self.pages: tuple[Tensor, Tensor, Tensor] | None = None  # the cache, keys, values
 
     def do_kv_cache_update(
         self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
     ) -> None:
-        """Write new keys and values as plain rows."""
-        size, width, n = kv_cache.shape[2], key.shape[-1], len(slot_mapping)
-        block, offset = slot_mapping // size, slot_mapping % size
-        kv_cache[block, :, offset, :width] = key[:n]
-        kv_cache[block, :, offset, width:] = value[:n]
+        """Write new keys and values as plain rows; tokens beyond the slots are padding."""
+        keys, values = self._pages(kv_cache)
+        write_pages(key, value, keys, values, slot_mapping)
 
     def forward(
         self,
@@ -177,23 +179,27 @@ class PulseImpl(cpu_attn.CPUAttentionBackendImpl):  # type: ignore[misc]
             return output  # vLLM warms up
         step = attn_metadata.step
         if step is not None:
-            if self.ours is None:
-                self._begin(layer, kv_cache, attn_metadata.steps)
-            assert self.ours is not None and self.pages is not None
-            n = step.rows
-            self.ours.run(step, query[:n], *self.pages, output[:n])
+            ours, (keys, values) = self._layer(layer, attn_metadata.steps), self._pages(kv_cache)
+            ours.run(step, query[: step.rows], keys, values, output[: step.rows])
         for rest in attn_metadata.rests:
             self._rest(layer, query, kv_cache, rest, output)
         return output
 
-    def _begin(self, layer: Any, kv_cache: Tensor, steps: Steps) -> None:
-        heads = compat.head_group(steps.setting.engine.heads)
-        number = compat.layer_number(layer.layer_name)
-        window = self.sliding_window if self.sliding_window > 0 else None
-        softcap = self.logits_soft_cap or None
-        self.ours = Layer(steps, number, self.scale, softcap, window, heads)
-        keys, values = kv_cache.chunk(2, dim=3)
-        self.pages = keys, values
+    def _layer(self, layer: Any, steps: Steps) -> Layer:
+        if self.ours is None:
+            heads = compat.head_group(steps.setting.engine.heads)
+            number = compat.layer_number(layer.layer_name)
+            window = self.sliding_window if self.sliding_window > 0 else None
+            softcap = self.logits_soft_cap or None
+            self.ours = Layer(steps, number, self.scale, softcap, window, heads)
+        return self.ours
+
+    def _pages(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values, [blocks, G, block, D]: views, made once a cache."""
+        if self.pages is None or self.pages[0] is not kv_cache:
+            keys, values = kv_cache.chunk(2, dim=3)
+            self.pages = kv_cache, keys, values
+        return self.pages[1], self.pages[2]
 
     def _rest(
         self, layer: Any, query: Tensor, kv_cache: Tensor, rest: Rest, output: Tensor

@@ -3,8 +3,9 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from ..setting import KEY, Engine, Obstacle, Setting, asked_of, setting_of
+from ..setting import KEY, Engine, Obstacle, asked_of
 
+DRAFTS = "rows with drafted tokens attend to all keys in one pass; the others are sparse"
 UNQUANTISED = ("auto", "float32", "bfloat16", "float16", "half", "float")
 # Config fields of language models whose logits have a bias that the kernels do not add.
 ALIBI = ("alibi", "use_alibi", "alibi_bias_max")
@@ -15,14 +16,6 @@ def asked(vllm_config: Any) -> dict[str, Any] | None:
     """What `--additional-config`, or else the environment, asks for."""
     given = vllm_config.additional_config
     return asked_of(given.get(KEY) if isinstance(given, dict) else None)
-
-
-def setting(vllm_config: Any, device: str, stage_of: Callable[..., Any]) -> Setting | None:
-    """The setting of one engine, None where nobody asked; refuses what cannot be served."""
-    wanted = asked(vllm_config)
-    if wanted is None:
-        return None
-    return setting_of(wanted, engine_of(vllm_config, device, stage_of))
 
 
 def engine_of(vllm_config: Any, device: str, stage_of: Callable[..., Any]) -> Engine:

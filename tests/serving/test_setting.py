@@ -1,0 +1,168 @@
+"""What an engine was asked for, and what is refused before it starts; no engine is imported."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from visionpulse.schedule import Role
+from visionpulse.serving import plan
+from visionpulse.serving.setting import Engine, asked_of, of_request, setting_of
+from visionpulse.serving.vllm import compat, facts
+
+FULL = (True,) * 12
+
+
+def engine(**changes):
+    return Engine(**{"full": FULL, "heads": 8, **changes})
+
+
+def vllm_config(**changes):
+    """A config of vLLM with the fields that are read."""
+    text = SimpleNamespace(num_hidden_layers=12, num_attention_heads=8)
+    fields = {
+        "additional_config": {"visionpulse": {"preset": "5pct"}},
+        "model_config": SimpleNamespace(
+            hf_text_config=text, is_multimodal_model=True, use_mla=False, enforce_eager=True,
+            model="some/model",
+        ),
+        "parallel_config": SimpleNamespace(pipeline_parallel_size=1, tensor_parallel_size=1),
+        "cache_config": SimpleNamespace(cache_dtype="auto"),
+        "kv_transfer_config": None,
+    }  # fmt: skip
+    for path, value in changes.items():
+        target, _, name = path.partition("__")
+        if name == "text":
+            vars(text).update(value)
+        elif name:
+            setattr(fields[target], name, value)
+        else:
+            fields[target] = value
+    return SimpleNamespace(**fields)
+
+
+def halves(layers, rank, ranks):
+    return layers * rank // ranks, layers * (rank + 1) // ranks
+
+
+def made(**changes):
+    config = vllm_config(**changes)
+    return setting_of(facts.asked(config), facts.engine_of(config, "cpu", halves))
+
+
+def test_an_engine_that_asked_for_nothing_has_no_setting(monkeypatch):
+    monkeypatch.delenv("VISIONPULSE_SERVING", raising=False)
+    for nothing in (None, False, {"preset": "off"}):
+        assert asked_of(nothing) is None
+    assert facts.asked(vllm_config(additional_config={})) is None
+
+
+def test_the_environment_asks_where_the_config_does_not(monkeypatch):
+    monkeypatch.setenv("VISIONPULSE_SERVING", '{"preset": "5pct"}')
+    assert asked_of(None) == {"preset": "5pct"}
+    assert asked_of("10pct") == {"preset": "10pct"}
+    monkeypatch.setenv("VISIONPULSE_SERVING", "5pct")
+    with pytest.raises(ValueError, match="VISIONPULSE_SERVING must hold JSON"):
+        asked_of(None)
+
+
+def test_roles_come_from_the_models_layers():
+    setting = made(additional_config={"visionpulse": {"anchor": 4}})
+    assert setting.anchors == (4,)
+    assert setting.roles[3:6] == (Role.DENSE, Role.ANCHOR, Role.FOLLOWER)
+
+
+def test_sliding_layers_are_left_alone():
+    types = ["sliding_attention", "full_attention"] * 6
+    setting = made(model_config__text={"layer_types": types})
+    assert setting.roles[0] is Role.MODEL and setting.anchors == (5,)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"cache_config__cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
+        ({"model_config__use_mla": True}, "latent"),
+        ({"model_config__is_multimodal_model": False}, "takes no pictures"),
+        ({"kv_transfer_config": object()}, "--kv-transfer-config"),
+        (
+            {"parallel_config__decode_context_parallel_size": 2},
+            "--decode-context-parallel-size 2",
+        ),
+        ({"model_config__text": {"alibi": True}}, "ALiBi"),
+        ({"model_config__text": {"model_type": "gpt_oss"}}, "sinks"),
+        ({"additional_config": {"visionpulse": {"preset": "nope"}}}, "no preset 'nope'"),
+        ({"additional_config": {"visionpulse": {"ancor": 3}}}, "no field 'ancor'"),
+        ({"additional_config": {"visionpulse": {"dense": "model"}}}, "dense='model'"),
+        ({"parallel_config__pipeline_parallel_size": 2}, "layer 6 follows an anchor of another"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_with_its_flag(changes, words):
+    with pytest.raises(ValueError, match=words):
+        made(**changes)
+
+
+def test_all_refusals_are_said_at_once():
+    with pytest.raises(ValueError, match=r"--kv-cache-dtype.*latent"):
+        made(cache_config__cache_dtype="fp8", model_config__use_mla=True)
+
+
+def test_a_pipeline_is_served_where_every_stage_has_its_anchor():
+    two = {"parallel_config__pipeline_parallel_size": 2}
+    asked = {"visionpulse": {"anchor": [4, 6]}}
+    assert made(**two, additional_config=asked).anchors == (4, 6)
+    per_layer = {"visionpulse": {"schedule": "per_layer"}}
+    assert len(made(**two, additional_config=per_layer).anchors) == 12
+    # an anchor in the last stage leaves the first dense, and nobody follows across
+    assert made(**two, additional_config={"visionpulse": {"anchor": 6}}).anchors == (6,)
+    with pytest.raises(ValueError, match="stage 1"):
+        made(**two, additional_config={"visionpulse": {"anchor": [4, 8]}})
+    with pytest.raises(ValueError, match="stage 0"):
+        lookback = {"schedule": "lookback", "anchor": 6}
+        made(**two, additional_config={"visionpulse": lookback})
+
+
+def test_a_budget_between_the_stages_is_refused_in_graphs():
+    asked = {"budget": "top_p:0.9"}
+    assert setting_of(asked, engine())
+    with pytest.raises(ValueError, match="captured graph"):
+        setting_of(asked, engine(has_graphs=True))
+    for budget in ("fixed:0.1", "top_k:8", "random:3", "dynamic"):
+        assert setting_of({"budget": budget}, engine(has_graphs=True))
+
+
+def test_a_request_chooses_its_budget_or_opts_out():
+    setting = setting_of({"preset": "10pct", "anchor": 4}, engine())
+    assert of_request(None, setting) is setting.config
+    assert of_request("off", setting) is None and of_request(False, setting) is None
+    own = of_request("5pct", setting)
+    assert (own.tau, own.ratio, own.anchor) == (0.1, (0.01, 0.05), 4)
+    assert of_request("top_k:8", setting).budget.k == 8
+    for wrong in ("6pct", "top_q:3", {"preset": "5pct"}, 5):
+        with pytest.raises(ValueError):
+            of_request(wrong, setting)
+
+
+@pytest.mark.parametrize(
+    "installed, is_served",
+    [("0.32.0+cpu", True), ("0.33.1", True), ("0.31.9", False), ("0.34.0", False), ("1.0", False)],
+)
+def test_versions_outside_the_tested_range_are_refused(monkeypatch, installed, is_served):
+    monkeypatch.setattr(compat, "version", lambda: installed)
+    reason = compat.unsupported()
+    assert (reason is None) == is_served
+    assert is_served or "0.32 and 0.33" in reason
+
+
+def test_the_memory_of_a_cpu_cache_leaves_room_for_ours():
+    layers = [4096.0] * 36  # bytes of a token in each layer
+    left = compat.cache_bytes(1 << 30, layers, heads=32, longest=32768)
+    assert (1 << 30) * 0.5 < left < (1 << 30) - 3 * 32768 * 4096
+    assert compat.cache_bytes(1 << 20, layers, heads=32, longest=32768) == 0
+    assert compat.cache_bytes(1 << 20, [], heads=32, longest=32768) == 1 << 20
+
+
+def test_the_plan_names_anchor_layers_and_what_stays_dense():
+    setting = setting_of({"anchor": [2, 7]}, engine())
+    said = "\n".join(plan.lines(setting, 4096, {"model": "some/model"}))
+    for words in ("some/model", "layer 2, 7 of 12", "2 to 11", "0 to 1", "prefill"):
+        assert words in said

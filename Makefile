@@ -8,10 +8,15 @@ READY := $(VENV)/.ready
 REQUIRED := reference,cpu
 CPP := $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' 2>/dev/null)
 
-.PHONY: setup demo test test-deep lint format bench gpu-check clean
+.PHONY: docs dist setup demo test test-deep lint format bench gpu-check clean
 
 demo: setup
 	$(BIN)/visionpulse demo --out build/demo.html
+
+# A site in build/site: pages, and the reference from the docstrings; asks nothing of a network.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "build/site/index.html"
 
 # Broad, in minutes, the same on every CPU: no clock in it. Two processes, which take what the other
 # has left; a part, by PYTEST_ARGS, takes one.

@@ -113,7 +113,7 @@ PROOFS = {
         ("tests/test_machine_code.py",),
         (*CUDA, "csrc/cuda/", "csrc/*.h", "tests/cusim/*.h", "tests/cusim/include/",
          "tests/machine_code/", "tests/test_machine_code.py", "tests/gpu_facts.py",
-         "tests/proof_tools.py", "tests/cuda_registers.json", "docs/cuda-bounds.md",
+         "tests/proof_tools.py", "tests/cuda_registers.json", "docs/internals/cuda-bounds.md",
          "visionpulse/bench/cost.py", "visionpulse/bench/latency.py",
          "visionpulse/schedule.py", "visionpulse/config.py"),
         ("nvcc", "g++", "triton"),
@@ -121,7 +121,7 @@ PROOFS = {
     "cuda-plans": Proof(
         ("tests/test_cuda_plan.py",),
         (*CUDA_BACKEND, "tests/test_cuda_plan.py", "tests/cuda_registers.json",
-         "tests/gpu_facts.py", "docs/cuda-bounds.md", "visionpulse/bench/cost.py",
+         "tests/gpu_facts.py", "docs/internals/cuda-bounds.md", "visionpulse/bench/cost.py",
          "visionpulse/bench/latency.py"), ("g++",),
     ),
     "cuda-simulated": Proof(
@@ -179,6 +179,12 @@ PROOFS = {
     ),
     "serving-clients": Proof(
         ("tests/serving/test_server.py",), SERVING, ("torch",), engine=True, optional=True,
+    ),
+    "site": Proof(
+        ("tests/test_accuracy_docs.py", "-k", "site"),
+        ("mkdocs.yml", "docs/", "visionpulse/*.py", "visionpulse/models/install.py",
+         "tests/test_accuracy_docs.py"),
+        ("mkdocs-material", "mkdocstrings-python"),
     ),
     "install": Proof(
         ("tests/test_install.py",),

@@ -255,7 +255,7 @@ def test_the_tables_of_the_pages_are_the_committed_rows(measure):
     write = script("write_docs")
     pages = "".join(page.read_text() for page in write.PAGES)
     assert write.filled(pages) == pages
-    assert all(pages.count(f"<!-- {mark} -->") == 1 for mark in write.PARTS)
+    assert all(f"<!-- {mark} -->" in pages for mark in write.PARTS)
     digest = script("table").about(tiny.FOLDER)["weights"]
     for (file, *_), _ in write.PARTS.values():
         assert f'"weights": "{digest}"' in (write.RESULTS / file).read_text()

@@ -1,7 +1,10 @@
 """Every Python block of docs/ runs, in order; links and commands name things that exist."""
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +12,7 @@ import pytest
 from visionpulse import cli
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-PAGES = sorted(DOCS.glob("*.md"))
+PAGES = sorted(DOCS.rglob("*.md"))
 
 
 def fenced(page, language):
@@ -32,7 +35,7 @@ def test_the_blocks_run(page, tmp_path, monkeypatch, capsys):
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
         if not target.startswith("http"):
-            assert (DOCS / target).exists(), f"{page.name} links to {target}"
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
 def commands():
@@ -75,3 +78,26 @@ def test_every_field_of_the_config_is_explained():
     explained = set(re.findall(r"^\| `(\w+)` \|", text, re.M))
     # two fields are for measurements, not for users of a preset
     assert {f.name for f in dataclasses.fields(vp.PulseConfig)} - explained <= {"refresh", "dense"}
+
+
+SITE = DOCS.parent / "mkdocs.yml"
+
+
+def test_every_page_is_on_the_site():
+    named = set(re.findall(r"(?:- |: )([\w/-]+\.md)$", SITE.read_text(), re.M))
+    assert named == {str(page.relative_to(DOCS)) for page in PAGES}
+
+
+@pytest.mark.deep
+def test_the_site_is_built_and_asks_nothing_of_other_hosts(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-d", str(tmp_path)]
+    done = subprocess.run(command, cwd=SITE.parent, capture_output=True, text=True,
+                          env=os.environ | {"NO_MKDOCS_2_WARNING": "1"})  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    pages = list(tmp_path.rglob("*.html"))
+    assert len(pages) > len(PAGES)  # and the page of a missing one
+    fetched = r"<(?:script|img|link|iframe)[^>]*(?:src|href)=\"?(https?://[^\"> ]+)"
+    assert not [found for page in pages for found in re.findall(fetched, page.read_text())]
+    reference = (tmp_path / "api.html").read_text()
+    for name in ("patch", "PulseConfig", "decode", "attend", "KVCache", "VisualTokens", "TopK"):
+        assert name in reference, f"the reference lacks {name}"

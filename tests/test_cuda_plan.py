@@ -153,6 +153,6 @@ def test_the_page_of_bounds_is_what_plans_and_registers_imply():
     """Bytes and occupancy in the documentation are the output of a script, not typed."""
     script = Path(__file__).parent / "cusim" / "bounds.py"
     made = subprocess.run([sys.executable, script], check=True, text=True, stdout=subprocess.PIPE)
-    page = (Path(__file__).parents[1] / "docs" / "cuda-bounds.md").read_text()
+    page = (Path(__file__).parents[1] / "docs" / "internals" / "cuda-bounds.md").read_text()
     for table in made.stdout.strip().split("\n\n"):
-        assert table in page, f"docs/cuda-bounds.md lacks what bounds.py prints:\n{table}"
+        assert table in page, f"docs/internals/cuda-bounds.md lacks what bounds.py prints:\n{table}"

@@ -103,9 +103,9 @@ def test_the_page_of_bounds_is_what_the_table_implies():
     made = subprocess.run(
         [sys.executable, HERE / "bounds.py"], check=True, text=True, stdout=subprocess.PIPE
     ).stdout
-    page = (HERE.parents[1] / "docs" / "triton-bounds.md").read_text()
+    page = (HERE.parents[1] / "docs" / "internals" / "triton-bounds.md").read_text()
     for table in made.strip().split("\n\n"):
-        assert table in page, f"docs/triton-bounds.md lacks what bounds.py prints:\n{table}"
+        assert table in page, f"triton-bounds.md lacks what bounds.py prints:\n{table}"
 
 
 def test_it_says_why_it_cannot_run(monkeypatch):

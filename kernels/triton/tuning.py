@@ -11,7 +11,7 @@ import torch
 
 # A dot has at least 16 rows. A group of fewer query heads pads it, which costs nothing: the tensor
 # cores idle otherwise, and without a dot the same loop takes more instructions even at group 1
-# (docs/triton-bounds.md). In float32 a dot is the CUDA cores' own (never TF32).
+# (docs/internals/triton-bounds.md). In float32 a dot is the CUDA cores' own (never TF32).
 MIN_HEADS = 16
 # Output values (padded heads x padded head dim) above which a program has `wide_warps`: with four
 # warps the accumulator alone takes 64 registers of each thread.

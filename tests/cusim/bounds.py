@@ -1,7 +1,8 @@
 """What plans, registers and the sizes of a step imply for the CUDA kernels.
 
-`python tests/cusim/bounds.py` prints the tables of docs/cuda-bounds.md, which a test compares with
-the page. Plans come from the engine's own host functions, registers from cuda_registers.json.
+`python tests/cusim/bounds.py` prints the tables of docs/internals/cuda-bounds.md, which a test
+compares with the page. Plans come from the engine's own host functions, registers from
+cuda_registers.json.
 """
 
 import json

@@ -1,7 +1,7 @@
 """What the latency model predicts for the machine code of today, beside the goals.
 
 python tests/machine_code/report.py           # prints the tables
-python tests/machine_code/report.py --write   # puts them into docs/cuda-bounds.md
+python tests/machine_code/report.py --write   # puts them into docs/internals/cuda-bounds.md
 """
 
 import json
@@ -22,7 +22,7 @@ from visionpulse.bench.latency import Chain, Launched, Prediction, predict
 from visionpulse.schedule import Role
 
 TESTS = Path(__file__).resolve().parents[1]
-PAGE = launches.ROOT / "docs" / "cuda-bounds.md"
+PAGE = launches.ROOT / "docs" / "internals" / "cuda-bounds.md"
 REGISTERS = json.loads((TESTS / "cuda_registers.json").read_text())
 SHAPES = {"B1 16k": (1, 16384), "B8 32k": (8, 32768)}
 SELECTS = {"16k": (1, 16384), "128k": (1, 131072)}

@@ -1,6 +1,6 @@
 """What the table of limits and the sizes of a step imply: `python tests/triton/bounds.py`.
 
-Prints the tables of docs/triton-bounds.md; a test compares the two.
+Prints the tables of docs/internals/triton-bounds.md; a test compares the two.
 Occupancy follows from limits.json and the launch tables, bytes from the cost model.
 """
 

@@ -12,6 +12,7 @@
 #include "csrc/cpu/engine.h"
 #include "csrc/cpu/pages.h"
 #include "csrc/cpu/pool.h"
+#include "csrc/cpu/probe.h"
 #include "csrc/reader.h"
 
 namespace visionpulse::cpu {
@@ -103,9 +104,26 @@ inline std::vector<std::string> instruction_sets() {
   return names;
 }
 
-inline uint64_t read_bytes(uintptr_t address, int64_t count) {
+inline uint64_t bound_read(uintptr_t address, int64_t count, int threads) {
   py::gil_scoped_release released;
-  return current().read(reinterpret_cast<const void*>(address), count);
+  return read_stream(current(), reinterpret_cast<const char*>(address), count, threads);
+}
+
+// keys: addresses of K, V and the positions, then what GatherProbe holds.
+inline uint64_t bound_gather(const py::tuple& keys, int threads) {
+  Reader r(keys, 9);
+  GatherProbe probe;
+  probe.k = r.address<const char>();
+  probe.v = r.address<const char>();
+  probe.positions = r.address<const int32_t>();
+  probe.head_stride = r.integer();
+  probe.token_stride = r.integer();
+  probe.count = r.small();
+  probe.heads = r.small();
+  probe.bytes = r.small();
+  probe.ahead = r.small();
+  py::gil_scoped_release released;
+  return read_gathered(current(), probe, threads);
 }
 
 // Tuples (node, cores), one a worker.
@@ -150,7 +168,13 @@ inline void register_cpu(py::module_& m) {
   cpu.def("instruction_sets", &instruction_sets);
   cpu.def("instruction_set", [] { return std::string(current().name); });
   cpu.def("use_instruction_set", &use);
-  cpu.def("read_bytes", &read_bytes);
+  cpu.def("rounds_bf16_weights", [] { return current().rounds_bf16_weights; });
+  cpu.def("read_stream", &bound_read);
+  cpu.def("read_gathered", &bound_gather);
+  cpu.def("evict", [](uintptr_t address, int64_t count) {
+    py::gil_scoped_release released;
+    return evict(reinterpret_cast<const char*>(address), count);
+  });
   cpu.def("set_places", &bound_places);
 }
 

@@ -142,22 +142,31 @@ int row_of_task(int rows, int task, First first) {
   return low;
 }
 
-using PartEntry = void (*)(const Call&, int32_t, int32_t, int32_t);
+using PartEntry = void (*)(const Call&, int32_t, int32_t, int32_t, Run);
 
-// A row stays on one memory node, or one of its KV heads where there are fewer rows than nodes.
+// A thread takes a few neighbours at a time, so that each part prefetches the next one's first
+// keys. A row stays on one memory node, or one of its KV heads where there are fewer rows than
+// nodes.
 void run_parts(const Call& c, int parts, int threads, PartEntry entry) {
-  const auto row_at = [&](int task) {
-    return row_of_task(c.B, task, [&](int b) { return c.cuts[b].first_part; });
+  constexpr int kTurns = 8;  // of a thread, so that a slow one leaves little undone
+  const int length = threads > 1 ? std::max(1, parts / (threads * kTurns)) : std::max(1, parts);
+  const auto row_of_part = [&](int part) {
+    return row_of_task(c.B, part, [&](int b) { return c.cuts[b].first_part; });
   };
-  const auto run = [&](int task) {
-    const int row = row_at(task);
-    const Cut& cut = c.cuts[row];
-    entry(c, row, (task - cut.first_part) / cut.n_parts, (task - cut.first_part) % cut.n_parts);
+  const auto take = [&](int turn) {
+    const int begin = turn * length, end = std::min(parts, begin + length);
+    for (int part = begin; part < end; ++part) {
+      const int row = row_of_part(part);
+      const Cut& cut = c.cuts[row];
+      entry(c, row, (part - cut.first_part) / cut.n_parts, (part - cut.first_part) % cut.n_parts,
+            {part == begin || part == cut.first_part, part + 1 == end});
+    }
   };
-  parallel(parts, threads, run, [&](int task) {
-    const Cut& cut = c.cuts[row_at(task)];
+  parallel((parts + length - 1) / length, threads, take, [&](int turn) {
+    const int part = turn * length;
+    const Cut& cut = c.cuts[row_of_part(part)];
     const int unit = c.B > 1 ? cut.n_parts * c.G : cut.n_parts;
-    return cut.first_part + (task - cut.first_part) / unit * unit;
+    return (cut.first_part + (part - cut.first_part) / unit * unit) / length;
   });
 }
 

@@ -37,11 +37,10 @@ VP_INLINE void gather_logits(const Row& row, int kv_head, const BlockKeys<T>& ke
 }
 
 template <class T, int HT>
-static void weigh_part(const Call& c, int row, int kv_head, int index) {
+static void weigh_part(const Call& c, int row, int kv_head, int index, Run run) {
   const Cut& cut = c.cuts[row];
   const int group = c.H / c.G, tiles = head_tiles(group);
-  const int begin = index * cut.part_keys;
-  const int end = cut.keys < begin + cut.part_keys ? cut.keys : begin + cut.part_keys;
+  const PartRange range = range_of_part(cut, index);
   const Part part = part_at(c, part_index(cut, kv_head, index));
   TileState states[kMaxGroup / 4];
   for (int t = 0; t < tiles; ++t) TileState::reset(states[t]);
@@ -50,19 +49,22 @@ static void weigh_part(const Call& c, int row, int kv_head, int index) {
   const int block = block_keys<T>(cut), tiles_of_values = value_tiles(group, c.D);
   Rescales rescales;
   BlockKeys<T> buffers[2];
-  locate(c, cut, row, kv_head, begin, end, buffers[0]);
+  locate(c, cut, row, kv_head, range.begin, range.end, buffers[0]);
   prefetch_logits<T, HT>(c.rows[row], kv_head, buffers[0], tiles);
-  prefetch_all(buffers[0].v, buffers[0].count, c.D);
-  for (int first = begin, turn = 0; first < end; first += block, turn ^= 1) {
-    const BlockKeys<T>& keys = buffers[turn];
+  if (run.is_first) prefetch_all(buffers[0].v, buffers[0].count, c.D);
+  for (int first = range.begin, turn = 0; first < range.end; first += block, turn ^= 1) {
+    BlockKeys<T>& keys = buffers[turn];
     BlockKeys<T>& next = buffers[turn ^ 1];
-    locate(c, cut, row, kv_head, first + block, end, next);
-    prefetch_logits<T, HT>(c.rows[row], kv_head, next, tiles);
+    if (first + block < range.end || run.is_last) {
+      locate(c, cut, row, kv_head, first + block, range.end, next);
+      prefetch_logits<T, HT>(c.rows[row], kv_head, next, tiles);
+    } else {
+      locate_next_part(c, cut, row, kv_head, index, next);
+    }
     gather_logits<T, HT>(c.rows[row], kv_head, keys, tiles, x);
     softmax_block<HT>(tiles, keys.count, nullptr, {1.0f, false}, x, states, rescales);
-    sum_block<T, HT>(c, keys,
-                     Prefetch<T>::make(next.v, next.count, next.adjacent, c.D, tiles_of_values), x,
-                     rescales, part);
+    Prefetch<T> prefetch = Prefetch<T>::make(next.v, nullptr, next.count, c.D, tiles_of_values);
+    sum_block<T, HT>(c, keys, prefetch, x, rescales, part);
   }
   store_part<HT>(states, tiles, part);
 }

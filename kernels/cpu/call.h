@@ -22,6 +22,12 @@ struct Cut {
   int32_t first_part;  // parts of the rows before, over all KV heads
 };
 
+// A part's place among the parts that one thread runs one after the other: it only steers
+// prefetches.
+struct Run {
+  bool is_first, is_last;
+};
+
 struct Row {
   Range visible;
   int32_t n_visual;      // visual tokens among the visible keys
@@ -74,14 +80,26 @@ VP_HD int32_t padded_heads(int32_t group) { return head_tiles(group) * tile_head
 // D rounded up to whole value steps of `unit` columns, so two parts never share a cache line.
 VP_HD int32_t padded_dim(int32_t dim, int32_t unit) { return (dim + unit - 1) / unit * unit; }
 
+// K and V vectors that a probe reads, as a follower must: heads one after the other, keys by a
+// list.
+struct GatherProbe {
+  const char *k, *v;
+  const int32_t* positions;           // [count] ascending
+  int64_t head_stride, token_stride;  // bytes
+  int32_t count, heads;
+  int32_t bytes;  // of a vector
+  int32_t ahead;  // keys from a prefetch to its use; below 0: K and V in blocks of so many
+};
+
 // The kernels of one instruction set; arrays of 3 have one kernel for each DType.
 struct Kernels {
   const char* name;
-  int32_t unit;  // columns of a value step
+  int32_t unit;              // columns of a value step
+  bool rounds_bf16_weights;  // those of V in bfloat16 are rounded to it; else float32
   // One part of one KV head, in one pass: logits, statistics and, if wanted, the sum of V.
-  void (*stream[3])(const Call&, int32_t row, int32_t kv_head, int32_t part);
+  void (*stream[3])(const Call&, int32_t row, int32_t kv_head, int32_t part, Run);
   // The same from stored logits in place of K.
-  void (*weigh[3])(const Call&, int32_t row, int32_t kv_head, int32_t part);
+  void (*weigh[3])(const Call&, int32_t row, int32_t kv_head, int32_t part, Run);
   // Makes the parts of one KV head one, in order, and writes the output.
   void (*merge[3])(const Call&, int32_t row, int32_t kv_head);
   // From the parts of a row to its masses, and what its scores need of each head.
@@ -90,8 +108,10 @@ struct Kernels {
   void (*score)(const Call&, int32_t row, int32_t chunk);
   // Budget and top-K of a row.
   void (*select)(const Call&, int32_t row);
-  // Reads a buffer with the widest loads: the ceiling that benchmarks compare with.
+  // The fastest reads there are, of a buffer and of scattered vectors: the ceilings that benchmarks
+  // compare with. `key`: head * count + index in the list.
   uint64_t (*read)(const void* bytes, int64_t count);
+  uint64_t (*gather)(const GatherProbe&, int64_t first_key, int64_t end_key);
 };
 
 extern const Kernels kBaseline, kAvx2, kAvx512, kAvx512Bf16, kNeon;

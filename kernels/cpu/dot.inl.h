@@ -120,13 +120,13 @@ VP_INLINE Vec logit(Vec dot, const Scaling& s) {
 // Logits x [key tiles, head tiles, kLanes] of a block. Lanes without a key get -inf.
 template <class T, int HT>
 VP_INLINE void dot_block(const Query<T>& q, BlockKeys<T>& keys, int dim, int tiles_of_heads,
-                         const Scaling& scaling, const Prefetch<T>& prefetch, float* x) {
+                         const Scaling& scaling, Prefetch<T>& prefetch, float* x) {
   constexpr int kTileKeys = kLanes / HT, kDotKeys = kDotLanes / HT;
   const int whole = (keys.count + kTileKeys - 1) / kTileKeys * kTileKeys;
   // a partial tile repeats its last key, so every logit comes from the same instructions
   for (int i = keys.count; i < whole; ++i) keys.k[i] = keys.k[keys.count - 1];
   for (int first = 0; first < whole; first += kDotKeys) {
-    Prefetch<T>::fetch_range(prefetch, first, first + kDotKeys);
+    Prefetch<T>::fetch(prefetch, kDotKeys);
     for (int t = 0; t < tiles_of_heads; ++t) {
       Vec out[kDotVecs];
       const auto* heads = q.data + t * HT * q.stride;

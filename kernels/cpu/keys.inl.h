@@ -12,37 +12,66 @@ template <class T>
 struct BlockKeys {
   const T* k[kListBlock];
   const T* v[kListBlock];
-  int32_t position[kListBlock];
+  int32_t position[kListBlock];  // of a list
   int count;
   bool missing[kListBlock];
   bool any_missing;
-  bool adjacent;  // K vectors, and V vectors, follow each other in whole cache lines
 };
 
 alignas(64) static const uint32_t kZeros[kMaxHeadDim] = {};
 
+// `run` keys that follow each other from `slot` of a page on, or of a contiguous cache.
 template <class T>
-VP_INLINE void locate_pages(const Call& c, int row, int kv_head, BlockKeys<T>& keys) {
+VP_INLINE void locate_run(const CacheArgs& a, const T* k, const T* v, int64_t slot, int at, int run,
+                          BlockKeys<T>& keys) {
+  k += slot * a.k_stride.token;
+  v += slot * a.v_stride.token;
+  for (int i = 0; i < run; ++i) {
+    keys.k[at + i] = k + i * a.k_stride.token;
+    keys.v[at + i] = v + i * a.v_stride.token;
+  }
+}
+
+// Positions are divided by the page size in the floating-point unit: exact below 2^31, and an
+// integer division for every key of a list would show.
+struct PageOf {
+  double inverse;
+  int32_t size;
+
+  VP_INLINE int32_t page(const PageOf& p, int32_t position) {
+    return static_cast<int32_t>((position + 0.5) * p.inverse);
+  }
+};
+
+template <class T>
+VP_INLINE void locate_pages(const Call& c, const int32_t* list, int row, int kv_head, int32_t first,
+                            BlockKeys<T>& keys) {
   const CacheArgs& a = c.cache;
   const int32_t* table = a.table + row * a.table_stride;
   const T* k = static_cast<const T*>(a.k) + kv_head * a.k_stride.head;
   const T* v = static_cast<const T*>(a.v) + kv_head * a.v_stride.head;
-  int32_t previous = -2, slot = 0, page = 0;
-  for (int i = 0; i < keys.count; ++i) {
-    const int32_t n = keys.position[i];
-    // a division for every key would show, and neighbours share their page
-    if (n == previous + 1 && slot + 1 < a.page_size) {
-      ++slot;
+  const T* zeros = reinterpret_cast<const T*>(kZeros);
+  const PageOf pages = {1.0 / a.page_size, a.page_size};
+  for (int i = 0; i < keys.count;) {
+    const int32_t position = list != nullptr ? list[i] : first + i;
+    const int32_t number = PageOf::page(pages, position), slot = position - number * a.page_size;
+    const int64_t page = table[number];
+    int run = list != nullptr ? 1 : a.page_size - slot;
+    run = run < keys.count - i ? run : keys.count - i;
+    const bool missing = page < 0 || page >= a.pages;
+    if (missing) {
+      for (int j = 0; j < run; ++j) keys.k[i + j] = keys.v[i + j] = zeros;
     } else {
-      page = table[n / a.page_size];
-      slot = n % a.page_size;
+      locate_run(a, k + page * a.k_stride.outer, v + page * a.v_stride.outer, slot, i, run, keys);
     }
-    previous = n;
-    keys.missing[i] = page < 0 || page >= a.pages;
-    keys.any_missing |= keys.missing[i];
-    const T* zeros = reinterpret_cast<const T*>(kZeros);
-    keys.k[i] = keys.missing[i] ? zeros : k + page * a.k_stride.outer + slot * a.k_stride.token;
-    keys.v[i] = keys.missing[i] ? zeros : v + page * a.v_stride.outer + slot * a.v_stride.token;
+    if (missing != keys.any_missing || missing) {
+      // the flags of the block are only read where one is set
+      if (!keys.any_missing)
+        for (int j = 0; j < i; ++j) keys.missing[j] = false;
+      for (int j = 0; j < run; ++j) keys.missing[i + j] = missing;
+      keys.any_missing = true;
+    }
+    i += run;
   }
 }
 
@@ -58,22 +87,39 @@ VP_INLINE void locate(const Call& c, const Cut& cut, int row, int kv_head, int f
                       BlockKeys<T>& keys) {
   const int block = block_keys<T>(cut);
   keys.count = end - first < block ? (end > first ? end - first : 0) : block;
-  keys.any_missing = keys.adjacent = false;
-  if (cut.attended != nullptr) {
-    for (int i = 0; i < keys.count; ++i) keys.position[i] = cut.attended[first + i];
-  } else {
-    for (int i = 0; i < keys.count; ++i) keys.position[i] = cut.begin + first + i;
-  }
+  keys.any_missing = false;
+  const int32_t* list = cut.attended != nullptr ? cut.attended + first : nullptr;
+  if (list != nullptr)
+    for (int i = 0; i < keys.count; ++i) keys.position[i] = list[i];
   const CacheArgs& a = c.cache;
-  if (a.table != nullptr) return locate_pages(c, row, kv_head, keys);
-  keys.adjacent = cut.attended == nullptr && a.k_stride.token == c.D && a.v_stride.token == c.D &&
-                  c.D * sizeof(T) % kLine == 0;
+  if (a.table != nullptr) return locate_pages(c, list, row, kv_head, cut.begin + first, keys);
   const T* k = static_cast<const T*>(a.k) + row * a.k_stride.outer + kv_head * a.k_stride.head;
   const T* v = static_cast<const T*>(a.v) + row * a.v_stride.outer + kv_head * a.v_stride.head;
+  if (list == nullptr) return locate_run(a, k, v, cut.begin + first, 0, keys.count, keys);
   for (int i = 0; i < keys.count; ++i) {
-    keys.k[i] = k + keys.position[i] * a.k_stride.token;
-    keys.v[i] = v + keys.position[i] * a.v_stride.token;
+    keys.k[i] = k + list[i] * a.k_stride.token;
+    keys.v[i] = v + list[i] * a.v_stride.token;
   }
+}
+
+// Where a part lies in its cut.
+struct PartRange {
+  int begin, end;
+};
+VP_INLINE PartRange range_of_part(const Cut& cut, int index) {
+  const int begin = index * cut.part_keys;
+  return {begin, cut.keys < begin + cut.part_keys ? cut.keys : begin + cut.part_keys};
+}
+
+// The block after a part's last: the first of the next part, if the same thread runs it.
+template <class T>
+VP_INLINE void locate_next_part(const Call& c, const Cut& cut, int row, int kv_head, int index,
+                                BlockKeys<T>& keys) {
+  keys.count = 0;
+  const bool same_head = index + 1 < cut.n_parts;
+  if (!same_head && kv_head + 1 == c.G) return;
+  const PartRange range = range_of_part(cut, same_head ? index + 1 : 0);
+  locate(c, cut, row, kv_head + (same_head ? 0 : 1), range.begin, range.end, keys);
 }
 
 }  // namespace visionpulse::cpu::VP_ISA

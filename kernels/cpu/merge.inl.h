@@ -8,11 +8,15 @@
 
 namespace visionpulse::cpu::VP_ISA {
 
-// Where load_unit puts element d of a vector, and so where the sums hold it.
+// Where the sums hold column d of V: in the order in which Weigh loads a unit.
 VP_INLINE int column_of(const void*, int d) { return d; }
 VP_INLINE int column_of(const bf16*, int d) {
-  const int within = d % kUnit;
-  return d - within + (within & 1) * kWidth + within / 2;
+  const int within = d % kUnit, unit = d - within;
+#if defined(VP_HAS_PAIR_DOT)
+  return unit + within / 4 % 2 * kWidth + within / 8 * 4 + within % 4;
+#else
+  return unit + within % 2 * kWidth + within / 2;
+#endif
 }
 
 // Round to nearest even; overflow becomes infinity, and subnormals are exact.

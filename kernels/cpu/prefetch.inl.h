@@ -8,74 +8,60 @@ namespace visionpulse::cpu::VP_ISA {
 
 constexpr int kLine = 64;  // bytes of a cache line
 
-// Stays rolled: unrolled, or nested in a loop over vectors, it costs a tenth of the bandwidth.
-VP_INLINE void prefetch_stream(const void* from, int lines) {
-  const char* p = static_cast<const char*>(from);
-#pragma GCC unroll 1
-  for (int i = 0; i < lines; ++i) __builtin_prefetch(p + i * kLine, 0, 3);
-}
-
+// Into L2: a prefetch into L1 would hold one of its few miss buffers until memory answers.
 template <int LINES>
 VP_INLINE void prefetch_lines(const void* from) {
   const char* p = static_cast<const char*>(from);
 #pragma GCC unroll 8
-  for (int i = 0; i < LINES; ++i) __builtin_prefetch(p + i * kLine, 0, 3);
+  for (int i = 0; i < LINES; ++i) __builtin_prefetch(p + i * kLine, 0, 2);
 }
 
-// A vector that lies by itself. The common sizes are unrolled.
+// One vector, whole: parts of it would mislead the hardware's prefetcher. The common sizes are
+// unrolled.
 VP_INLINE void prefetch_vector(const void* vector, int lines) {
   if (lines == 4) return prefetch_lines<4>(vector);
   if (lines == 8) return prefetch_lines<8>(vector);
-  prefetch_stream(vector, lines);
+  const char* p = static_cast<const char*>(vector);
+#pragma GCC unroll 1
+  for (int i = 0; i < lines; ++i) prefetch_lines<1>(p + i * kLine);
+}
+
+template <class T>
+VP_INLINE int lines_of(int dim) {
+  return (dim * static_cast<int>(sizeof(T)) + kLine - 1) / kLine;
 }
 
 template <class T>
 VP_INLINE void prefetch_all(const T* const* vectors, int count, int dim) {
-  const int lines = (dim * static_cast<int>(sizeof(T)) + kLine - 1) / kLine;
-  for (int i = 0; i < count; ++i) prefetch_vector(vectors[i], lines);
+  for (int i = 0; i < count; ++i) prefetch_vector(vectors[i], lines_of<T>(dim));
 }
 
-// Prefetches the K or V vectors of a block while another is computed, in memory order. Spread out,
-// because a burst would fill the miss buffers and stall. Scattered vectors are fetched whole,
-// because parts of them mislead the hardware's prefetcher.
+// Prefetches the vectors of the next block while one is computed. Spread out, because a burst would
+// fill the miss buffers and stall.
 template <class T>
 struct Prefetch {
-  const T* const* vectors;
-  int count;      // vectors
+  const T *const *k, *const *v;
+  int count;      // vectors, K and V together
   int lines;      // of a vector
-  int step;       // lines to fetch for each key of a value tile
-  bool adjacent;  // each vector begins where the one before ends
-  int next, next_line;
+  int passes;     // calls of `fetch` for each key of the block being computed
+  bool by_turns;  // K and V lie in one row, and are fetched by turns; else all K first
+  int next, due;
 
-  // `tiles`: value tiles that pass over the block being computed.
-  VP_INLINE Prefetch make(const T* const* vectors, int count, bool adjacent, int dim, int tiles) {
-    const int lines = (dim * static_cast<int>(sizeof(T)) + kLine - 1) / kLine;
-    return {vectors, count, lines, (lines + tiles - 1) / tiles, adjacent, 0, 0};
+  // Without V: v is nullptr.
+  VP_INLINE Prefetch make(const T* const* k, const T* const* v, int keys, int dim, int passes) {
+    const bool by_turns = v != nullptr && keys > 0 && v[0] == k[0] + dim;
+    return {k, v, v != nullptr ? 2 * keys : keys, lines_of<T>(dim), passes, by_turns, 0, 0};
   }
 
-  // The vectors [first, end).
-  VP_INLINE void fetch_range(const Prefetch& p, int first, int end) {
-    end = end < p.count ? end : p.count;
-    if (first >= end) return;
-    if (p.adjacent) return prefetch_stream(p.vectors[first], (end - first) * p.lines);
-    for (int i = first; i < end; ++i) prefetch_vector(p.vectors[i], p.lines);
-  }
-
-  // One step of adjacent vectors.
-  VP_INLINE void fetch_step(Prefetch& p) {
-    if (p.next == p.count) return;
-    prefetch_stream(reinterpret_cast<const char*>(p.vectors[p.next]) + p.next_line * kLine, p.step);
-    p.next_line += p.step;
-    if (p.next_line < p.lines) return;
-    p.next_line = 0;
-    ++p.next;
-  }
-
-  // The whole vectors that `keys` steps complete.
-  VP_INLINE void fetch_scattered(Prefetch& p, int keys) {
-    for (p.next_line += keys * p.step; p.next_line >= p.lines && p.next < p.count;
-         p.next_line -= p.lines)
-      prefetch_vector(p.vectors[p.next++], p.lines);
+  VP_INLINE void fetch(Prefetch& p, int keys) {
+    for (p.due += p.v != nullptr ? 2 * keys : keys; p.due >= p.passes && p.next < p.count;
+         p.due -= p.passes, ++p.next) {
+      const int half = p.count / 2;
+      const T* vector = p.v == nullptr ? p.k[p.next]
+                        : p.by_turns   ? (p.next % 2 != 0 ? p.v : p.k)[p.next / 2]
+                                       : (p.next < half ? p.k[p.next] : p.v[p.next - half]);
+      prefetch_vector(vector, p.lines);
+    }
   }
 };
 

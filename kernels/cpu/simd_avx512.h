@@ -117,9 +117,39 @@ VP_INLINE void load_tail(const f16* p, int n, Vec& a, Vec& b) {
 struct Pairs {
   __m512bh x;
 };
+// Lanes of two tiles in the order of pack_weights.
+template <int HT>
+struct Neighbours {
+  alignas(64) uint16_t lane[32];
+  constexpr Neighbours() : lane() {
+    for (int i = 0; i < 32; ++i)
+      lane[i] = static_cast<uint16_t>((i / 2 / HT * 2 + i % 2) * HT + i / 2 % HT);
+  }
+};
 VP_INLINE Pairs load_pairs(const bf16* p) { return {(__m512bh)_mm512_loadu_si512(p)}; }
 VP_INLINE Pairs load_pairs_tail(const bf16* p, int n) { return {(__m512bh)load_tail_pairs(p, n)}; }
 VP_INLINE Vec dot_pairs(Vec acc, Pairs q, Pairs k) { return _mm512_dpbf16_ps(acc, q.x, k.x); }
+// The pairs (x[i], y[i]) of a unit: of columns 0 to 3 of each 8, then of columns 4 to 7.
+VP_INLINE void interleave(Pairs x, Pairs y, Pairs& a, Pairs& b) {
+  a.x = (__m512bh)_mm512_unpacklo_epi16((__m512i)x.x, (__m512i)y.x);
+  b.x = (__m512bh)_mm512_unpackhi_epi16((__m512i)x.x, (__m512i)y.x);
+}
+VP_INLINE Pairs repeat_pair(const float* pair) {
+  return {(__m512bh)_mm512_castps_si512(_mm512_set1_ps(*pair))};
+}
+// From weights p [tiles, 16 lanes], lane = key * HT + head, to bfloat16 pairs of neighbouring keys
+// [tiles, 8], each with its head at key / 2 * HT + head.
+template <int HT>
+VP_INLINE void pack_weights(const float* p, int p_stride, int tiles, float* pairs) {
+  static constexpr Neighbours<HT> neighbours;
+  const __m512i order = _mm512_load_si512(neighbours.lane);
+  for (int i = 0; i < tiles; i += 2) {
+    const Vec low = vload(p + i * p_stride);
+    const Vec high = i + 1 < tiles ? vload(p + (i + 1) * p_stride) : vzero();
+    const __m512i rounded = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+    _mm512_store_si512(pairs + i * 8, _mm512_permutexvar_epi16(order, rounded));
+  }
+}
 #endif
 
 // Writes base + i for each code above the pivot and for the first `ties` equal to it. Returns how

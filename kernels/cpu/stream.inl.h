@@ -8,10 +8,10 @@
 //   key tile 0  k0h0 k0h1 k0h2 k0h3 k1h0 .. k3h3   k0h4 k0h5 k0h6 k0h7 k1h4 .. k3h7
 //   key tile 1  k4h0 k4h1 k4h2 k4h3 k5h0 .. k7h3   k4h4 k4h5 k4h6 k4h7 k5h4 .. k7h7
 //
-//   dot_block      x = logits of Q K^T        prefetches V of this block
+//   dot_block      x = logits of Q K^T        prefetches K of the next block
 //   store_logits   x to memory, for score
 //   softmax_block  x = weights                updates max and sums, lane by lane
-//   sum_block      acc += weights * V         prefetches K of the next block
+//   sum_block      acc += weights * V         prefetches V of the next block
 #pragma once
 
 #include "kernels/common/visual_spans.h"
@@ -28,11 +28,10 @@ VP_INLINE void store_logits(const Call& c, const Row& row, int kv_head, int firs
 }
 
 template <class T, int HT>
-static void stream_part(const Call& c, int row, int kv_head, int index) {
+static void stream_part(const Call& c, int row, int kv_head, int index, Run run) {
   const Cut& cut = c.cuts[row];
   const int group = c.H / c.G, tiles = head_tiles(group), heads = tiles * HT;
-  const int begin = index * cut.part_keys;
-  const int end = cut.keys < begin + cut.part_keys ? cut.keys : begin + cut.part_keys;
+  const PartRange range = range_of_part(cut, index);
   const Part part = part_at(c, part_index(cut, kv_head, index));
   const Scaling scaling = scaling_of(c.score);
   const SoftmaxArgs args = {1.0f / c.score.tau, c.store_logits};
@@ -44,23 +43,28 @@ static void stream_part(const Call& c, int row, int kv_head, int index) {
   BlockVisual visual;
   visual.content = Content::kText;
   const int32_t* spans = c.visual.spans + int64_t{row} * c.visual.spans_per_row * 2;
-  int span = args.at_tau ? span_after(spans, c.visual.spans_per_row, cut.begin + begin) : 0;
+  int span = args.at_tau ? span_after(spans, c.visual.spans_per_row, cut.begin + range.begin) : 0;
 
   const int block = block_keys<T>(cut), tiles_of_values = value_tiles(group, c.D);
   alignas(64) float x[kListBlock * kMaxGroup];
   Rescales rescales;
   BlockKeys<T> buffers[2];
-  locate(c, cut, row, kv_head, begin, end, buffers[0]);
+  locate(c, cut, row, kv_head, range.begin, range.end, buffers[0]);
   // the hardware's prefetcher finds the first keys of a stream, but not those of a list
-  if (cut.attended != nullptr) prefetch_all(buffers[0].k, buffers[0].count, c.D);
-  for (int first = begin, turn = 0; first < end; first += block, turn ^= 1) {
+  if (cut.attended != nullptr && run.is_first) {
+    prefetch_all(buffers[0].k, buffers[0].count, c.D);
+    if (c.with_values) prefetch_all(buffers[0].v, buffers[0].count, c.D);
+  }
+  for (int first = range.begin, turn = 0; first < range.end; first += block, turn ^= 1) {
     BlockKeys<T>& keys = buffers[turn];
     BlockKeys<T>& next = buffers[turn ^ 1];
-    locate(c, cut, row, kv_head, first + block, end, next);
-    // V of this block while its K is multiplied, then K of the next while V is summed
-    const Prefetch<T> prefetch = c.with_values
-                                     ? Prefetch<T>::make(keys.v, keys.count, keys.adjacent, c.D, 1)
-                                     : Prefetch<T>::make(next.k, next.count, next.adjacent, c.D, 1);
+    if (first + block < range.end || run.is_last) {
+      locate(c, cut, row, kv_head, first + block, range.end, next);
+    } else {
+      locate_next_part(c, cut, row, kv_head, index, next);
+    }
+    Prefetch<T> prefetch = Prefetch<T>::make(next.k, c.with_values ? next.v : nullptr, next.count,
+                                             c.D, c.with_values ? 1 + tiles_of_values : 1);
     dot_block<T, HT>(q, keys, c.D, tiles, scaling, prefetch, x);
     if (args.at_tau) {
       find_visual<HT>(c.visual, row, cut.begin + first, keys.count, span, visual);
@@ -69,10 +73,7 @@ static void stream_part(const Call& c, int row, int kv_head, int index) {
         store_logits(c, c.rows[row], kv_head, first, x, floats);
     }
     softmax_block<HT>(tiles, keys.count, &visual, args, x, states, rescales);
-    if (c.with_values)
-      sum_block<T, HT>(c, keys,
-                       Prefetch<T>::make(next.k, next.count, next.adjacent, c.D, tiles_of_values),
-                       x, rescales, part);
+    if (c.with_values) sum_block<T, HT>(c, keys, prefetch, x, rescales, part);
   }
   store_part<HT>(states, tiles, part);
 }

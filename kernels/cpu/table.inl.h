@@ -11,26 +11,26 @@ namespace visionpulse::cpu::VP_ISA {
 
 // Head tiles of 1, 2 or 4, by the group size.
 template <class T>
-static void stream_any(const Call& c, int row, int kv_head, int part) {
+static void stream_any(const Call& c, int row, int kv_head, int part, Run run) {
   switch (tile_heads(c.H / c.G)) {
     case 1:
-      return stream_part<T, 1>(c, row, kv_head, part);
+      return stream_part<T, 1>(c, row, kv_head, part, run);
     case 2:
-      return stream_part<T, 2>(c, row, kv_head, part);
+      return stream_part<T, 2>(c, row, kv_head, part, run);
     default:
-      return stream_part<T, 4>(c, row, kv_head, part);
+      return stream_part<T, 4>(c, row, kv_head, part, run);
   }
 }
 
 template <class T>
-static void weigh_any(const Call& c, int row, int kv_head, int part) {
+static void weigh_any(const Call& c, int row, int kv_head, int part, Run run) {
   switch (tile_heads(c.H / c.G)) {
     case 1:
-      return weigh_part<T, 1>(c, row, kv_head, part);
+      return weigh_part<T, 1>(c, row, kv_head, part, run);
     case 2:
-      return weigh_part<T, 2>(c, row, kv_head, part);
+      return weigh_part<T, 2>(c, row, kv_head, part, run);
     default:
-      return weigh_part<T, 4>(c, row, kv_head, part);
+      return weigh_part<T, 4>(c, row, kv_head, part, run);
   }
 }
 
@@ -51,10 +51,12 @@ static void score_any(const Call& c, int row, int chunk) {
 #define VP_KERNELS(NAME)                                      \
   {NAME,                                                      \
    kUnit,                                                     \
+   Weigh<bf16>::kKeys == 2,                                   \
    {stream_any<float>, stream_any<bf16>, stream_any<f16>},    \
    {weigh_any<float>, weigh_any<bf16>, weigh_any<f16>},       \
    {merge_parts<float>, merge_parts<bf16>, merge_parts<f16>}, \
    row_statistics,                                            \
    score_any,                                                 \
    select_row,                                                \
-   read_bytes}
+   read_bytes,                                                \
+   read_scattered}

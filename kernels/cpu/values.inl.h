@@ -7,12 +7,47 @@
 
 namespace visionpulse::cpu::VP_ISA {
 
+// How weights and V of a storage type are multiplied: a key at a time in float32, unless the CPU
+// multiplies pairs of the type itself.
+template <class T>
+struct Weigh {
+  static constexpr int kKeys = 1;  // of a step
+  using Value = Vec;
+  VP_INLINE void load(const T* const* v, int column, Vec& a, Vec& b) {
+    load_unit(v[0] + column, a, b);
+  }
+  VP_INLINE void load_rest(const T* const* v, int column, int n, Vec& a, Vec& b) {
+    load_tail(v[0] + column, n, a, b);
+  }
+  VP_INLINE Vec weight(const float* p) { return vset(*p); }
+  VP_INLINE Vec add(Vec sum, Vec weight, Vec value) { return vfma(weight, value, sum); }
+};
+
+#if defined(VP_HAS_PAIR_DOT)
+// Two keys a step: half the multiplications, with weights rounded to bfloat16.
+template <>
+struct Weigh<bf16> {
+  static constexpr int kKeys = 2;
+  using Value = Pairs;
+  VP_INLINE void load(const bf16* const* v, int column, Pairs& a, Pairs& b) {
+    interleave(load_pairs(v[0] + column), load_pairs(v[1] + column), a, b);
+  }
+  VP_INLINE void load_rest(const bf16* const* v, int column, int n, Pairs& a, Pairs& b) {
+    interleave(load_pairs_tail(v[0] + column, n), load_pairs_tail(v[1] + column, n), a, b);
+  }
+  VP_INLINE Pairs weight(const float* p) { return repeat_pair(p); }
+  VP_INLINE Vec add(Vec sum, Pairs weight, Pairs value) { return dot_pairs(sum, weight, value); }
+};
+#endif
+
 // acc[h] = acc[h] * rescale[h] + sum over keys of p[key, h] * v[key], for NH heads and UNITS units
 // of columns. A block is summed from zero and then added, which also keeps rounding errors small.
+// p [key tiles, steps, HT].
 template <class T, int HT, int NH, int UNITS, bool TAIL>
 VP_INLINE void value_tile(const T* const* values, int keys, Prefetch<T>& prefetch, const float* p,
                           int p_stride, int dim, int column, const float* rescale, float* acc,
                           int acc_stride) {
+  using W = Weigh<T>;
   constexpr int kTileKeys = kLanes / HT;
   Prefetch<T> local = prefetch;  // in registers
   Vec sum[NH][2 * UNITS];
@@ -20,21 +55,20 @@ VP_INLINE void value_tile(const T* const* values, int keys, Prefetch<T>& prefetc
     for (int u = 0; u < 2 * UNITS; ++u) sum[h][u] = vzero();
   for (int first = 0; first < keys; first += kTileKeys, p += p_stride) {
     const int n = keys - first < kTileKeys ? keys - first : kTileKeys;
-    if (!local.adjacent) Prefetch<T>::fetch_scattered(local, n);
-    for (int i = 0; i < n; ++i) {
-      if (local.adjacent) Prefetch<T>::fetch_step(local);
-      const T* v = values[first + i] + column;
-      Vec x[2 * UNITS];
+    Prefetch<T>::fetch(local, n);
+    for (int i = 0; i < n; i += W::kKeys) {
+      const T* const* v = values + first + i;
+      typename W::Value x[2 * UNITS];
       for (int u = 0; u < UNITS; ++u) {
         if (TAIL) {
-          load_tail(v + u * kUnit, dim - column, x[2 * u], x[2 * u + 1]);
+          W::load_rest(v, column + u * kUnit, dim - column, x[2 * u], x[2 * u + 1]);
         } else {
-          load_unit(v + u * kUnit, x[2 * u], x[2 * u + 1]);
+          W::load(v, column + u * kUnit, x[2 * u], x[2 * u + 1]);
         }
       }
       for (int h = 0; h < NH; ++h) {
-        const Vec weight = vset(p[i * HT + h]);
-        for (int u = 0; u < 2 * UNITS; ++u) sum[h][u] = vfma(weight, x[u], sum[h][u]);
+        const auto weight = W::weight(p + i / W::kKeys * HT + h);
+        for (int u = 0; u < 2 * UNITS; ++u) sum[h][u] = W::add(sum[h][u], weight, x[u]);
       }
     }
   }
@@ -89,15 +123,27 @@ static void add_values(const T* const* values, int keys, Prefetch<T>& prefetch, 
   }
 }
 
-// All heads of a block, into the part's sums.
+// All heads of a block, into the part's sums. Lanes of x without a key have weight 0.
 template <class T, int HT>
-VP_INLINE void sum_block(const Call& c, const BlockKeys<T>& keys, Prefetch<T> prefetch,
-                         const float* p, const Rescales& rescales, const Part& part) {
+VP_INLINE void sum_block(const Call& c, BlockKeys<T>& keys, Prefetch<T>& prefetch, const float* x,
+                         const Rescales& rescales, const Part& part) {
   const int group = c.H / c.G, tiles = head_tiles(group), columns = padded_dim(c.D, kUnit);
+  if (Weigh<T>::kKeys == 2 && keys.count % 2 != 0)
+    keys.v[keys.count] = reinterpret_cast<const T*>(kZeros);
   for (int t = 0; t < tiles; ++t) {
     const int heads = group - t * HT < HT ? group - t * HT : HT;
-    add_values<T, HT>(keys.v, keys.count, prefetch, p + t * kLanes, tiles * kLanes, c.D, heads,
-                      rescales.tile[t], part.acc + t * HT * columns, columns);
+    const float* p = x + t * kLanes;
+    int p_stride = tiles * kLanes;
+#if defined(VP_HAS_PAIR_DOT)
+    alignas(64) float pairs[kListBlock / 2 * HT + kLanes];
+    if (Weigh<T>::kKeys == 2) {
+      pack_weights<HT>(p, p_stride, (keys.count * HT + kLanes - 1) / kLanes, pairs);
+      p = pairs;
+      p_stride = kLanes / 2;
+    }
+#endif
+    add_values<T, HT>(keys.v, keys.count, prefetch, p, p_stride, c.D, heads, rescales.tile[t],
+                      part.acc + t * HT * columns, columns);
   }
 }
 

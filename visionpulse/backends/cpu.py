@@ -81,6 +81,9 @@ class CpuBackend(NativeBackend):
             return f"it computes on the CPU, the scores are on {scored.scores.device}"
         return pack.refuses_scores(scored.scores)
 
+    def rounds_weights(self, dtype: torch.dtype) -> bool:
+        return dtype == torch.bfloat16 and bool(_entries().rounds_bf16_weights())
+
     def _run(
         self,
         stage: str,

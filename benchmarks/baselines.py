@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import visionpulse as vp
 from visionpulse.bench.torch_forms import gathered, grouped
+from visionpulse.bench.vllm_form import VllmForm
 from visionpulse.testing import Case
 from visionpulse.testing.compare import Exact, assert_output
 
@@ -166,6 +167,7 @@ def onnxruntime_dense(q: Tensor, kv: vp.KVCache) -> Tensor:
     return attend(q, kv)
 
 
+VLLM = VllmForm()
 _CUDA, _FLOATS = ("cuda",), (torch.bfloat16, torch.float16)
 FORMS = {
     form.name: form
@@ -178,6 +180,7 @@ FORMS = {
         Form("flex-attention", flex_dense, FlexSparse(), is_slow_to_make=True),
         Form("xformers", xformers_dense, needs="xformers", devices=_CUDA, dtypes=_FLOATS),
         Form("flashinfer", FlashInfer(), needs="flashinfer", devices=_CUDA, dtypes=_FLOATS),
+        Form("vllm-cpu", VLLM, needs="vllm", devices=("cpu",)),
         Form(
             "onnxruntime", onnxruntime_dense, needs="onnxruntime", devices=("cpu",),
             dtypes=(torch.float32, torch.float16), is_slow_to_make=True,

@@ -240,7 +240,10 @@ def run(bench: Bench, shape: Shape, dtype: torch.dtype, options: argparse.Namesp
     if forms:
         theirs, missing = single_layers(bench, layers, forms, selection)
         singles |= theirs
-    times, ceilings = bench.time({**steps, **singles}, dtype, shape.head_dim * dtype.itemsize)
+    positions = attended_positions(layers.kv[0], layers.visual, selection)[0]
+    times, ceilings = bench.time(
+        {**steps, **singles}, dtype, shape.head_dim * dtype.itemsize, layers, positions
+    )
     made = {
         name: parts
         for name, parts in recipes(ours, forms, count).items()
@@ -271,7 +274,7 @@ def run(bench: Bench, shape: Shape, dtype: torch.dtype, options: argparse.Namesp
             facts[name]["composed"] = composition
     bench.add(
         "decode", shape.name, dtype, whole, ceilings, baseline=PLAIN, facts=facts,
-        bytes_={name: work[name].bytes for name in whole},
+        work={name: work[name] for name in whole},
         launches={name: launches_of(step, device) for name, step in ours.items()},
     )  # fmt: skip
 

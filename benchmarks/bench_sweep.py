@@ -50,7 +50,7 @@ def run(bench: Bench, shape: Shape, dtype: torch.dtype, retentions: tuple[float,
     variants = {
         name: bench.captured_layers(layer, len(layers), name) for name, layer in variants.items()
     }
-    times, ceilings = bench.time(variants, dtype, shape.head_dim * dtype.itemsize)
+    times, ceilings = bench.time(variants, dtype, shape.head_dim * dtype.itemsize, layers)
     facts = {
         name: {
             "visual": shape.visual,
@@ -64,7 +64,7 @@ def run(bench: Bench, shape: Shape, dtype: torch.dtype, retentions: tuple[float,
     }
     return bench.add(
         "sweep", shape.name, dtype, {name: times[name] for name in work}, ceilings, facts=facts,
-        bytes_={name: w.bytes for name, w in work.items()},
+        work=work,
     )  # fmt: skip
 
 

@@ -4,18 +4,21 @@ import argparse
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from baselines import PLAIN, Form, check
+from baselines import PLAIN, VLLM, Form, check
 from torch import Tensor
 
 import visionpulse as vp
 from visionpulse.backends import get, names
 from visionpulse.bench import rows as rows_
 from visionpulse.bench.ceilings import Ceilings, Limits
+from visionpulse.bench.cold import can_evict
+from visionpulse.bench.cost import Work
+from visionpulse.bench.layers import Layers
 from visionpulse.bench.progress import progress_bar
 from visionpulse.bench.rows import DTYPES, Machine, Row
 from visionpulse.bench.timing import Times, interleaved
@@ -169,17 +172,36 @@ class Bench:
         return lambda turn: replays[turn % count](turn)
 
     def time(
-        self, variants: Mapping[str, Variant], dtype: torch.dtype, row_bytes: int
+        self,
+        variants: Mapping[str, Variant],
+        dtype: torch.dtype,
+        row_bytes: int,
+        layers: Layers | None = None,
+        positions: Tensor | None = None,
     ) -> tuple[dict[str, Times], Limits]:
-        """Time all variants in one interleaved run, the ceilings among them."""
+        """Time all variants in one interleaved run, the ceilings among them.
+
+        With `layers` their tensors are cold, and the gather reads `positions` [n] of them, as a
+        follower does.
+        """
         self.machine = Machine.here(self.device)  # with the load of now
-        ceilings = Ceilings(self.device, dtype, row_bytes)
+        kv = None if layers is None else layers.kv[0]
+        ceilings = Ceilings(self.device, dtype, row_bytes, kv, positions)
         rounds = self.options.rounds
+
+        def memory(name: str, turn: int) -> Sequence[Tensor]:
+            own = ceilings.memory(name)
+            if own is not None:
+                return own
+            return (
+                [] if layers is None else [*layers.memory(turn), *VLLM.memory(layers.at(turn)[1])]
+            )
 
         tick = progress_bar(not self.options.quiet)
         times = interleaved(
             {**ceilings.variants(), **variants}, rounds, device=self.device,
             on_round=lambda played: tick("rounds", played, rounds),
+            cold=memory if can_evict(self.device) else None,
         )  # fmt: skip
         return times, ceilings.limits(times)
 
@@ -192,18 +214,22 @@ class Bench:
         ceilings: Limits,
         *,
         baseline: str = PLAIN,
+        work: Mapping[str, Work] | None = None,
         **more: Any,
     ) -> list[Row]:
-        """Make rows of a run, print them and keep them."""
+        """Make rows of a run, print them and keep them; the ceiling of each is of its own work."""
         made = rows_.rows_of(
             bench, shape, dtype, times, self.machine, baseline=baseline, ceiling=ceilings.read,
-            **more,
+            ceilings={name: ceilings.of(one) for name, one in (work or {}).items()},
+            bytes_={name: one.bytes for name, one in (work or {}).items()}, **more,
         )  # fmt: skip
         self.rows += made
         if not self.options.quiet:
             print(rows_.table(made))
             load = f"load {self.machine.load:g}, {self.machine.threads} thread(s)"
-            print(f"ceiling: {ceilings.read.name}, {ceilings.read.gb_s:.1f} GB/s; {load}\n")
+            limits = f"{ceilings.read.name} {ceilings.read.gb_s:.1f} GB/s, "
+            limits += f"{ceilings.gather.name} {ceilings.gather.gb_s:.1f} GB/s"
+            print(f"ceilings: {limits}; {load}\n")
         return made
 
     def finish(self) -> None:

@@ -123,7 +123,7 @@ def test_the_goals_are_ratios_of_what_was_timed(run, tmp_path, monkeypatch):
     sdpa = ("--baselines", "torch-sdpa-grouped")
     # a share of 100 lets any ratio pass: this is no place for a clock
     said = run("bench_layers.py", "--goals", "100", "--shapes", GOAL_SHAPE, *small, *sdpa)
-    assert len(re.findall(f"^holds  {GOAL_SHAPE} bf16  ", said, re.M)) == 6, said
+    assert len(re.findall(f"^holds  {GOAL_SHAPE} bf16  ", said, re.M)) == 5, said
     found = {row.backend: row for row in rows.read(out) if row.bench == "dense"}
     assert 0.9 * found["cpu"].bytes < found["stream-read"].bytes < found["cpu"].bytes
     run("bench_layers.py", "--goals", "--shapes", "b1-1k", *small, *sdpa, ok=False)  # states none
@@ -135,7 +135,7 @@ def test_a_goal_is_short_on_its_own_side(run):
 
     def lines(**best):
         times = {name: Times((1.0,)) for name in ("dense/stream-read", "dense/cpu")}
-        times["anchor/cpu:dense-output"] = Times((1.2,))
+        times["anchor/cpu:dense-output"] = Times((1.05,))
         times |= {f"dense/{name.replace('_', '-')}": Times((t,)) for name, t in best.items()}
         return list(bench_layers.judged(times, GOAL_SHAPE, torch.float32, 0.0))
 

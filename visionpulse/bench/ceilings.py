@@ -1,22 +1,29 @@
 """The limits of this machine, measured in the same run as the times compared with them.
 
-`read` streams more bytes than any cache holds, `gather` reads rows of one token and head at random
-places, as a follower must, `compute` multiplies large matrices. All are bests: a ceiling lowered by
-a busy neighbour would flatter what runs below it.
+`read` streams bytes, `gather` reads K and V of text and kept tokens where they lie, as a follower
+must, `compute` multiplies large matrices. On a CPU both reads are native loops of the widest loads
+on torch's count of threads, over cold memory; the gather takes the fastest of a few orders and
+prefetch distances. All are bests: a ceiling lowered by a busy neighbour would flatter what runs
+below it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .cost import Roof
+from .. import _native
+from ..cache import KVCache
+from .cost import Roof, Work
 from .rows import Ceiling
 from .timing import Times, interleaved
 
 _READ_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
 _SIDE = {"cpu": 1024, "cuda": 8192}
+# Keys ahead; below 0 K and V are read in blocks of so many.
+_AHEAD = (16, 64, 256, -64, -128)
+_PREFIX = "ceiling:"
 
 
 class Limits(NamedTuple):
@@ -31,52 +38,107 @@ class Limits(NamedTuple):
         """The same limits for the cost model."""
         return Roof(self.read.gb_s * 1e9, self.compute, self.gather.gb_s * 1e9)
 
+    def of(self, work: Work) -> Ceiling:
+        """What one op is limited by: bytes in order at `read`, scattered ones at `gather`."""
+        if not work.gathered:
+            return self.read
+        if not work.streamed:
+            return self.gather
+        seconds = work.streamed / self.read.gb_s + work.gathered / self.gather.gb_s
+        return Ceiling(f"{self.read.name} and {self.gather.name}", work.bytes / seconds)
+
 
 class Ceilings:
     """Variants to interleave with a benchmark's own, and what they say once timed."""
 
-    def __init__(self, device: torch.device | str, dtype: torch.dtype, row_bytes: int) -> None:
+    def __init__(
+        self,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        row_bytes: int,
+        kv: KVCache | None = None,
+        positions: Tensor | None = None,
+    ) -> None:
+        """Gather `positions` [n] of row 0 of a contiguous `kv`, by default random rows."""
         self.device, self.dtype, self.row_bytes = torch.device(device), dtype, row_bytes
         kind = self.device.type
         self._bytes = _READ_BYTES[kind]
         self._data = torch.ones(self._bytes // 4, device=self.device)
-        width = max(1, row_bytes // 4)
-        self._rows = self._data[: self._data.numel() // width * width].view(-1, width)
-        generator = torch.Generator(self.device).manual_seed(0)
-        picked = max(1, len(self._rows) // 20)
-        places = torch.randperm(len(self._rows), generator=generator, device=self.device)
-        self._places = places[:picked].sort().values
         side = _SIDE[kind]
         self._matrix = torch.ones(side, side, device=self.device, dtype=dtype)
+        self._native = kind == "cpu" and _native.failure() is None
+        width = max(1, row_bytes // 4)
+        rows = self._data[: self._data.numel() // width * width].view(-1, width)
+        generator = torch.Generator(self.device).manual_seed(0)
+        picked = max(1, len(rows) // 40)
+        places = torch.randperm(len(rows) // 2, generator=generator, device=self.device)
+        self._rows, self._places = rows, places[:picked].sort().values
+        if kv is None or positions is None:
+            half = rows.view(1, 1, -1, width)[:, :, : len(rows) // 2 * 2]
+            k, v = half.chunk(2, 2)
+            self._kv, self._positions = KVCache(k, v), self._places.int()
+        else:
+            self._kv, self._positions = kv, positions.to(self.device, torch.int32).contiguous()
 
     def variants(self) -> dict[str, Callable[[int], object]]:
         """What to time, under names that start with `ceiling:`."""
-        return {
-            "ceiling:read": lambda _: self._read(),
-            "ceiling:gather": lambda _: self._rows.index_select(0, self._places),
-            "ceiling:compute": lambda _: self._matrix @ self._matrix,
-        }
 
-    def _read(self) -> Tensor:
+        def gather(ahead: int) -> Callable[[int], object]:
+            return lambda _: self._gather(ahead)
+
+        gathers = {f"gather:{ahead}": gather(ahead) for ahead in _AHEAD}
+        if not self._native:
+            gathers = {"gather": lambda _: self._rows.index_select(0, self._places)}
+        all_ = {
+            "read": lambda _: self._read(),
+            **gathers,
+            "compute": lambda _: self._matrix @ self._matrix,
+        }
+        return {_PREFIX + name: variant for name, variant in all_.items()}
+
+    def memory(self, name: str) -> Sequence[Tensor] | None:
+        """What a variant of ours reads; None for another's."""
+        if not name.startswith(_PREFIX):
+            return None
+        return [self._data] if name == _PREFIX + "read" else [self._kv.k, self._kv.v]
+
+    def _read(self) -> object:
         if self.device.type == "cuda":  # a copy: reads and writes at the rate of the memory
             half = len(self._data) // 2
             return self._data[:half].copy_(self._data[half:])
+        if self._native:
+            return _native.module().cpu.read_stream(
+                self._data.data_ptr(), self._bytes, torch.get_num_threads()
+            )
         return self._data.sum()
+
+    def _gather(self, ahead: int) -> object:
+        k, v = self._kv.k, self._kv.v
+        keys = (
+            *(k.data_ptr(), v.data_ptr(), self._positions.data_ptr()),
+            *(k.stride(1) * k.itemsize, k.stride(2) * k.itemsize),
+            *(len(self._positions), k.shape[1], k.shape[3] * k.itemsize, ahead),
+        )
+        return _native.module().cpu.read_gathered(keys, torch.get_num_threads())
+
+    @property
+    def _gathered(self) -> int:
+        if not self._native:
+            return self._places.numel() * self._rows.shape[1] * 4
+        k = self._kv.k
+        return 2 * len(self._positions) * k.shape[1] * k.shape[3] * k.itemsize
 
     def limits(self, times: dict[str, Times]) -> Limits:
         """What the timed variants say: bytes streamed, bytes gathered, operations per second."""
         kind = "copy" if self.device.type == "cuda" else "read"
-        gathered = self._places.numel() * self._rows.shape[1] * 4
+        gather = min(t.best for name, t in times.items() if name.startswith(_PREFIX + "gather"))
         return Limits(
             Ceiling(
                 f"{kind} of {self._bytes >> 20} MiB",
-                self._bytes / times["ceiling:read"].best / 1e9,
+                self._bytes / times[_PREFIX + "read"].best / 1e9,
             ),
-            Ceiling(
-                f"gather of {self.row_bytes}-byte rows",
-                gathered / times["ceiling:gather"].best / 1e9,
-            ),
-            2 * self._matrix.shape[0] ** 3 / times["ceiling:compute"].best,
+            Ceiling(f"gather of {self.row_bytes}-byte rows", self._gathered / gather / 1e9),
+            2 * self._matrix.shape[0] ** 3 / times[_PREFIX + "compute"].best,
         )
 
 

@@ -92,3 +92,8 @@ class Layers:
     def at(self, turn: int) -> tuple[Tensor, KVCache]:
         """The inputs of one turn."""
         return self.q[turn % len(self.q)], self.kv[turn % len(self.kv)]
+
+    def memory(self, turn: int) -> list[Tensor]:
+        """What a layer reads in one turn."""
+        q, kv = self.at(turn)
+        return [q, kv.k, kv.v]

@@ -61,7 +61,7 @@ def roofline(
     begin = min(at) / 2.5
     _roof(axes, roof.read, roof.compute, begin, end, "-", "read")
     if roof.gather:
-        _roof(axes, roof.gather, roof.compute, begin, end, ":", "torch's gather")
+        _roof(axes, roof.gather, roof.compute, begin, end, ":", "gather")
     contexts = list(dict.fromkeys(point.context for point in points))
     forms = list(dict.fromkeys(point.form for point in points))
     for number, form in enumerate(forms):

@@ -110,7 +110,7 @@ class GainReport:
             f"{machine.device}, {machine.isa}, {machine.threads} thread(s), "
             f"load {machine.load:g} before the run; {machine.clock_note.split(',')[0]}\n"
             f"ceilings: {self.measured[0].limits.read.name} {roof.read / 1e9:.1f} GB/s, "
-            f"torch's gather {(roof.gather or 0) / 1e9:.1f} GB/s, "
+            f"gather {(roof.gather or 0) / 1e9:.1f} GB/s, "
             f"product {roof.compute / 1e9:,.0f} GFLOP/s\n\n"
             f"Attention of one decode step, bests of {min(rounds)} to {max(rounds)} rounds:\n"
             "torch (as models call it, and in its best form), then ours.\n"

@@ -51,7 +51,7 @@ class Machine:
             clock = "clocks not locked; L2 overwritten before each call"
         else:
             name, isa = f"{_cpu_model()}, {os.cpu_count()} cores", _cpu_isa()
-            clock = f"{_clock()}, clocks not locked; buffers rotated past the last cache"
+            clock = f"{_clock()}, clocks not locked; data evicted before each call"
         return cls(
             name, isa, torch.get_num_threads(), round(_load(), 2), _commit(), _versions(), clock
         )
@@ -89,6 +89,13 @@ class Row:
         return self.bench, self.shape, self.backend, self.dtype
 
     @property
+    def where(self) -> tuple[str, str, int]:
+        """The machine of a row: device, instruction set, threads."""
+        found = (self.machine.get(name) for name in ("device", "isa", "threads"))
+        device, isa, threads = found
+        return str(device), str(isa), int(threads or 0)
+
+    @property
     def noise(self) -> float:
         """The spread of the rounds: p80 over p20, less one."""
         return self.us_p80 / self.us_p20 - 1 if self.us_p20 else 0.0
@@ -112,12 +119,16 @@ def rows_of(
     baseline: str,
     bytes_: Mapping[str, int] | None = None,
     ceiling: Ceiling | None = None,
+    ceilings: Mapping[str, Ceiling] | None = None,
     scaled: Mapping[str, float] | None = None,
     launches: Mapping[str, int | None] | None = None,
     facts: Mapping[str, Mapping[str, Any]] | None = None,
     checked: bool = True,
 ) -> list[Row]:
-    """Make the rows of one interleaved run; `scaled` multiplies times measured on fewer layers."""
+    """Make the rows of one interleaved run; `scaled` multiplies times measured on fewer layers.
+
+    `ceilings` are those of single variants, where `ceiling` is not theirs.
+    """
 
     def seconds(name: str) -> float:
         return times[name].best * (scaled or {}).get(name, 1.0)
@@ -129,14 +140,15 @@ def rows_of(
         rate = moved / seconds(name) / 1e9 if moved else None
         us = (factor * 1e6 * t for t in (taken.best, taken.p20, taken.p50, taken.p80))
         best, p20, p50, p80 = (round(t, 3) for t in us)
-        limit = ceiling.gb_s if ceiling and rate is not None else None
+        of = (ceilings or {}).get(name, ceiling)
+        limit = of.gb_s if of and rate is not None else None
         made.append(
             Row(
                 bench, shape, name, dtype_name(dtype), best, p20, p50, p80, len(taken.seconds),
                 bytes=moved,
                 gb_s=_rounded(rate),
-                ceiling=ceiling.name if ceiling else "",
-                ceiling_gb_s=_rounded(ceiling.gb_s) if ceiling else None,
+                ceiling=of.name if of else "",
+                ceiling_gb_s=_rounded(of.gb_s) if of else None,
                 pct_ceiling=_rounded(100 * rate / limit) if rate and limit else None,
                 baseline=baseline if baseline in times else "",
                 ratio=_rounded(seconds(baseline) / seconds(name)) if baseline in times else None,
@@ -171,10 +183,10 @@ def read(path: str | Path) -> list[Row]:
 
 
 def write(path: str | Path, rows: Iterable[Row], *, keep: bool = True) -> None:
-    """Write rows; with `keep`, rows of the file with other keys stay, in their order."""
-    path, fresh = Path(path), {row.key: row for row in rows}
+    """Write rows; with `keep`, rows of other machines or with other keys stay, in their order."""
+    path, fresh = Path(path), {(row.where, row.key): row for row in rows}
     old = read(path) if keep and path.exists() else []
-    merged = {row.key: row for row in old} | fresh
+    merged = {(row.where, row.key): row for row in old} | fresh
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, "".join(json.dumps(asdict(row)) + "\n" for row in merged.values()))
 

@@ -2,17 +2,22 @@
 
 Two numbers taken minutes apart on a shared machine cannot be compared. Here every round runs every
 variant once, in a new random order, and each call gets the number of its turn, to rotate buffers.
+On a CPU the same call runs just before, untimed, and then its tensors are evicted: so the data are
+cold in caches of any size, and the code is not.
 Where torch has one thread the clock is that thread's CPU time, so that a neighbour who takes the
 core for a while is not counted; with more threads it is the wall clock.
 """
 
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from .cold import evict
 
 Variant = Callable[[int], object]
 FLUSH_BYTES = 256 << 20  # more than any L2 of today's GPUs
@@ -58,10 +63,12 @@ def interleaved(
     seed: int = 0,
     device: torch.device | str = "cpu",
     on_round: Callable[[int], object] | None = None,
+    cold: Callable[[str, int], Iterable[Tensor]] | None = None,
 ) -> dict[str, Times]:
     """Time every variant once a round, in random order; `variant(turn)` may rotate its buffers.
 
-    On a GPU the L2 cache is overwritten before each call and the time is the device's own.
+    On a GPU the L2 cache is overwritten before each call and the time is the device's own. On a CPU
+    `cold(name, turn)` names the tensors that must not lie in a cache.
     """
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
@@ -72,6 +79,9 @@ def interleaved(
     for played in range(warmup + rounds):
         shuffle.shuffle(order)
         for name in order:
+            if cold is not None:
+                variants[name](turn)
+                evict(cold(name, turn))
             taken = clock(variants[name], turn)
             turn += 1
             if played >= warmup:

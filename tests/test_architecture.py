@@ -59,7 +59,8 @@ ALLOWED = {
     "calibration": {"cache", "config", "figures", "files", "models", "ops", "visual"},
     "testing": {"budgets", "call", "config", "reference", *RECORDS},
     "bench": {
-        "_native", "backends", "call", "config", "figures", "files", "ops", "schedule", "testing", *RECORDS
+        "_native", "backends", "call", "config", "figures", "files", "ops", "schedule", "testing",
+        *RECORDS,
     },
     "integrations": {"__init__", "models"},
     "serving": {

@@ -18,6 +18,15 @@ docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	@echo "build/site/index.html"
 
+# The source archive, and a wheel built from it that other Linux machines take; pip's isolated builds.
+# The CUDA kernels are in it where VISIONPULSE_CUDA_ARCHS=90 asks for them.
+dist: setup
+	rm -rf dist build/dist
+	$(BIN)/python -m build --outdir build/dist
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair --wheel-dir dist build/dist/*.whl
+	cp build/dist/*.tar.gz dist/
+	@ls dist
+
 # Broad, in minutes, the same on every CPU: no clock in it. Two processes, which take what the other
 # has left; a part, by PYTEST_ARGS, takes one.
 PYTEST := $(BIN)/pytest --require-backends $(REQUIRED)

@@ -191,7 +191,7 @@ PROOFS = {
         ("setup.py", "pyproject.toml", "MANIFEST.in", "CMakeLists.txt", "csrc/module.cpp",
          "visionpulse/__init__.py", "visionpulse/_native.py", "visionpulse/cli/",
          "tests/test_install.py", "names:visionpulse/", "names:kernels/", "names:csrc/"),
-        ("g++", "torch"),
+        ("g++", "torch", "auditwheel", "patchelf"),
     ),
 }  # fmt: skip
 

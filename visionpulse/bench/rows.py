@@ -263,12 +263,16 @@ def _capability(device: torch.device) -> str:
 
 @cache
 def _cpu_model() -> str:
+    """The CPU's name; with family and model where there are such, as clouds cut names short."""
     path = Path("/proc/cpuinfo")
-    if path.exists():
-        for line in path.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    if not path.exists():
+        return platform.processor() or platform.machine()
+    pairs = (line.partition(":") for line in path.read_text().split("\n\n")[0].splitlines())
+    found = {name.strip(): value.strip() for name, _, value in pairs}
+    name = found.get("model name") or platform.machine()
+    if "cpu family" not in found or "model" not in found:
+        return name
+    return f"{name} (family {found['cpu family']}, model {found['model']})"
 
 
 def _cpu_isa() -> str:

@@ -16,10 +16,11 @@ from .ceilings import Limits
 from .layers import Shape
 from .timing import Times
 
-PLAIN, TODAY = "torch-sdpa-grouped", "torch-sdpa-per-head"
+PLAIN, TODAY, VLLM = "torch-sdpa-grouped", "torch-sdpa-per-head", "vllm-cpu"
 TITLES = {
     TODAY: "torch, as models call it",
     PLAIN: "torch, best form",
+    VLLM: "vLLM's kernel",
     "dense": "ours, dense",
     "anchor": "ours, anchor",
     "follower": "ours, follower",
@@ -63,6 +64,7 @@ class GainReport:
         )
         self.counts = cost.role_counts(config, decoder.is_full)
         self.full = sum(decoder.is_full)
+        self.has_vllm = all(VLLM in one.times for one in measured)  # installed, on a CPU
         self.steps = [self._step(one) for one in measured]
 
     def _step(self, one: Measured) -> dict[str, Any]:
@@ -72,6 +74,7 @@ class GainReport:
             self.decoder, shape.text, shape.visual, rows=shape.rows, config=self.config,
             retention=shape.retention, itemsize=self.dtype.itemsize,
         )  # fmt: skip
+        peer = {VLLM: self.full * one.best(VLLM)} if self.has_vllm else {}
         sparse = sum(self.counts[role] * one.best(name) for name, role in _ROLES.items())
         weights = cost.predict(step.weights, self.roof)
         return {
@@ -80,6 +83,7 @@ class GainReport:
             "attention": {
                 TODAY: self.full * one.best(TODAY),
                 PLAIN: self.full * one.best(PLAIN),
+                **peer,
                 "dense": self.full * one.best("dense"),
                 self.config.schedule: sparse,
             },
@@ -90,8 +94,10 @@ class GainReport:
     def text(self) -> str:
         """The answer as a table."""
         schedule, options = self.config.schedule, self.options
+        vllm = ("vLLM",) if self.has_vllm else ()
+        torchs = ("as called", "best form", *vllm)
         times: list[tuple[str, ...]] = [
-            ("visual", "kept", "as called", "best form", "dense", schedule, "predicted", "weights*")
+            ("visual", "kept", *torchs, "dense", schedule, "predicted", "weights*")
         ]
         gains: list[tuple[str, ...]] = [("visual", "attention", "step*")]
         for step in self.steps:
@@ -99,10 +105,11 @@ class GainReport:
             ours, visual = spent[schedule], plots.short(step["visual"])
             values = (*spent.values(), step["predicted_attention"], weights)
             times.append((visual, str(step["kept"]), *(f"{1e3 * v:.1f} ms" for v in values)))
-            forms = (spent[TODAY], spent[PLAIN])
+            forms = (spent[TODAY], spent[PLAIN], *(spent[name] for name in (VLLM,) if vllm))
             steps = " / ".join(f"{(weights + form) / (weights + ours):.2f}x" for form in forms)
             gains.append((visual, " / ".join(f"{form / ours:.1f}x" for form in forms), steps))
         machine, roof = self.machine, self.roof
+        peers = "vLLM's kernel, " if vllm else ""
         rounds = [len(one.times["dense"].seconds) for one in self.measured]
         return (
             f"\n{options.model}, {self.decoder.layers} layers, batch {options.batch}, "
@@ -113,8 +120,9 @@ class GainReport:
             f"gather {(roof.gather or 0) / 1e9:.1f} GB/s, "
             f"product {roof.compute / 1e9:,.0f} GFLOP/s\n\n"
             f"Attention of one decode step, bests of {min(rounds)} to {max(rounds)} rounds:\n"
-            "torch (as models call it, and in its best form), then ours.\n"
-            f"{_table(times)}\n\nGains over torch as models call it / in its best form:\n"
+            f"torch (as models call it, and in its best form), {peers}then ours.\n"
+            f"{_table(times)}\n\nGains over torch as models call it / in its best form"
+            f"{' / vLLM' if vllm else ''}:\n"
             f"{_table(gains)}\n"
             "* the weights' time is predicted from the read ceiling, not measured;\n"
             "  'predicted' is the sparse attention at the ceilings."
@@ -129,10 +137,11 @@ class GainReport:
                 TODAY: cost.dense(problem), PLAIN: cost.dense(problem),
                 "dense": cost.dense(problem), "anchor": self._anchor(one),
                 "follower": cost.attend(problem, shape.kept),
-            }  # fmt: skip
+            } | ({VLLM: cost.dense(problem)} if self.has_vllm else {})  # fmt: skip
             made += rows_.rows_of(
                 "layer", shape.name, self.dtype, {name: one.times[name] for name in work},
                 self.machine, baseline=PLAIN, ceiling=one.limits.read,
+                ceilings={name: one.limits.of(w) for name, w in work.items()},
                 bytes_={name: w.bytes for name, w in work.items()},
                 facts={n: {"visual": shape.visual, "flops": w.flops} for n, w in work.items()},
             )  # fmt: skip

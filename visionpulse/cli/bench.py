@@ -12,15 +12,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..bench import cost, plots, torch_forms
 from ..bench import rows as rows_
 from ..bench.ceilings import Ceilings
 from ..bench.check import check_output
+from ..bench.cold import can_evict
 from ..bench.layers import Layers, Shape
 from ..bench.progress import Tick, progress_bar
-from ..bench.report import PLAIN, TODAY, GainReport, Measured
+from ..bench.report import PLAIN, TODAY, VLLM, GainReport, Measured
 from ..bench.timing import interleaved
+from ..bench.vllm_form import PAGE, VllmForm, missing
 from ..config import PulseConfig
 from ..config import resolve as resolve_config
 from ..files import check_writable, write_text
@@ -131,18 +134,43 @@ def _measure(
     exactly = config.updated(ratio=(shape.retention, shape.retention), anchor=None)
     variants, selection = _variants(layers, exactly)
     _check(layers, selection)
-    ceilings = Ceilings(device, dtype, shape.head_dim * dtype.itemsize)
+    kept = ~layers.visual.mask(shape.keys)[0]
+    kept[selection.indices[0, : shape.kept].long()] = True
+    positions = kept.nonzero()[:, 0]
+    ceilings = Ceilings(device, dtype, shape.head_dim * dtype.itemsize, layers.kv[0], positions)
     variants |= ceilings.variants()
+    vllm = _vllm(layers, device)
+    if vllm is not None:
+        variants[VLLM] = lambda turn: vllm(*layers.at(turn))
+
+    def memory(name: str, turn: int) -> Sequence[Tensor]:
+        """What a variant must not find in a cache."""
+        own = ceilings.memory(name)
+        copies = [] if vllm is None else vllm.memory(layers.at(turn)[1])
+        return [*layers.memory(turn), *copies] if own is None else own
+
+    cold = memory if can_evict(device) else None
     once = time.perf_counter()
-    interleaved(variants, 1, warmup=0, device=device)
+    interleaved(variants, 1, warmup=0, device=device, cold=cold)
     round_ = time.perf_counter() - once
     left = seconds - (time.perf_counter() - begin)
     rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, int(left / round_) - 1))
     what = f"{plots.short(shape.visual)} visual tokens"
     times = interleaved(
-        variants, rounds, device=device, on_round=lambda n: tick(what, n + 1, rounds + 1)
-    )
+        variants, rounds, device=device, cold=cold,
+        on_round=lambda n: tick(what, n + 1, rounds + 1),
+    )  # fmt: skip
     return Measured(shape, times, ceilings.limits(times))
+
+
+def _vllm(layers: Layers, device: torch.device) -> VllmForm | None:
+    """The kernel of vLLM, where it is installed, serves this shape and agrees with ours."""
+    if device.type != "cpu" or missing() is not None or layers.shape.keys % PAGE:
+        return None
+    form, (q, kv) = VllmForm(), layers.at(0)
+    tolerance = 1e-4 if q.dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(form(q, kv), attend(q, kv), rtol=tolerance, atol=tolerance)
+    return form
 
 
 def _variants(

@@ -11,11 +11,10 @@ namespace visionpulse::cuda {
 VP_DEVICE bool arrived_last(uint32_t* counter, uint32_t blocks, uint32_t* flag) {
   __syncthreads();
   if (threadIdx.x == 0) {
-    // One thread's fences are enough, since a barrier hands on what they order: the first makes the
-    // writes of the block visible before its arrival, the second its reads newer than all arrivals.
+    // One thread's order is enough, since a barrier hands it on: the fence makes the writes of the
+    // block visible before its arrival, the acquire its reads newer than all arrivals.
     memory_fence();
-    *flag = atomicInc(counter, blocks - 1) == blocks - 1;
-    memory_fence();
+    *flag = count_and_acquire(counter, blocks - 1) == blocks - 1;
   }
   __syncthreads();
   const bool last = *flag != 0;

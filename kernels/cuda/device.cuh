@@ -147,8 +147,29 @@ template <class T>
 VP_DEVICE T load_fresh(const T* at) {
   return __ldcg(at);
 }
+// Four floats in the same way, or zeros. The load has a predicate and no branch around it.
+VP_DEVICE float4 load_fresh_if(bool wanted, const float* at) {
+  float4 x = {0.0f, 0.0f, 0.0f, 0.0f};
+  asm volatile(
+      "{\n.reg .pred wanted;\n"
+      "setp.ne.u32 wanted, %5, 0;\n"
+      "@wanted ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];\n}"
+      : "+f"(x.x), "+f"(x.y), "+f"(x.z), "+f"(x.w)
+      : "l"(at), "r"(static_cast<uint32_t>(wanted))
+      : "memory");
+  return x;
+}
 // Orders the memory that this thread has seen, also by way of barriers, for the whole GPU.
 VP_DEVICE void memory_fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+// Counts up to `limit` and on to 0; what this thread reads next is newer than the counts before.
+VP_DEVICE uint32_t count_and_acquire(uint32_t* counter, uint32_t limit) {
+  uint32_t before;
+  asm volatile("atom.acquire.gpu.global.inc.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(counter), "r"(limit)
+               : "memory");
+  return before;
+}
 // Waits for the other warps of a team, `threads` in all. Each team of a block has a number of its
 // own, from 1 on: 0 is __syncthreads.
 VP_DEVICE void team_barrier(int32_t number, int32_t threads) {
@@ -159,7 +180,16 @@ template <class T>
 VP_DEVICE T load_fresh(const T* at) {
   return *at;
 }
+VP_DEVICE float4 load_fresh_if(bool wanted, const float* at) {
+  return wanted ? *reinterpret_cast<const float4*>(at) : float4{};
+}
 VP_DEVICE void memory_fence() { cusim::memory_fence(); }
+VP_DEVICE uint32_t count_and_acquire(uint32_t* counter, uint32_t limit,
+                                     cusim::Place place = CUSIM_HERE) {
+  const uint32_t before = atomicInc(counter, limit, place);
+  cusim::memory_fence();
+  return before;
+}
 VP_DEVICE void team_barrier(int32_t number, int32_t threads, cusim::Place place = CUSIM_HERE) {
   cusim::named_barrier(number, threads, place);
 }

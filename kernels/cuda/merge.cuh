@@ -14,46 +14,15 @@ VP_DEVICE float part_factor(float m, float top, float inverse_tau) {
   return fast_exp2(rescale_exponent(m, top) * inverse_tau);
 }
 
-// Calls `use(i, load(i), true)` for 0 <= i < count in ascending order, with kLoadsAhead loads in
-// flight: the order of the uses, and so the bits of a sum, are those of a plain loop. Nothing here
-// may branch between two loads: the compiler would move the later one down to its use, one trip to
-// L2 each. So the remainder repeats the last load, and its surplus uses get `false`.
-constexpr int kLoadsAhead = 8;
-
-template <class Load, class Use>
-VP_DEVICE void load_ahead(int count, Load load, Use use) {
-  decltype(load(0)) value[kLoadsAhead];
-  int done = 0;
-  VP_UNROLL_1 for (; done + kLoadsAhead <= count; done += kLoadsAhead) {
-    VP_UNROLL for (int u = 0; u < kLoadsAhead; ++u) value[u] = load(done + u);
-    VP_UNROLL for (int u = 0; u < kLoadsAhead; ++u) use(done + u, value[u], true);
-  }
-  if (done >= count) return;
-  const auto at = [&](int u) { return done + u < count ? done + u : count - 1; };
-  VP_UNROLL for (int u = 0; u < kLoadsAhead - 1; ++u) value[u] = load(at(u));
-  VP_UNROLL for (int u = 0; u < kLoadsAhead - 1; ++u) use(at(u), value[u], done + u < count);
-}
-
 // The state of a head over several parts.
 struct MergedStats {
   float m, l, l_tau, l_visual;
 };
 
-// `stats` holds kPartStats numbers for each part, `stride` floats apart.
-template <bool kScore>
-VP_DEVICE MergedStats merge_stats(const float* stats, int parts, int stride, float inverse_tau) {
-  MergedStats all = {minus_infinity(), 0.0f, 0.0f, 0.0f};
-  for (int p = 0; p < parts; ++p) all.m = fmaxf(all.m, stats[p * stride]);
-  for (int p = 0; p < parts; ++p) {
-    const float* part = stats + p * stride;
-    all.l += part[1] * part_factor(part[0], all.m, 1.0f);
-    if (kScore) {
-      const float factor = part_factor(part[0], all.m, inverse_tau);
-      all.l_tau += part[2] * factor;
-      all.l_visual += part[3] * factor;
-    }
-  }
-  return all;
+VP_DEVICE void add_part(MergedStats& all, const float4& part, float factor, float factor_tau) {
+  all.l += part.y * factor;
+  all.l_tau += part.z * factor_tau;
+  all.l_visual += part.w * factor_tau;
 }
 
 VP_DEVICE float log2_sum(float m, float sum) {
@@ -80,62 +49,118 @@ VP_DEVICE void write_output(const StreamArgs& args, const WorkRange& work, int h
       Element<T>::store(l == 0.0f ? 0.0f : sum / l);
 }
 
-// Merges the splits of a row, each of `heads` heads, padding included; runs in one block.
+// Four columns of a head's sums: the wider the load, the fewer trips to L2.
+constexpr int kWide = 4;
+
+template <class T>
+VP_DEVICE void write_outputs(const StreamArgs& args, const WorkRange& work, int head, int d,
+                             const float4& sum, float l) {
+  write_output<T>(args, work, head, d, sum.x, l);
+  write_output<T>(args, work, head, d + 1, sum.y, l);
+  write_output<T>(args, work, head, d + 2, sum.z, l);
+  write_output<T>(args, work, head, d + 3, sum.w, l);
+}
+
+VP_DEVICE void add_scaled(float4& sum, const float4& part, float factor) {
+  sum.x += part.x * factor, sum.y += part.y * factor;
+  sum.z += part.z * factor, sum.w += part.w * factor;
+}
+
+// Loads in flight: of sums as many bytes as the path from L2 carries in one trip, of states those
+// of a usual row. Nothing may branch between two of them: the compiler would move the later one
+// down to its use, one trip to L2 each.
+constexpr int kStatesAhead = 4;
+
+// The sums of the splits from `split` on, four columns of one head.
+VP_DEVICE void load_sums(float4 (&part)[kSplitsAhead], const float* from, int pitch, int split,
+                         int splits) {
+  VP_UNROLL for (int u = 0; u < kSplitsAhead; ++u) {
+    const int64_t s = split + u;
+    part[u] = load_fresh_if(s < splits, from + s * pitch);
+  }
+}
+
+// Merges the splits of a row, each of `heads` heads, padding included; runs in one block. Splits
+// are added in ascending order, so the bits of a sum are those of a plain loop.
 template <class T, int D, bool kScore>
 VP_DEVICE void merge_splits(const StreamArgs& args, const WorkRange& work, int heads,
                             float* shared) {
-  const int64_t first = kv_head_index(work) * args.max_splits;
-  const int stride = heads * kPartStats;
   static_assert(kPartStats == 4, "one float4 is the state of one head");
-  const auto* stats = reinterpret_cast<const float4*>(args.part_stats + first * stride);
+  constexpr int kColumns = D / kWide;
+  const int own = threadIdx.x, threads = blockDim.x, splits = work.splits, pitch = heads * D;
+  const int64_t first = kv_head_index(work) * args.max_splits;
+  const int outputs = args.v_bytes ? args.group * kColumns : 0;
+  const auto sums_of = [&](int i) {
+    return args.part_out + (first * heads + i / kColumns) * D + i % kColumns * kWide;
+  };
+  // All states of a thread are of one head, since the heads are a power of two.
+  const float* stats = args.part_stats + first * heads * kPartStats;
   auto* held = reinterpret_cast<float4*>(shared);
-  const int own = threadIdx.x, states = work.splits * heads, threads = blockDim.x;
-  load_ahead(
-      own < states ? (states - own + threads - 1) / threads : 0,
-      [&](int i) { return load_fresh(stats + own + i * threads); },
-      [&](int i, float4 state, bool) { held[own + i * threads] = state; });
-  __syncthreads();
-  if (kScore && static_cast<int>(threadIdx.x) < args.group) {
-    const int head = threadIdx.x;
-    write_head_stats(
-        args, work, head,
-        merge_stats<kScore>(shared + head * kPartStats, work.splits, stride, args.inverse_tau));
-  }
-  if (!args.v_bytes) return;
-  __syncthreads();
-  float* l = shared + merge_stats_floats(work.splits, heads);
-  for (int head = threadIdx.x; head < args.group; head += blockDim.x) {
-    const MergedStats all =
-        merge_stats<false>(shared + head * kPartStats, work.splits, stride, args.inverse_tau);
-    l[head] = all.l;
-    for (int s = 0; s < work.splits; ++s) {
-      float* part = shared + s * stride + head * kPartStats;
-      part[1] = part_factor(part[0], all.m, 1.0f);
+  float* tops = shared + merge_stats_floats(splits, heads);  // [warp][head]
+  const int states = splits * heads;
+  float4 state[kStatesAhead], part[kSplitsAhead];
+  const auto load_states = [&](int at) {
+    VP_UNROLL for (int u = 0; u < kStatesAhead; ++u) {
+      const int i = at + u * threads;
+      state[u] = load_fresh_if(i < states, stats + i * kPartStats);
     }
+  };
+  load_states(own);
+  load_sums(part, sums_of(own), pitch, 0, own < outputs ? splits : 0);  // they need no state
+  float top = minus_infinity();
+  const float4 nothing = {minus_infinity(), 0.0f, 0.0f, 0.0f};
+  const int padded = padded_splits(splits) * heads;
+  VP_UNROLL_1 for (int at = own;;) {
+    VP_UNROLL for (int u = 0; u < kStatesAhead; ++u) {
+      const int i = at + u * threads;
+      if (i < padded) held[i] = i < states ? state[u] : nothing;
+      if (i < states) top = fmaxf(top, state[u].x);
+    }
+    at += kStatesAhead * threads;
+    if (at >= padded) break;
+    load_states(at);
   }
+  VP_UNROLL_1 for (int bit = heads; bit < kThreadsPerWarp; bit *= 2) {
+    top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, bit));
+  }
+  if (lane_id() < heads) tops[own / kThreadsPerWarp * heads + lane_id()] = top;
   __syncthreads();
-  // Four columns a thread: the wider the load, the fewer trips to L2.
-  constexpr int kWide = 4, kColumns = D / kWide;
-  for (int i = threadIdx.x; i < args.group * kColumns; i += blockDim.x) {
-    const int head = i / kColumns, d = i % kColumns * kWide;
-    const float* from = args.part_out + (first * heads + head) * D + d;
-    const float* factors = shared + head * kPartStats + 1;
+  const auto top_of = [&](int head) {
+    float of = tops[head];
+    VP_UNROLL for (int w = 1; w < kMaxWarps; ++w) {
+      if (w < threads / kThreadsPerWarp) of = fmaxf(of, tops[w * heads + head]);
+    }
+    return of;
+  };
+  if (kScore && own < args.group) {
+    MergedStats all = {top_of(own), 0.0f, 0.0f, 0.0f};
+#pragma unroll 8
+    for (int s = 0; s < splits; ++s) {
+      const float4 part = held[s * heads + own];
+      add_part(all, part, part_factor(part.x, all.m, 1.0f),
+               part_factor(part.x, all.m, args.inverse_tau));
+    }
+    write_head_stats(args, work, own, all);
+  }
+  VP_UNROLL_1 for (int i = own; i < outputs; i += threads) {
+    const float* from = sums_of(i);
+    const float4* states_of_head = held + i / kColumns;
+    const float top_of_head = top_of(i / kColumns);
     float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
-    load_ahead(
-        work.splits,
-        [&](int s) {
-          return load_fresh(
-              reinterpret_cast<const float4*>(from + static_cast<int64_t>(s) * heads * D));
-        },
-        [&](int s, float4 part, bool counts) {
-          const float factor = factors[s * stride];
-          const auto add = [&](float& to, float x) { to = counts ? to + x * factor : to; };
-          add(sum.x, part.x), add(sum.y, part.y), add(sum.z, part.z), add(sum.w, part.w);
-        });
-    write_output<T>(args, work, head, d, sum.x, l[head]);
-    write_output<T>(args, work, head, d + 1, sum.y, l[head]);
-    write_output<T>(args, work, head, d + 2, sum.z, l[head]);
-    write_output<T>(args, work, head, d + 3, sum.w, l[head]);
+    float l = 0.0f;
+    if (i != own) load_sums(part, from, pitch, 0, splits);
+    VP_UNROLL_1 for (int done = 0;;) {
+      VP_UNROLL for (int u = 0; u < kSplitsAhead; ++u) {
+        const float4 state = states_of_head[(done + u) * heads];
+        const float factor = part_factor(state.x, top_of_head, 1.0f);
+        add_scaled(sum, part[u], factor);
+        l += state.y * factor;
+      }
+      done += kSplitsAhead;
+      if (done >= splits) break;
+      load_sums(part, from, pitch, done, splits);
+    }
+    write_outputs<T>(args, work, i / kColumns, i % kColumns * kWide, sum, l);
   }
 }
 
@@ -144,35 +169,54 @@ VP_DEVICE void merge_splits(const StreamArgs& args, const WorkRange& work, int h
 template <class T, int D, int kHeads, int kParts, bool kScore>
 VP_DEVICE void merge_teams(const StreamArgs& args, const WorkRange& work, float* stats,
                            const float* sums, int teams) {
-  const int heads = args.team * kHeads, stride = heads * kPartStats;
+  constexpr int kColumns = D / kWide;
+  const int heads = args.team * kHeads;
   const int64_t part = kv_head_index(work) * args.max_splits + work.split;
   const bool alone = work.splits == 1;
-  for (int head = threadIdx.x; head < args.group; head += blockDim.x) {
-    const MergedStats all =
-        merge_stats<kScore>(stats + head * kPartStats, teams, stride, args.inverse_tau);
-    if (alone) {
-      if (kScore) write_head_stats(args, work, head, all);
-    } else {
-      float* to = args.part_stats + part * stride + head * kPartStats;
-      to[0] = all.m, to[1] = all.l, to[2] = all.l_tau, to[3] = all.l_visual;
+  const auto* states = reinterpret_cast<const float4*>(stats);
+  const int items = args.v_bytes ? args.group * kColumns : args.group;
+  VP_UNROLL_1 for (int i = threadIdx.x; i < items; i += blockDim.x) {
+    const int head = args.v_bytes ? i / kColumns : i, d = args.v_bytes ? i % kColumns * kWide : 0;
+    float4 state[kMaxWarps];
+    float factor[kMaxWarps];
+    MergedStats all = {minus_infinity(), 0.0f, 0.0f, 0.0f};
+    VP_UNROLL for (int t = 0; t < kMaxWarps; ++t) {
+      if (t < teams) state[t] = states[t * heads + head];
     }
-  }
-  if (args.v_bytes) {
-    for (int i = threadIdx.x; i < args.group * D; i += blockDim.x) {
-      const int head = i / D;
-      const MergedStats all = merge_stats<false>(stats + head * kPartStats, teams, stride, 1.0f);
-      float sum = 0.0f;
-      for (int team = 0; team < teams; ++team) {
-        const float factor = part_factor(stats[team * stride + head * kPartStats], all.m, 1.0f);
-        const int warp = team * args.team + head / kHeads;
-        const float* from = sums + (warp * kParts * kHeads + head % kHeads) * D + i % D;
-        VP_UNROLL for (int p = 0; p < kParts; ++p) sum += from[p * kHeads * D] * factor;
+    VP_UNROLL for (int t = 0; t < kMaxWarps; ++t) {
+      if (t < teams) all.m = fmaxf(all.m, state[t].x);
+    }
+    VP_UNROLL for (int t = 0; t < kMaxWarps; ++t) {
+      if (t >= teams) continue;
+      factor[t] = part_factor(state[t].x, all.m, 1.0f);
+      add_part(all, state[t], factor[t],
+               kScore ? part_factor(state[t].x, all.m, args.inverse_tau) : 0.0f);
+    }
+    if (d == 0) {
+      if (!alone) {
+        reinterpret_cast<float4*>(args.part_stats)[part * heads + head] =
+            float4{all.m, all.l, all.l_tau, all.l_visual};
+      } else if (kScore) {
+        write_head_stats(args, work, head, all);
       }
-      if (alone) {
-        write_output<T>(args, work, head, i % D, sum, all.l);
-      } else {
-        args.part_out[(part * heads + head) * D + i % D] = sum;
+    }
+    if (!args.v_bytes) continue;
+    float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
+    VP_UNROLL for (int p = 0; p < kParts; ++p) {
+      float4 x[kMaxWarps];
+      VP_UNROLL for (int t = 0; t < kMaxWarps; ++t) {
+        const int warp = t * args.team + head / kHeads;
+        const int at = ((warp * kParts + p) * kHeads + head % kHeads) * D + d;
+        if (t < teams) x[t] = *reinterpret_cast<const float4*>(sums + at);
       }
+      VP_UNROLL for (int t = 0; t < kMaxWarps; ++t) {
+        if (t < teams) add_scaled(sum, x[t], factor[t]);
+      }
+    }
+    if (alone) {
+      write_outputs<T>(args, work, head, d, sum, all.l);
+    } else {
+      *reinterpret_cast<float4*>(args.part_out + (part * heads + head) * D + d) = sum;
     }
   }
   auto* flag = reinterpret_cast<uint32_t*>(stats);

@@ -40,13 +40,20 @@ VP_HD SharedLayout shared_layout(const WarpTile& warp, int32_t warps, int32_t te
   return at;
 }
 
-// Floats that the merge of a row's splits needs: the state of every part,
-// [split][head][kPartStats], and behind it the denominator of each head.
+// Splits whose sums the merge of a row has in flight together: as many bytes as the path from L2
+// carries in one trip. It takes whole steps of them.
+constexpr int32_t kSplitsAhead = 16;
+VP_HD int32_t padded_splits(int32_t splits) {
+  return (splits + kSplitsAhead - 1) / kSplitsAhead * kSplitsAhead;
+}
+
+// Floats that the merge needs: the state of every part, [split][head][kPartStats], and behind it
+// the largest logit that each warp saw of each head.
 VP_HD int32_t merge_stats_floats(int32_t splits, int32_t heads) {
-  return splits * heads * kPartStats;
+  return padded_splits(splits) * heads * kPartStats;
 }
 VP_HD int32_t merge_floats(int32_t splits, int32_t heads) {
-  return merge_stats_floats(splits, heads) + heads;
+  return merge_stats_floats(splits, heads) + kMaxWarps * heads;
 }
 
 }  // namespace visionpulse::cuda

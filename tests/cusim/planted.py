@@ -9,6 +9,7 @@ SCARCE = "80,1,30000"  # neither, and no room for the keys of a long row
 CRAMPED = "90,1,20000"  # clusters, and no room for a block's part of it
 OLD_CODE = "80"  # what sm_80, 86 and 89 run, and newer chips where the build has no other
 ONE_SM = "90,1,232448"  # few splits: every warp meets more tiles than it has stages
+MANY = "90,20,232448"  # as many splits as there are keys for
 
 LAUNCH = "csrc/cuda/launch.cpp"
 STREAM, MERGE = "kernels/cuda/stream.cuh", "kernels/cuda/merge.cuh"
@@ -131,7 +132,7 @@ BUGS = {
         dtype="float32",
     ),
     "counter-not-rearmed": Bug(
-        (Edit(ARRIVAL, "atomicInc(counter, blocks - 1)", "atomicInc(counter, blocks + 6)"),), ""
+        (Edit(ARRIVAL, "(counter, blocks - 1)", "(counter, blocks + 6)"),), ""
     ),
     "last-but-one-takes-over": Bug(
         (Edit(ARRIVAL, "blocks - 1) == blocks - 1", "blocks - 1) == blocks - 2"),),
@@ -146,8 +147,8 @@ BUGS = {
     "arrival-before-its-fence": Bug(
         (Edit(ARRIVAL, "memory_fence();\n    *flag", "*flag"),), "no fence between the barrier"
     ),
-    "takes-over-without-a-fence": Bug(
-        (Edit(ARRIVAL, "blocks - 1;\n    memory_fence();", "blocks - 1;"),),
+    "takes-over-without-an-acquire": Bug(
+        (Edit(ARRIVAL, "count_and_acquire(", "atomicInc("),),
         "no fence between an arrival",
     ),
     "fence-before-the-block-is-done": Bug(
@@ -167,13 +168,15 @@ BUGS = {
         arch=OLD_CODE,
     ),
     "merge-that-skips-the-remainder": Bug(
-        (Edit(MERGE, "if (done >= count) return;", "if (done >= 0) return;"),), ""
+        (Edit(MERGE, "if (done >= splits) break;", "if (done + 16 > splits) break;"),),
+        "",
+        gpu=MANY,
     ),
     "merge-that-counts-a-part-twice": Bug(
-        (Edit(MERGE, "done += kLoadsAhead) {", "done += kLoadsAhead - 1) {"),), "", gpu=HALF_GPU
+        (Edit(MERGE, "pitch, done, splits);", "pitch, done - 1, splits);"),), "", gpu=MANY
     ),
-    "merge-that-counts-surplus-loads": Bug(
-        (Edit(MERGE, "value[u], done + u < count);", "value[u], true);"),), ""
+    "merge-that-counts-what-lies-behind-the-last-split": Bug(
+        (Edit(MERGE, "held[i] = i < states ? state[u] : nothing;", "held[i] = state[u];"),), ""
     ),
     "global-histogram-of-a-neighbour": Bug(
         (Edit(SELECT, "all[rank * kSelectBins + i]", "all[i]"),), "", what="choices", gpu=HALF_GPU

@@ -108,7 +108,7 @@ def probe(dtype: torch.dtype) -> None:
     spans = (((9, 700), (731, 880)), ((0, 300),))
     config = vp.PulseConfig(tau=0.3, ratio=(0.1, 0.1))
     for group, head_dim in ((4, 64), (7, 60), (24, 64)):
-        case = Case("", spans, 900, group, 1, head_dim, lengths=(900, 611), config=config)
+        case = Case("", spans, 1100, group, 1, head_dim, lengths=(1100, 611), config=config)
         for anchor_output in ("pruned", "dense"):
             check(case, dtype, anchor_output)
     logit = config.updated(score="logit")

@@ -8,7 +8,7 @@ from pathlib import Path
 from visionpulse.bench.latency import Chain
 
 from .launches import ROOT, Launch, Step, arrays_of, cubin, launches_of
-from .sass import FENCES, Instruction, Kernel, Loop, loops_of, read
+from .sass import ACQUIRES, FENCES, Instruction, Kernel, Loop, loops_of, read
 from .walk import ARRAY_BITS, Event, Walk
 
 KEY_BYTES, KEYS_OF_TILE = 256, 16  # bfloat16, head dim 128
@@ -100,9 +100,9 @@ def unfenced_arrivals(kernel: Kernel) -> list[str]:
         fences = [at for at, base in enumerate(before) if base in FENCES]
         if not fences or (stores and stores[-1] > fences[-1]):
             found.append(f"{i.address:#x}: no fence between the block's writes and its arrival")
-        behind = kernel.reached([n + 1], lambda i: i.base in FENCES)
+        behind = kernel.reached([n + 1], lambda i: i.base in ACQUIRES)
         if any(i.is_load for i in behind):
-            found.append(f"{i.address:#x}: no fence between its arrival and what it reads")
+            found.append(f"{i.address:#x}: nothing makes what it reads newer than its arrival")
     return found
 
 

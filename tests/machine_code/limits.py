@@ -25,23 +25,23 @@ def stream(step: str, kernel: str, visual: int = 16384, **of: int) -> Use:
 
 
 STREAMS = {
-    # lengths, two trips of q | behind: the arrival, the states of 33 splits in one step, and their
-    # sums in five steps of eight
-    "dense": Limit(stream("dense", "attend"), 3, 7, 9, 770),
-    # 64 heads: each thread has twice the outputs, so the five steps come twice
-    "dense, group 8": Limit(stream("dense", "attend", heads=64), 3, 12, 9, 770),
+    # lengths, two trips of q | behind: the arrival, the states of 33 splits with the first step of
+    # their sums, and two more steps of 16
+    "dense": Limit(stream("dense", "attend"), 3, 4, 7, 770),
+    # 64 heads: each thread has twice the outputs, so the three steps come twice
+    "dense, group 8": Limit(stream("dense", "attend", heads=64), 3, 7, 7, 770),
     # beside the dense trips the search for the first span: its begin, its end, the next begin
-    "dense anchor": Limit(stream("anchor-dense", "score_bf16"), 6, 7, 9, 920),
+    "dense anchor": Limit(stream("anchor-dense", "score_bf16"), 6, 4, 7, 920),
     # the same search, which one trip of q hides; behind it the states alone
     "pruned scan": Limit(stream("anchor-pruned", "score_bf16"), 5, 2, 7, 630),
     # lengths, two of the spans for the length of the text, the count, two of q, and two for where
     # the first key lies: this is a block of text, one of the list needs its first index alone
-    "pruned attend": Limit(stream("anchor-pruned", "attend"), 8, 5, 9, 620),
-    "follower": Limit(stream("follower", "attend"), 8, 5, 9, 620),
+    "pruned attend": Limit(stream("anchor-pruned", "attend"), 8, 3, 7, 620),
+    "follower": Limit(stream("follower", "attend"), 8, 3, 7, 620),
     # each span that a search enters is read once more
-    "follower, 9 spans": Limit(stream("follower", "attend", spans=9), 9, 5, 9, 620),
-    # as long a list as a row of 32k has: 30 splits, so one more step of eight
-    "follower, 32k": Limit(stream("follower", "attend", visual=32768), 8, 6, 9, 620),
+    "follower, 9 spans": Limit(stream("follower", "attend", spans=9), 9, 3, 7, 620),
+    # as long a list as a row of 32k has: 30 splits, in two steps like those of 16k
+    "follower, 32k": Limit(stream("follower", "attend", visual=32768), 8, 3, 7, 620),
 }
 
 
@@ -62,9 +62,9 @@ ALONE = {
     "select 128k": LoneLimit(Use(Step("anchor-pruned", 1, 131072), "select"), 17, 13, 5, 5),
 }
 
-# Loads in flight in each loop over what the blocks of a row wrote: eight cover the trip to L2, and
-# the remainder of a loop has up to seven.
-MERGE_IN_FLIGHT = 7
+# Loads in flight in the loops over what the blocks of a row wrote: states, and 16 bytes of sums a
+# thread, with which a block of 128 asks for as much as the path from L2 carries in a trip.
+MERGE_IN_FLIGHT, SUMS_IN_FLIGHT = 4, 16
 
 
 class Loops(NamedTuple):

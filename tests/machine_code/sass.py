@@ -31,6 +31,7 @@ COPIES = ("LDGSTS", "UBLKCP")  # into shared memory
 STORES = ("STG", "ST", "RED", "REDG")
 LEAVES = ("BRA", "BRX", "EXIT", "RET")
 FENCES = ("MEMBAR",)
+ACQUIRES = ("MEMBAR", "CCTL")
 
 
 class Instruction(NamedTuple):

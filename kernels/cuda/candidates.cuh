@@ -28,7 +28,7 @@ struct Candidates {
 
   __device__ __forceinline__ void take(const Spans& spans, int32_t from, int32_t to) {
     begin = from, limit = to;
-    cursor = {spans, 0, 0, 0};
+    cursor = cursor.before(spans);
     if (begin < limit) cursor.seek(first + begin);
   }
 
@@ -37,7 +37,8 @@ struct Candidates {
   __device__ __forceinline__ void locate(SpanCursor<Order::kVisual>& at, int32_t index,
                                          int32_t (&position)[kAhead]) const {
     const int32_t end = first + limit, reach = index + kStep - kThreadsPerWarp;
-    if ((reach < end ? reach : end - 1) < at.next) {  // most often: all in one span
+    const bool within = (reach < end ? reach : end - 1) < at.next;
+    if (!__any_sync(kAllLanes, !within)) {  // most often: all in one span
       VP_UNROLL for (int u = 0; u < kAhead; ++u) {
         const int32_t own = index + u * kThreadsPerWarp;
         position[u] = own < end ? at.position_of(own) : -1;
@@ -46,11 +47,8 @@ struct Candidates {
     }
     VP_UNROLL for (int u = 0; u < kAhead; ++u) {
       const int32_t own = index + u * kThreadsPerWarp;
-      position[u] = -1;
-      if (own < end) {
-        at.advance(own);
-        position[u] = at.position_of(own);
-      }
+      at.advance(own < end ? own : -1);
+      position[u] = own < end ? at.position_of(own) : -1;
     }
   }
 

@@ -37,10 +37,10 @@ struct DotTile {
 
   VP_DEVICE float4 load_four(const void* at) { return *static_cast<const float4*>(at); }
 
+  using QueryWord = float;
   template <class Query>
-  VP_DEVICE void load_query(void* shared, Query query) {
-    auto* q = static_cast<float*>(shared);
-    for (int i = threadIdx.x; i < kHeads * D; i += blockDim.x) q[i] = query(i / D, i % D);
+  VP_DEVICE QueryWord query_word(int i, Query query) {
+    return query(i / D, i % D);
   }
 
   __device__ __forceinline__ void clear() {

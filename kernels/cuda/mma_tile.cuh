@@ -32,17 +32,15 @@ struct MmaTile {
   VP_DEVICE int key_of(int i) { return lane_id() / 4 + i % 4 / 2 * 8; }
 
   // q in the order of the B fragments: [D / 16][head tile][lane], 8 bytes each.
+  using QueryWord = uint2;
   template <class Query>
-  VP_DEVICE void load_query(void* shared, Query query) {
-    auto* q = static_cast<uint2*>(shared);
-    for (int i = threadIdx.x; i < D / 16 * kTiles * 32; i += blockDim.x) {
-      const int in = i % 32, tile = i / 32 % kTiles, step = i / 32 / kTiles;
-      const int head = tile * 8 + in / 4, d = step * 16 + in % 4 * 2;
-      const auto pair = [&](int at) {
-        return query(head, at).bits | static_cast<uint32_t>(query(head, at + 1).bits) << 16;
-      };
-      q[i] = uint2{pair(d), pair(d + 8)};
-    }
+  VP_DEVICE QueryWord query_word(int i, Query query) {
+    const int in = i % 32, tile = i / 32 % kTiles, step = i / 32 / kTiles;
+    const int head = tile * 8 + in / 4, d = step * 16 + in % 4 * 2;
+    const auto pair = [&](int at) {
+      return query(head, at).bits | static_cast<uint32_t>(query(head, at + 1).bits) << 16;
+    };
+    return uint2{pair(d), pair(d + 8)};
   }
 
   __device__ __forceinline__ void clear() {

@@ -52,16 +52,17 @@ VP_DEVICE float score_of(const ScoreFinishArgs& args, const float* log2_sums, in
 // One thread's score by position: -inf where there is no candidate.
 VP_DEVICE void score_position(const ScoreFinishArgs& args, const float* log2_sums, int32_t b,
                               int32_t warp_first, int32_t position) {
-  SpanCursor<Order::kPosition> cursor{Spans::of(args.visual, b), 0, 0, 0};
+  auto cursor = SpanCursor<Order::kPosition>::before(Spans::of(args.visual, b));
   cursor.seek(warp_first);
   cursor.advance(position);
+  const int32_t visual_index = cursor.visual_index(position);
   if (position >= args.kv.capacity) return;
   const Range keys = row_range(args.kv, args.window, b);
   const bool candidate = position >= keys.begin && position < keys.end && cursor.covers(position) &&
                          has_key(args.kv, b, position);
   float score = minus_infinity();
   if (candidate) {
-    const int32_t index = args.logits_by_position ? position : cursor.visual_index(position);
+    const int32_t index = args.logits_by_position ? position : visual_index;
     score = score_of(args, log2_sums, b, index);
   }
   args.scores[b * args.scores_stride + position] = score;
@@ -74,10 +75,11 @@ VP_DEVICE void score_visual_index(const ScoreFinishArgs& args, const float* log2
   const Range keys = row_range(args.kv, args.window, b);
   const int32_t begin = visual_before(spans, keys.begin), end = visual_before(spans, keys.end);
   if (warp_first + kThreadsPerWarp <= begin || warp_first >= end) return;
-  SpanCursor<Order::kVisual> cursor{spans, 0, 0, 0};
+  auto cursor = SpanCursor<Order::kVisual>::before(spans);
   cursor.seek(warp_first);
-  if (index < begin || index >= end) return;
-  cursor.advance(index);
+  const bool inside = index >= begin && index < end;
+  cursor.advance(inside ? index : -1);
+  if (!inside) return;
   const int32_t position = cursor.position_of(index);
   if (!has_key(args.kv, b, position)) return;
   args.scores[b * args.scores_stride + index] =

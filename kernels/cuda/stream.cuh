@@ -49,6 +49,7 @@ struct Stream {
 
   const StreamArgs& args;
   const WorkRange& work;
+  const Spans& spans;
   Tile tile;
   float m[Tile::kSlots], l[Tile::kSlots];             // running maximum of z * log2(e), and sum
   float l_tau[Tile::kSlots], l_visual[Tile::kSlots];  // at tau: over all, and over visual keys
@@ -63,8 +64,9 @@ struct Stream {
   Key next_key;        // this lane's, of the tile to be loaded next
   int32_t next_index;  // of that tile's first key, in the virtual order
 
-  __device__ __forceinline__ Stream(const StreamArgs& of, const WorkRange& range)
-      : args(of), work(range) {}
+  __device__ __forceinline__ Stream(const StreamArgs& of, const WorkRange& range,
+                                    const Spans& of_row)
+      : args(of), work(range), spans(of_row) {}
 
   __device__ __forceinline__ void find_next() {
     const int32_t index = next_index + lane_id();
@@ -155,7 +157,7 @@ struct Stream {
     const int32_t stride = teams * Tile::kKeys;
     const int32_t tiles = first < work.end ? (work.end - first + stride - 1) / stride : 0;
     next_index = first + member * stride;
-    finder.start(args, work, next_index);
+    finder.start(args, work, spans, next_index);
     find_next();
     init_barriers();
     int32_t stage = 0, refill = 0;
@@ -305,6 +307,49 @@ struct Stream {
   }
 };
 
+// q of all heads of the group on its way to shared memory, in the order of the tile: words of some
+// elements each, spread over the threads of the block.
+template <class T, int D, int kHeads>
+struct Queries {
+  using Tile = TileOf<T, D, kHeads>;
+  using Word = typename Tile::QueryWord;
+  static constexpr int kWords = Tile::kQueryBytes / sizeof(Word);  // of one member
+  static constexpr int kAhead = 2;  // of a thread, in flight: all, for 8 heads of 128
+
+  const StreamArgs& args;
+  const T* q;
+  int32_t words;
+  Word word[kAhead];
+
+  __device__ __forceinline__ explicit Queries(const StreamArgs& of)
+      : args(of),
+        q(static_cast<const T*>(of.q) + static_cast<int64_t>(blockIdx.z) * of.q_stride.row +
+          static_cast<int64_t>(blockIdx.y) * of.group * of.q_stride.head),
+        words(of.team * kWords) {}
+
+  __device__ __forceinline__ void load(int32_t first) {
+    VP_UNROLL for (int u = 0; u < kAhead; ++u) {
+      const int32_t at = first + u * blockDim.x + threadIdx.x;
+      const int32_t i = at < words ? at : words - 1;
+      word[u] = Tile::query_word(i % kWords, [&](int of, int d) {
+        const int32_t head = i / kWords * kHeads + of;
+        return head < args.group && d < args.head_dim ? q[head * args.q_stride.head + d] : T{};
+      });
+    }
+  }
+  __device__ __forceinline__ void store_all(void* shared) {
+    VP_UNROLL_1 for (int32_t first = 0;;) {
+      VP_UNROLL for (int u = 0; u < kAhead; ++u) {
+        const int32_t at = first + u * blockDim.x + threadIdx.x;
+        if (at < words) static_cast<Word*>(shared)[at] = word[u];
+      }
+      first += kAhead * blockDim.x;
+      if (first >= words) return;
+      load(first);
+    }
+  }
+};
+
 template <class T, int D, int kHeadTile, bool kScore>
 VP_DEVICE void stream(const StreamArgs& args) {
   constexpr int kHeads = kWarpHeads<T, kHeadTile>;
@@ -312,24 +357,21 @@ VP_DEVICE void stream(const StreamArgs& args) {
   using Tile = typename S::Tile;
   VP_SHARED(shared);
   wait_for_previous();
-  const WorkRange work = work_of(args);
+  // Asked for together, before any of it is used: what describes the row, and q.
+  const Spans spans = Spans::of(args.visual, blockIdx.z);
+  Queries<T, D, kHeads> queries(args);
+  queries.load(0);
+  const WorkRange work = work_of(args, spans);
   if (work.split >= work.splits) return;
+  queries.store_all(shared);
   const int32_t warp = threadIdx.x / kThreadsPerWarp, warps = blockDim.x / kThreadsPerWarp;
   const int32_t teams = warps / args.team;
   const int32_t group_head = work.g * args.group;  // the first of all H
-  const T* q =
-      static_cast<const T*>(args.q) + work.b * args.q_stride.row + group_head * args.q_stride.head;
-  VP_UNROLL_1 for (int32_t first = 0; first < args.team * kHeads; first += kHeads) {
-    Tile::load_query(shared + first / kHeads * Tile::kQueryBytes, [&](int of, int d) {
-      const int32_t head = first + of;
-      return head < args.group && d < args.head_dim ? q[head * args.q_stride.head + d] : T{};
-    });
-  }
   __syncthreads();
 
   const SharedLayout at = shared_layout(warp_tile<Tile, kHeads>(), warps, args.team, args.stages,
                                         args.k_bytes + args.v_bytes);
-  S part(args, work);
+  S part(args, work, spans);
   part.team = warp / args.team;
   part.member = warp % args.team;
   part.first_head = group_head + part.member * kHeads;

@@ -18,20 +18,20 @@ struct WorkRange {
 };
 
 // All threads get the same answer; called by whole warps.
-VP_DEVICE WorkRange work_of(const StreamArgs& args) {
+VP_DEVICE WorkRange work_of(const StreamArgs& args, const Spans& spans) {
   WorkRange work;
   work.b = blockIdx.z;
   work.g = blockIdx.y;
+  // one trip with the range: nothing of a row waits for another
+  const int32_t count = args.selection.indices ? args.selection.counts[work.b] : 0;
   work.keys = row_range(args.kv, args.window, work.b);
   work.text = work.keys.end - work.keys.begin;
   work.text_before = 0;
   int32_t total = work.text;
   if (args.selection.indices) {
-    const Spans spans = Spans::of(args.visual, work.b);
     const int32_t before = visual_before(spans, work.keys.begin);
     work.text -= visual_before(spans, work.keys.end) - before;
     work.text_before = work.keys.begin - before;
-    const int32_t count = args.selection.counts[work.b];
     total = work.text + (count < 0                      ? 0
                          : count > args.selection.k_max ? args.selection.k_max
                                                         : count);
@@ -60,47 +60,49 @@ struct Key {
 // Finds the keys of one warp's tiles; lane i finds key i of each tile.
 template <bool kScore>
 struct KeyFinder {
-  Spans spans;
   SpanCursor<kScore ? Order::kPosition : Order::kText> cursor;
+
+  VP_DEVICE bool listed(const StreamArgs& args) {
+    return !kScore && args.selection.indices != nullptr;
+  }
 
   // `index`, in the virtual order, is the first that is looked for.
   __device__ __forceinline__ void start(const StreamArgs& args, const WorkRange& work,
-                                        int32_t index) {
-    const bool listed = args.selection.indices != nullptr;
-    if (!(kScore || listed)) return;
-    spans = Spans::of(args.visual, work.b);
-    cursor.row = spans;
-    if (kScore || index < work.text) {
-      cursor.seek(kScore ? work.keys.begin + index : work.text_before + index);
-    }
+                                        const Spans& spans, int32_t index) {
+    cursor = cursor.before(spans);
+    if (kScore) cursor.seek(work.keys.begin + index);
+    if (listed(args) && index < work.text) cursor.seek(work.text_before + index);
   }
 
-  // `index` of the virtual order; -1: none.
+  // `index` of the virtual order; -1: none. Called by whole warps.
   __device__ __forceinline__ Key find(const StreamArgs& args, const WorkRange& work,
                                       int32_t index) {
     Key key = {-1, false, 0, 0};
-    if (index < 0) return key;
-    int32_t position = -1;
-    if (args.selection.indices == nullptr) {
-      position = work.keys.begin + index;
+    int32_t position = -1, logit_index;
+    if (!listed(args)) {
+      if (index >= 0) position = work.keys.begin + index;
       if (kScore) {
         cursor.advance(position);
-        key.visual = cursor.covers(position);
+        key.visual = position >= 0 && cursor.covers(position);
       }
-    } else if (index < work.text) {
-      cursor.advance(work.text_before + index);
-      position = cursor.position_of(work.text_before + index);
     } else {
-      const int64_t row = static_cast<int64_t>(work.b) * args.selection.k_max;
-      const int32_t kept = args.selection.indices[row + index - work.text];
-      const bool visible = kept >= work.keys.begin && kept < work.keys.end;
-      if (visible && !(args.check_list && !is_visual(spans, kept))) position = kept;
+      const bool text = index >= 0 && index < work.text;
+      cursor.advance(text ? work.text_before + index : -1);
+      if (text) {
+        position = cursor.position_of(work.text_before + index);
+      } else if (index >= 0) {
+        const int64_t row = static_cast<int64_t>(work.b) * args.selection.k_max;
+        const int32_t kept = args.selection.indices[row + index - work.text];
+        const bool visible = kept >= work.keys.begin && kept < work.keys.end;
+        if (visible && !(args.check_list && !is_visual(cursor.row, kept))) position = kept;
+      }
     }
-    if (position < 0 || !locate(args.kv, work.b, position, key)) return key;
-    key.logit_index = position;
+    logit_index = position;
     if (kScore && args.store != StoredLogits::kAll) {
-      key.logit_index = key.visual ? cursor.visual_index(position) : 0;
+      const int32_t visual_index = cursor.visual_index(position);
+      logit_index = key.visual ? visual_index : 0;
     }
+    if (position >= 0 && locate(args.kv, work.b, position, key)) key.logit_index = logit_index;
     return key;
   }
 

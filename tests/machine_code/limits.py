@@ -25,23 +25,23 @@ def stream(step: str, kernel: str, visual: int = 16384, **of: int) -> Use:
 
 
 STREAMS = {
-    # lengths, two trips of q | behind: the arrival, the states of 33 splits with the first step of
+    # lengths and q | behind: the arrival, the states of 33 splits with the first step of
     # their sums, and two more steps of 16
-    "dense": Limit(stream("dense", "attend"), 3, 4, 7, 770),
+    "dense": Limit(stream("dense", "attend"), 1, 4, 7, 770),
     # 64 heads: each thread has twice the outputs, so the three steps come twice
-    "dense, group 8": Limit(stream("dense", "attend", heads=64), 3, 7, 7, 770),
-    # beside the dense trips the search for the first span: its begin, its end, the next begin
-    "dense anchor": Limit(stream("anchor-dense", "score_bf16"), 6, 4, 7, 920),
-    # the same search, which one trip of q hides; behind it the states alone
-    "pruned scan": Limit(stream("anchor-pruned", "score_bf16"), 5, 2, 7, 630),
-    # lengths, two of the spans for the length of the text, the count, two of q, and two for where
-    # the first key lies: this is a block of text, one of the list needs its first index alone
-    "pruned attend": Limit(stream("anchor-pruned", "attend"), 8, 3, 7, 620),
-    "follower": Limit(stream("follower", "attend"), 8, 3, 7, 620),
-    # each span that a search enters is read once more
-    "follower, 9 spans": Limit(stream("follower", "attend", spans=9), 9, 3, 7, 620),
+    "dense, group 8": Limit(stream("dense", "attend", heads=64), 1, 7, 7, 770),
+    # the spans come with them
+    "dense anchor": Limit(stream("anchor-dense", "score_bf16"), 1, 4, 7, 920),
+    # behind the scan the states alone
+    "pruned scan": Limit(stream("anchor-pruned", "score_bf16"), 1, 2, 7, 630),
+    # the count comes with the rest, and a block of the list reads its first index behind them
+    "pruned attend": Limit(stream("anchor-pruned", "attend"), 2, 3, 7, 620),
+    "follower": Limit(stream("follower", "attend"), 2, 3, 7, 620),
+    "follower, 9 spans": Limit(stream("follower", "attend", spans=9), 2, 3, 7, 620),
+    # more spans than a warp has lanes are searched for in memory
+    "follower, 64 spans": Limit(stream("follower", "attend", spans=64), 7, 3, 7, 620),
     # as long a list as a row of 32k has: 30 splits, in two steps like those of 16k
-    "follower, 32k": Limit(stream("follower", "attend", visual=32768), 8, 3, 7, 620),
+    "follower, 32k": Limit(stream("follower", "attend", visual=32768), 2, 3, 7, 620),
 }
 
 
@@ -54,12 +54,12 @@ class LoneLimit(NamedTuple):
 
 
 ALONE = {
-    # statistics, the row's range, its spans, and 32 heads of stored logits in steps of four
-    "score finish": LoneLimit(Use(Step("anchor-pruned", 1, 16384), "finish"), 15, 1, 0, 0),
-    # the row's range, its spans, one step of scores, the histograms and lists of the cluster
-    "select 16k": LoneLimit(Use(Step("anchor-pruned", 1, 16384), "select"), 10, 13, 5, 5),
+    # statistics, the row's range with its spans, and 32 heads of stored logits in steps of four
+    "score finish": LoneLimit(Use(Step("anchor-pruned", 1, 16384), "finish"), 10, 1, 0, 0),
+    # the row's range with its spans, masses, one step of scores, the histograms and lists of the cluster
+    "select 16k": LoneLimit(Use(Step("anchor-pruned", 1, 16384), "select"), 5, 13, 5, 5),
     # eight times the candidates of a warp
-    "select 128k": LoneLimit(Use(Step("anchor-pruned", 1, 131072), "select"), 17, 13, 5, 5),
+    "select 128k": LoneLimit(Use(Step("anchor-pruned", 1, 131072), "select"), 12, 13, 5, 5),
 }
 
 # Loads in flight in the loops over what the blocks of a row wrote: states, and 16 bytes of sums a

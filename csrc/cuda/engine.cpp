@@ -151,7 +151,7 @@ void launch_score_finish(const Call& call, const ScoreFinishArgs& args) {
   const int64_t blocks = (args.scores_stride + kScoreFinishThreads - 1) / kScoreFinishThreads;
   const dim3 grid(std::max<int64_t>(blocks, 1), call.B);
   launch({kScoreRange, "vp_score_finish", score_finish_kernel(), grid, kScoreFinishThreads,
-          2 * call.H * 4, 1},
+          call.H * 4, 1},
          &args, call.device, call.stream);
 }
 
@@ -201,8 +201,8 @@ void launch_select(const Call& call, const SelectPlan& plan, const SelectArgs& a
 
 int64_t attend(const Call& call, const Scratch& scratch) {
   const OnDevice current(call.device);
-  const StreamPlan plan =
-      plan_stream(Stage::kAttend, chip_of(call.device), shape_of(call), {true, true});
+  const StreamPlan plan = plan_stream(Stage::kAttend, chip_of(call.device), shape_of(call),
+                                      {true, true, call.selection.indices != nullptr});
   Arena arena(scratch.bytes, scratch.size, kScratchAlign);
   StreamArgs args = stream_args(call, plan, arena, scratch);
   args.selection = call.selection;
@@ -214,8 +214,8 @@ int64_t attend(const Call& call, const Scratch& scratch) {
 
 int64_t score(const Call& call, float* scores, const Scratch& scratch) {
   const OnDevice current(call.device);
-  const StreamPlan plan =
-      plan_stream(Stage::kScore, chip_of(call.device), shape_of(call), {true, call.out != nullptr});
+  const StreamPlan plan = plan_stream(Stage::kScore, chip_of(call.device), shape_of(call),
+                                      {true, call.out != nullptr, false});
   Arena arena(scratch.bytes, scratch.size, kScratchAlign);
   ScoreOutputs outputs = {};
   const StreamArgs args = score_args(call, plan, false, arena, scratch, outputs);
@@ -240,8 +240,10 @@ int64_t select(const Call& call, const float* scores, const Scratch& scratch) {
 int64_t decode(const Call& call, bool dense, float* scores, const Scratch& scratch) {
   const OnDevice current(call.device);
   const Chip& chip = chip_of(call.device);
-  const StreamPlan score_plan = plan_stream(Stage::kScore, chip, shape_of(call), {true, dense});
-  const StreamPlan attend_plan = plan_stream(Stage::kAttend, chip, shape_of(call), {false, true});
+  const StreamPlan score_plan =
+      plan_stream(Stage::kScore, chip, shape_of(call), {true, dense, false});
+  const StreamPlan attend_plan =
+      plan_stream(Stage::kAttend, chip, shape_of(call), {false, true, true});
   const SelectPlan select_plan = plan_select(chip, call.candidates);
   Arena arena(scratch.bytes, scratch.size, kScratchAlign);
   ScoreOutputs outputs = {};

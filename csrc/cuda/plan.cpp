@@ -16,6 +16,9 @@ constexpr int32_t kMostStages = 6;     // more are not told apart by the wait
 constexpr int32_t kEnoughStages = 3;   // hide a trip to memory behind two tiles
 constexpr int32_t kMostSplits = 128;   // what one block merges in about the time of a tile
 constexpr int32_t kBlocksPerChip = 2;  // per multiprocessor, of one row
+// Keys of a list that pay for a block's start and end, which take about as long as two tiles of
+// each warp: many short rows have more blocks than the chip holds at once.
+constexpr int32_t kShortestList = 128;
 constexpr int32_t kOneBlock = 4 * kSelectThreads;  // candidates that a block reads in one go
 constexpr int32_t kReserved = 1024;  // shared memory that each resident block costs beside its own
 constexpr int32_t kNoLongest = 1 << 30;
@@ -47,8 +50,9 @@ int32_t team_of(const StreamKernel& kernel, int32_t group) {
 }
 
 // Chooses the warps and stages of a block. First four warps with enough stages so that two blocks
-// share a multiprocessor; then the same for one block; then fewer warps. `splits` are the most of a
-// row, whatever its length: the plan of a row must not depend on the capacity.
+// share a multiprocessor, or three of a scan: without V a tile is half the bytes, and three hide
+// what it computes. Then the same for one block; then fewer warps. `splits` are the most of a row,
+// whatever its length: the plan of a row must not depend on the capacity.
 void fit(StreamPlan& plan, const Chip& chip, int32_t splits) {
   const WarpTile& warp = plan.kernel->warp;
   const int32_t merge = merge_floats(splits, plan.team * warp.heads) * 4;
@@ -59,12 +63,12 @@ void fit(StreamPlan& plan, const Chip& chip, int32_t splits) {
     return std::max(
         {at.stages + warps / plan.team * at.team_pitch, at.sums + warps * sums, at.stages + merge});
   };
-  const int32_t half = (chip.shared_bytes + kReserved) / 2 - kReserved;
-  for (const int32_t limit : {half, chip.shared_bytes}) {
+  for (const int32_t blocks : {plan.v_bytes ? kResidentBlocks : 3, kResidentBlocks, 1}) {
+    const int32_t limit = (chip.shared_bytes + kReserved) / blocks - kReserved;
     for (const int32_t warps : {4, 2, 1}) {
-      if (warps < plan.team || (warps < 4 && limit == half)) break;
+      if (warps < plan.team || (warps < 4 && blocks > 1)) break;
       for (int32_t stages = kMostStages; stages >= 2; --stages) {
-        if (stages < kEnoughStages && (limit == half || warps > plan.team)) break;
+        if (stages < kEnoughStages && (blocks > 1 || warps > plan.team)) break;
         const int32_t bytes = bytes_of(warps, stages);
         if (bytes > limit) continue;
         plan.warps = warps;
@@ -120,7 +124,8 @@ StreamPlan plan_stream(Stage stage, const Chip& chip, const Shape& shape, Stream
   fit(plan, chip, most_splits);
 
   const int32_t tile = kernel.warp.keys * plan.warps / plan.team;
-  const int32_t shortest = kernel.warp.keys * plan.warps;
+  const int32_t all_warps = kernel.warp.keys * plan.warps;
+  const int32_t shortest = streams.listed ? std::max(all_warps, kShortestList) : all_warps;
   plan.rule = {parts, shortest, kNoLongest, tile};
   plan.max_splits = std::max(1, std::min(most_splits, ceil_div(shape.capacity, shortest)));
   if (plan.max_splits > 1) {

@@ -36,6 +36,7 @@ enum class Stage { kScore, kAttend };
 struct Streams {
   bool keys;    // K; else the stored logits
   bool values;  // V
+  bool listed;  // of text and a list, else of all keys
 };
 
 struct StreamPlan {

@@ -12,13 +12,12 @@ constexpr int kSelectWarps = kSelectThreads / kThreadsPerWarp;
 constexpr int kBinsPerThread = kSelectBins / kSelectThreads;
 
 struct SelectScratch {
-  uint32_t histogram[kSelectBins];                        // of this block; first the head masses
+  alignas(16) uint32_t histogram[kSelectBins];            // of this block
   uint32_t row_histogram[kSelectBins];                    // of all blocks of the row
   uint32_t greater[kSelectBlocks], equal[kSelectBlocks];  // of each block of a cluster
   uint32_t warp_greater[kSelectWarps], warp_equal[kSelectWarps];
   uint32_t pivot_bin, pivot_before, pivot_count;
   uint32_t last;
-  float mass, mass_mean;
 };
 
 struct Pivot {
@@ -29,12 +28,14 @@ struct Pivot {
 
 // One thread's part of a histogram, from the largest bin down.
 struct BinScan {
-  uint32_t before, own;  // candidates in larger bins, candidates in its own
-  uint32_t total;        // in all bins
+  uint32_t bins[kBinsPerThread];  // candidates in each
+  uint32_t before, own;           // in larger bins, in its own together
+  uint32_t total;                 // in all bins
 };
 
 VP_DEVICE void clear_histogram(SelectScratch& scratch) {
-  for (int i = threadIdx.x; i < kSelectBins; i += blockDim.x) scratch.histogram[i] = 0;
+  static_assert(kBinsPerThread == 4, "one store of 16 bytes clears them");
+  reinterpret_cast<uint4*>(scratch.histogram)[threadIdx.x] = uint4{0, 0, 0, 0};
   __syncthreads();
 }
 
@@ -65,8 +66,11 @@ VP_DEVICE const uint32_t* cluster_histogram(SelectScratch& scratch, uint32_t ran
 VP_DEVICE BinScan scan_histogram(const uint32_t* histogram, SelectScratch& scratch) {
   const int lane = lane_id(), warp = threadIdx.x / kThreadsPerWarp;
   const int top = kSelectBins - 1 - threadIdx.x * kBinsPerThread;
-  BinScan scan = {0, 0, 0};
-  VP_UNROLL for (int i = 0; i < kBinsPerThread; ++i) scan.own += histogram[top - i];
+  BinScan scan = {};
+  VP_UNROLL for (int i = 0; i < kBinsPerThread; ++i) {
+    scan.bins[i] = histogram[top - i];
+    scan.own += scan.bins[i];
+  }
   uint32_t upto = scan.own;
   VP_UNROLL for (int by = 1; by < kThreadsPerWarp; by *= 2) {
     const uint32_t other = __shfl_up_sync(kAllLanes, upto, by);
@@ -75,21 +79,21 @@ VP_DEVICE BinScan scan_histogram(const uint32_t* histogram, SelectScratch& scrat
   if (lane == kThreadsPerWarp - 1) scratch.warp_greater[warp] = upto;
   __syncthreads();
   scan.before = upto - scan.own;
-  for (int w = 0; w < kSelectWarps; ++w) {
-    if (w < warp) scan.before += scratch.warp_greater[w];
-    scan.total += scratch.warp_greater[w];
+  VP_UNROLL for (int w = 0; w < kSelectWarps; ++w) {
+    const uint32_t of_warp = scratch.warp_greater[w];
+    scan.before += w < warp ? of_warp : 0;
+    scan.total += of_warp;
   }
   return scan;
 }
 
 // Finds the bin, from the largest down, that holds the `need`-th candidate.
-VP_DEVICE void find_bin(const uint32_t* histogram, const BinScan& scan, uint32_t need,
-                        SelectScratch& scratch) {
+VP_DEVICE void find_bin(const BinScan& scan, uint32_t need, SelectScratch& scratch) {
   const int top = kSelectBins - 1 - threadIdx.x * kBinsPerThread;
   uint32_t before = scan.before;
   if (before < need && need <= before + scan.own) {
     VP_UNROLL for (int i = 0; i < kBinsPerThread; ++i) {
-      const uint32_t count = histogram[top - i];
+      const uint32_t count = scan.bins[i];
       if (before < need && need <= before + count) {
         scratch.pivot_bin = top - i;
         scratch.pivot_before = before;
@@ -103,15 +107,13 @@ VP_DEVICE void find_bin(const uint32_t* histogram, const BinScan& scan, uint32_t
 
 // Appends the bin of the needed candidate to the prefix. True when every candidate with the new
 // prefix is kept.
-VP_DEVICE bool narrow(Pivot& pivot, int32_t bits, const uint32_t* histogram, const BinScan& scan,
-                      SelectScratch& scratch) {
-  find_bin(histogram, scan, pivot.need, scratch);
+VP_DEVICE bool narrow(Pivot& pivot, int32_t bits, const BinScan& scan, SelectScratch& scratch) {
+  find_bin(scan, pivot.need, scratch);
   pivot.shift -= bits;
   pivot.prefix = pivot.prefix << bits | scratch.pivot_bin;
   pivot.need -= scratch.pivot_before;
-  const bool whole = pivot.need == scratch.pivot_count;
-  __syncthreads();  // all threads have read the pivot's bin
-  return whole;
+  // The pass behind this one clears its histogram, and all meet there, before the bin changes.
+  return pivot.need == scratch.pivot_count;
 }
 
 }  // namespace visionpulse::cuda

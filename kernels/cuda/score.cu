@@ -3,6 +3,7 @@
 // makes the dense output. A second kernel, the finish, turns stored logits into scores.
 #include "kernels/common/budget.h"
 #include "kernels/cuda/entries.cuh"
+#include "kernels/cuda/masses.cuh"
 #include "kernels/cuda/stream.cuh"
 
 namespace visionpulse::cuda {
@@ -38,7 +39,7 @@ VP_DEVICE float score_of(const ScoreFinishArgs& args, const float* log2_sums, in
   } else {
     const int64_t first = static_cast<int64_t>(b) * args.heads;
     const float by = args.kind == ScoreKind::kProb ? 1.0f : args.inverse_tau;
-#pragma unroll 4
+#pragma unroll 16
     for (int32_t h = 0; h < args.heads; ++h) {
       const float z = args.logits[(first + h) * args.logits_stride + logit_index] * kLog2e;
       // The same order of operations in the unrolled loop and its tail: equal logits give equal
@@ -51,13 +52,13 @@ VP_DEVICE float score_of(const ScoreFinishArgs& args, const float* log2_sums, in
 
 // One thread's score by position: -inf where there is no candidate.
 VP_DEVICE void score_position(const ScoreFinishArgs& args, const float* log2_sums, int32_t b,
-                              int32_t warp_first, int32_t position) {
-  auto cursor = SpanCursor<Order::kPosition>::before(Spans::of(args.visual, b));
+                              const Spans& spans, const Range& keys, int32_t warp_first,
+                              int32_t position) {
+  auto cursor = SpanCursor<Order::kPosition>::before(spans);
   cursor.seek(warp_first);
   cursor.advance(position);
   const int32_t visual_index = cursor.visual_index(position);
   if (position >= args.kv.capacity) return;
-  const Range keys = row_range(args.kv, args.window, b);
   const bool candidate = position >= keys.begin && position < keys.end && cursor.covers(position) &&
                          has_key(args.kv, b, position);
   float score = minus_infinity();
@@ -70,9 +71,8 @@ VP_DEVICE void score_position(const ScoreFinishArgs& args, const float* log2_sum
 
 // One thread's score by visual index. Only the scores of visible keys are written, and ever read.
 VP_DEVICE void score_visual_index(const ScoreFinishArgs& args, const float* log2_sums, int32_t b,
-                                  int32_t warp_first, int32_t index) {
-  const Spans spans = Spans::of(args.visual, b);
-  const Range keys = row_range(args.kv, args.window, b);
+                                  const Spans& spans, const Range& keys, int32_t warp_first,
+                                  int32_t index) {
   const int32_t begin = visual_before(spans, keys.begin), end = visual_before(spans, keys.end);
   if (warp_first + kThreadsPerWarp <= begin || warp_first >= end) return;
   auto cursor = SpanCursor<Order::kVisual>::before(spans);
@@ -93,23 +93,24 @@ VP_DEVICE void score_finish(const ScoreFinishArgs& args) {
   const int32_t b = blockIdx.y;
   auto* log2_sums = reinterpret_cast<float*>(shared);  // [H]
   const float* stats = args.stats + static_cast<int64_t>(b) * args.heads * kHeadStats;
-  float* masses = log2_sums + args.heads;  // [H]
+  // asked for together, before any of it is used
+  const Range keys = row_range(args.kv, args.window, b);
+  const Spans spans = Spans::of(args.visual, b);
+  const HeadMasses masses(args.mass ? args.stats : nullptr, b, args.heads);
   for (int32_t h = threadIdx.x; h < args.heads; h += blockDim.x) {
     log2_sums[h] = stats[h * kHeadStats + (args.kind == ScoreKind::kProbTau ? 1 : 0)];
-    masses[h] = stats[h * kHeadStats + 2];
   }
   __syncthreads();
-  if (args.mass && blockIdx.x == 0 && threadIdx.x == 0) {
-    const Masses row = masses_of_heads(masses, args.heads);
-    args.mass[b] = row.max;
-    args.mass_mean[b] = row.mean;
-  }
   const int32_t index = blockIdx.x * blockDim.x + threadIdx.x;
   const int32_t warp_first = index / kThreadsPerWarp * kThreadsPerWarp;
   if (args.scores_by_position) {
-    score_position(args, log2_sums, b, warp_first, index);
+    score_position(args, log2_sums, b, spans, keys, warp_first, index);
   } else {
-    score_visual_index(args, log2_sums, b, warp_first, index);
+    score_visual_index(args, log2_sums, b, spans, keys, warp_first, index);
+  }
+  if (args.mass && blockIdx.x == 0 && threadIdx.x < kThreadsPerWarp) {
+    const float max = masses.max(), mean = masses.mean();
+    if (threadIdx.x == 0) args.mass[b] = max, args.mass_mean[b] = mean;
   }
   let_next_start();
 }

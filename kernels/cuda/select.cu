@@ -13,6 +13,7 @@
 #include "kernels/common/budget.h"
 #include "kernels/cuda/arrival.cuh"
 #include "kernels/cuda/candidates.cuh"
+#include "kernels/cuda/masses.cuh"
 #include "kernels/cuda/radix.cuh"
 
 namespace visionpulse::cuda {
@@ -21,38 +22,12 @@ namespace {
 
 constexpr int32_t kLeadingBits = 11;
 
-VP_DEVICE void read_masses(const SelectArgs& args, int32_t b, bool write, SelectScratch& scratch) {
-  if (args.stats) {
-    auto* masses = reinterpret_cast<float*>(scratch.histogram);  // [H]
-    const float* stats = args.stats + static_cast<int64_t>(b) * args.heads * kHeadStats;
-    for (int32_t h = threadIdx.x; h < args.heads; h += blockDim.x) {
-      masses[h] = stats[h * kHeadStats + 2];
-    }
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      const Masses row = masses_of_heads(masses, args.heads);
-      scratch.mass = row.max;
-      scratch.mass_mean = row.mean;
-      if (write) {
-        args.mass[b] = row.max;
-        args.mass_mean[b] = row.mean;
-      }
-    }
-  } else if (threadIdx.x == 0) {
-    scratch.mass = args.mass[b];
-    scratch.mass_mean = args.mass_mean[b];
-  }
-  __syncthreads();
-}
-
 // K of the row.
-VP_DEVICE int32_t count_of(const SelectArgs& args, int32_t b, int32_t n_visual,
-                           const SelectScratch& scratch) {
+VP_DEVICE int32_t count_of(const SelectArgs& args, int32_t b, int32_t n_visual, float mass) {
   int32_t count;
   if (args.wanted) {
     count = count_of_wanted(args.wanted[b], n_visual);
   } else {
-    const float mass = args.mean_mass ? scratch.mass_mean : scratch.mass;
     const float ratio = clamped_ratio(args.ratio ? args.ratio[b] : mass, args.r_min, args.r_max);
     count = count_of_ratio(ratio, n_visual);
   }
@@ -111,7 +86,6 @@ struct RowSelect {
   // Builds the histogram of the leading bits and stores the sort codes: in shared memory for
   // `list`, or in global memory for the last block.
   __device__ __forceinline__ void read_scores(bool hand_over) {
-    clear_histogram(scratch);
     const bool in_shared = fits && !hand_over;
     own.each([&](int32_t step, const int32_t (&position)[kAhead]) {
       uint32_t code[kAhead];
@@ -122,7 +96,7 @@ struct RowSelect {
         count_code(scratch, code[u] != kNoCode, code[u] >> (32 - kLeadingBits));
       }
     });
-    __syncthreads();
+    if (!kCluster) __syncthreads();  // the cluster meets next
   }
 
   // Hands the block's histogram to the one that arrives last; true there, with all added up.
@@ -194,7 +168,7 @@ struct RowSelect {
       const bool inside = code != kNoCode && code >> above == pivot.prefix;
       count_code(scratch, inside, code >> shift & ((1u << bits) - 1));
     });
-    __syncthreads();
+    if (!kCluster) __syncthreads();  // the cluster meets next
   }
 
   // Writes the count, and -1 past it: all blocks together, or the last alone.
@@ -292,7 +266,7 @@ struct RowSelect {
       const int32_t bits = pivot.shift < kLeadingBits ? pivot.shift : kLeadingBits;
       read_list<kFits>(pivot, bits);
       const uint32_t* histogram = kCluster ? cluster_histogram(scratch, rank) : scratch.histogram;
-      whole = narrow(pivot, bits, histogram, scan_histogram(histogram, scratch), scratch);
+      whole = narrow(pivot, bits, scan_histogram(histogram, scratch), scratch);
     }
     write_kept<kFits>(pivot);
   }
@@ -304,11 +278,14 @@ VP_DEVICE void select_row(const SelectArgs& args) {
   wait_for_previous();
   auto& scratch = *reinterpret_cast<SelectScratch*>(shared);
   auto* cache = reinterpret_cast<uint32_t*>(shared + sizeof(SelectScratch));
-  const int32_t blocks = args.blocks, b = blockIdx.x / blocks, rank = blockIdx.x % blocks;
+  const int32_t blocks = kCluster ? kSelectBlocks : args.blocks;
+  const int32_t b = blockIdx.x / blocks, rank = blockIdx.x % blocks;
   const bool hands_over = !kCluster && blocks > 1;  // to the last block
 
-  const Spans spans = Spans::of(args.visual, b);
   const Range range = row_range(args.kv, args.window, b);
+  const Spans spans = Spans::of(args.visual, b);
+  const HeadMasses masses(args.stats, b, args.heads);
+  clear_histogram(scratch);  // while what describes the row is under way
   const int32_t first = visual_before(spans, range.begin);
   const int32_t n = visual_before(spans, range.end) - first;
   const Candidates own = {args, args.scores + b * args.scores_stride, b, first, 0, 0, {}};
@@ -316,32 +293,45 @@ VP_DEVICE void select_row(const SelectArgs& args) {
   const int32_t per_block = (n + blocks - 1) / blocks;
   const int32_t slice = per_block * rank < n ? per_block * rank : n;
   row.take(slice, n - slice < per_block ? n : slice + per_block);
-  read_masses(args, b, rank == 0, scratch);
+  const float* given = args.mean_mass ? args.mass_mean : args.mass;
+  const float mass = !args.stats ? given[b] : args.mean_mass ? masses.mean() : masses.max();
+  // by one warp of one block, and last: no other waits for it
+  const auto write_masses = [&] {
+    if (args.stats == nullptr || rank != 0 || threadIdx.x >= kThreadsPerWarp) return;
+    const float mean = masses.mean(), max = masses.max();
+    if (threadIdx.x == 0) args.mass[b] = max, args.mass_mean[b] = mean;
+  };
 
   // Without pages no key can be missing, so K is known before any score is read.
-  int32_t count = -1;
-  if (args.kv.table == nullptr) {
-    count = count_of(args, b, n, scratch);
-    if (count == 0 || count == n) return row.write_all(count);
+  const bool pages = args.kv.table != nullptr;
+  int32_t count = pages ? -1 : count_of(args, b, n, mass);
+  if (count == 0 || count == n) {
+    write_masses();
+    return row.write_all(count);
   }
   row.read_scores(hands_over);
   const uint32_t* histogram = scratch.histogram;
   if (kCluster) histogram = cluster_histogram(scratch, rank);
+  bool last = true;
   if (hands_over) {
-    if (!row.hand_over_histogram()) return;
+    last = row.hand_over_histogram();
     histogram = scratch.row_histogram;
   }
-  const BinScan scan = scan_histogram(histogram, scratch);
-  if (count < 0) count = count_of(args, b, scan.total, scratch);
-  row.pad(count, hands_over ? 0 : rank, hands_over ? 1 : blocks);
-  if (count == 0) return;
-  Pivot pivot = {0, 32, static_cast<uint32_t>(count)};
-  const bool whole = narrow(pivot, kLeadingBits, histogram, scan, scratch);
-  if (row.fits) {
-    row.template refine<true>(pivot, whole, hands_over);
-  } else {
-    row.template refine<false>(pivot, whole, hands_over);
+  if (last) {
+    const BinScan scan = scan_histogram(histogram, scratch);
+    if (pages) count = count_of(args, b, scan.total, mass);
+    if (count > 0) {
+      Pivot pivot = {0, 32, static_cast<uint32_t>(count)};
+      const bool whole = narrow(pivot, kLeadingBits, scan, scratch);
+      if (row.fits) {
+        row.template refine<true>(pivot, whole, hands_over);
+      } else {
+        row.template refine<false>(pivot, whole, hands_over);
+      }
+    }
+    row.pad(count, hands_over ? 0 : rank, hands_over ? 1 : blocks);
   }
+  write_masses();
   let_next_start();
 }
 

@@ -62,7 +62,7 @@ KERNELS = {
 
 def plan_of(use: Use, target: str = "sm_90", capacity: int = 1 << 17) -> dict[str, Any]:
     shape = (BFLOAT16, 1, HEADS, KV_HEADS, HEAD_DIM, capacity)
-    return load().plan(use.scores, PARTS[target], shape, use.keys, use.values)
+    return load().plan(use.scores, PARTS[target], shape, use.keys, use.values, use.listed)
 
 
 def resident(use: Use, target: str) -> int:

@@ -59,6 +59,14 @@ inline uint32_t __ballot_sync(uint32_t mask, int predicate, cusim::Place place =
   }
   return votes;
 }
+inline unsigned __reduce_max_sync(uint32_t mask, unsigned value, cusim::Place place = CUSIM_HERE) {
+  for (int bit = 1; bit < 32; bit *= 2) {
+    const unsigned other =
+        cusim::shuffle(mask, value, cusim_lane() ^ bit, "__reduce_max_sync", place);
+    value = other > value ? other : value;
+  }
+  return value;
+}
 inline int __any_sync(uint32_t mask, int predicate, cusim::Place place = CUSIM_HERE) {
   return __ballot_sync(mask, predicate, place) != 0;
 }

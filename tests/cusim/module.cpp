@@ -35,27 +35,31 @@ PYBIND11_MODULE(_cusim, m) {
   // Names of the ranges since the last call.
   m.def("ranges", [] { return std::exchange(cusim::ranges, {}); });
   // The plan of a stage on a chip, for tests of the host functions.
-  m.def("plan", [](bool score, const std::vector<int>& chip, const std::array<int, 6>& shape,
-                   bool keys, bool values) {
-    using namespace visionpulse::cuda;
-    const auto stage = score ? Stage::kScore : Stage::kAttend;
-    const auto dtype = static_cast<visionpulse::DType>(shape[0]);
-    const StreamPlan plan =
-        plan_stream(stage, chip_of(chip), {dtype, shape[1], shape[2], shape[3], shape[4], shape[5]},
-                    {keys, values});
-    py::dict of;
-    of["kernel"] = std::string(plan.kernel->name);
-    of["head_tile"] = plan.kernel->head_tile;
-    of["warp_heads"] = plan.kernel->warp.heads;
-    of["team"] = plan.team;
-    of["warps"] = plan.warps;
-    of["stages"] = plan.stages;
-    of["stage_bytes"] = plan.k_bytes + plan.v_bytes;
-    of["shared_bytes"] = plan.shared_bytes;
-    of["rule"] = py::make_tuple(plan.rule.target_parts, plan.rule.shortest, plan.rule.tile);
-    of["max_splits"] = plan.max_splits;
-    return of;
-  });
+  m.def(
+      "plan",
+      [](bool score, const std::vector<int>& chip, const std::array<int, 6>& shape, bool keys,
+         bool values, bool listed) {
+        using namespace visionpulse::cuda;
+        const auto stage = score ? Stage::kScore : Stage::kAttend;
+        const auto dtype = static_cast<visionpulse::DType>(shape[0]);
+        const StreamPlan plan = plan_stream(
+            stage, chip_of(chip), {dtype, shape[1], shape[2], shape[3], shape[4], shape[5]},
+            {keys, values, listed});
+        py::dict of;
+        of["kernel"] = std::string(plan.kernel->name);
+        of["head_tile"] = plan.kernel->head_tile;
+        of["warp_heads"] = plan.kernel->warp.heads;
+        of["team"] = plan.team;
+        of["warps"] = plan.warps;
+        of["stages"] = plan.stages;
+        of["stage_bytes"] = plan.k_bytes + plan.v_bytes;
+        of["shared_bytes"] = plan.shared_bytes;
+        of["rule"] = py::make_tuple(plan.rule.target_parts, plan.rule.shortest, plan.rule.tile);
+        of["max_splits"] = plan.max_splits;
+        return of;
+      },
+      py::arg("score"), py::arg("chip"), py::arg("shape"), py::arg("keys"), py::arg("values"),
+      py::arg("listed") = false);
   m.def("splits", [](const std::array<int, 3>& of, int keys, int blocks) {
     const visionpulse::SplitRule rule = {of[0], of[1], 1 << 30, of[2]};
     return visionpulse::split_count(keys, visionpulse::split_length(rule, keys, blocks));

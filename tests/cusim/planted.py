@@ -207,7 +207,7 @@ BUGS = {
         what="garbage",
     ),
     "histogram-race-clear": Bug(
-        (Edit(RADIX, "histogram[i] = 0;\n  __syncthreads();", "histogram[i] = 0;"),), ""
+        (Edit(RADIX, "uint4{0, 0, 0, 0};\n  __syncthreads();", "uint4{0, 0, 0, 0};"),), ""
     ),
     "histogram-race-read": Bug(
         (Edit(RADIX, "  cluster_sync();\n  constexpr int kOwn", "  constexpr int kOwn"),),

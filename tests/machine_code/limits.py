@@ -34,14 +34,16 @@ STREAMS = {
     "dense anchor": Limit(stream("anchor-dense", "score_bf16"), 1, 4, 7, 920),
     # behind the scan the states alone
     "pruned scan": Limit(stream("anchor-pruned", "score_bf16"), 1, 2, 7, 630),
-    # the count comes with the rest, and a block of the list reads its first index behind them
-    "pruned attend": Limit(stream("anchor-pruned", "attend"), 2, 3, 7, 620),
-    "follower": Limit(stream("follower", "attend"), 2, 3, 7, 620),
-    "follower, 9 spans": Limit(stream("follower", "attend", spans=9), 2, 3, 7, 620),
+    # the count comes with the rest, and a block of the list reads its first index behind them. A
+    # share is 128 keys, so this block is one of the list: it looks each key up, which a block of
+    # text, 586 instructions a tile, need not
+    "pruned attend": Limit(stream("anchor-pruned", "attend"), 2, 2, 7, 640),
+    "follower": Limit(stream("follower", "attend"), 2, 2, 7, 690),
+    "follower, 9 spans": Limit(stream("follower", "attend", spans=9), 2, 2, 7, 690),
     # more spans than a warp has lanes are searched for in memory
-    "follower, 64 spans": Limit(stream("follower", "attend", spans=64), 7, 3, 7, 620),
-    # as long a list as a row of 32k has: 30 splits, in two steps like those of 16k
-    "follower, 32k": Limit(stream("follower", "attend", visual=32768), 2, 3, 7, 620),
+    "follower, 64 spans": Limit(stream("follower", "attend", spans=64), 6, 2, 7, 690),
+    # as long a list as a row of 32k has: 15 splits, whose sums are one step
+    "follower, 32k": Limit(stream("follower", "attend", visual=32768), 2, 2, 7, 690),
 }
 
 
@@ -54,12 +56,12 @@ class LoneLimit(NamedTuple):
 
 
 ALONE = {
-    # statistics, the row's range with its spans, and 32 heads of stored logits in steps of four
-    "score finish": LoneLimit(Use(Step("anchor-pruned", 1, 16384), "finish"), 10, 1, 0, 0),
-    # the row's range with its spans, masses, one step of scores, the histograms and lists of the cluster
-    "select 16k": LoneLimit(Use(Step("anchor-pruned", 1, 16384), "select"), 5, 13, 5, 5),
+    # the row's range with its spans, statistics, 32 heads of stored logits in steps of sixteen
+    "score finish": LoneLimit(Use(Step("anchor-pruned", 1, 16384), "finish"), 4, 1, 0, 0),
+    # the row's range with its spans and masses, one step of scores, the histograms of the cluster
+    "select 16k": LoneLimit(Use(Step("anchor-pruned", 1, 16384), "select"), 4, 7, 5, 5),
     # eight times the candidates of a warp
-    "select 128k": LoneLimit(Use(Step("anchor-pruned", 1, 131072), "select"), 12, 13, 5, 5),
+    "select 128k": LoneLimit(Use(Step("anchor-pruned", 1, 131072), "select"), 11, 7, 5, 5),
 }
 
 # Loads in flight in the loops over what the blocks of a row wrote: states, and 16 bytes of sums a
@@ -72,15 +74,17 @@ class Loops(NamedTuple):
     strong: int  # of them those that read what other blocks wrote
 
 
-# A search over spans is serial by its nature: 32 probes a step, each step the range of the next.
+# A search over spans in memory is serial by its nature: 32 probes a step, each step the range of
+# the next. Only rows of more than 32 spans take it, but each place that searches has a copy.
 LOOPS = {
     # two searches of the row's range, one of the first key, spans entered one by one while tiles
     # are filled, and the loop of the tiles itself, which loads one page id or one index ahead
     "vp_attend_bf16_d128_h8": Loops(5, 0),
-    "vp_score_bf16_d128_h8": Loops(5, 0),
+    "vp_score_bf16_d128_h8": Loops(3, 0),
     # the same searches by position and by visual index, and the remainders of both sums
-    "vp_score_finish": Loops(8, 0),
-    # the searches; and the list of a row, where it does not fit into shared memory
-    "vp_select_cluster": Loops(7, 3),
-    "vp_select_global": Loops(8, 3),
+    "vp_score_finish": Loops(11, 0),
+    # the searches, in each pass over the candidates; and the list of a row, where it does not fit
+    # into shared memory
+    "vp_select_cluster": Loops(12, 3),
+    "vp_select_global": Loops(13, 3),
 }

@@ -30,6 +30,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DVISIONPULSE_CUDA_ARCHS={os.environ.get('VISIONPULSE_CUDA_ARCHS', '')}",
+            f"-DVISIONPULSE_LINEINFO={os.environ.get('VISIONPULSE_LINEINFO', '0')}",
         ]  # fmt: skip
         subprocess.run(configure, check=True)
         jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", str(os.cpu_count() or 1))

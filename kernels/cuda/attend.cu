@@ -8,6 +8,12 @@ namespace visionpulse::cuda {
 #define VP_ENTRY(dtype, type, d, h)                      \
   VP_KERNEL(kMaxWarps* kThreadsPerWarp, kResidentBlocks) \
   vp_attend_##dtype##_d##d##_h##h(VP_ARGS(StreamArgs) args) { stream<type, d, h, false>(args); }
+VP_DEFINED(VP_ENTRY)
+#undef VP_ENTRY
+
+#ifdef VP_LISTS_ALL
+#define VP_ENTRY(dtype, type, d, h) \
+  extern "C" VP_GLOBAL void vp_attend_##dtype##_d##d##_h##h(VP_ARGS(StreamArgs) args);
 VP_STREAM_KERNELS(VP_ENTRY)
 #undef VP_ENTRY
 
@@ -23,5 +29,6 @@ const StreamKernel* attend_kernel(DType dtype, int32_t head_dim, int32_t head_ti
 #undef VP_ENTRY
   return nullptr;
 }
+#endif
 
 }  // namespace visionpulse::cuda

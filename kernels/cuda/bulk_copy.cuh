@@ -55,9 +55,9 @@ VP_DEVICE void copy_barrier_wait(CopyBarrier* at, uint32_t phase) {
 VP_DEVICE void copy_bulk(void* to, const void* from, uint32_t bytes, CopyBarrier* at) {
   if constexpr (kBulkCopies) {
     asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-            "r"(shared_address(to)),
-        "l"(from), "r"(bytes), "r"(shared_address(at))
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
+        "[%1], %2, [%3], %4;" ::"r"(shared_address(to)),
+        "l"(from), "r"(bytes), "r"(shared_address(at)), "l"(read_once())
         : "memory");
   }
 }

@@ -14,6 +14,7 @@
 #define VP_UNROLL_1 _Pragma("unroll 1")
 // `resident`: blocks for which a multiprocessor must have enough registers.
 #define VP_KERNEL(threads, resident) extern "C" __global__ void __launch_bounds__(threads, resident)
+#define VP_GLOBAL __global__
 #define VP_ARGS(type) const __grid_constant__ type
 #define VP_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
 #else
@@ -24,6 +25,7 @@
 #define VP_UNROLL
 #define VP_UNROLL_1
 #define VP_KERNEL(threads, resident) extern "C" void
+#define VP_GLOBAL
 // by reference, so that one pointer calls every kernel
 #define VP_ARGS(type) const type&
 #define VP_SHARED(name) \
@@ -200,10 +202,17 @@ VP_DEVICE void team_barrier(int32_t number, int32_t threads, cusim::Place place 
 VP_DEVICE uint32_t shared_address(const void* at) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(at));
 }
-// `valid` of the 16 bytes are read, the others become 0.
+// For K and V, each read once a step: L2 gives their lines up first, and keeps the stored logits.
+VP_DEVICE uint64_t read_once() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+// `valid` of the 16 bytes are read, once; the others become 0.
 VP_DEVICE void copy_16(void* to, const void* from, int valid) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
-               "l"(from), "r"(valid)
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(
+                   shared_address(to)),
+               "l"(from), "r"(valid), "l"(read_once())
                : "memory");
 }
 VP_DEVICE void copy_4(void* to, const void* from, int valid) {

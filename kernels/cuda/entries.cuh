@@ -19,6 +19,22 @@
 #ifndef VP_STREAM_KERNELS
 #define VP_STREAM_KERNELS(X) VP_HEAD_DIMS(VP_HEAD_DIM, X)
 #endif
+// Those that one object defines: all, or with VP_SPLIT those of a dtype, so that no file compiles
+// for long. attend.cu and score.cu have bfloat16 then, and attend_fp16.cu and so on the others.
+#define VP_BF16_DIM(X, d) VP_HALF_HEADS(X, bf16, BFloat16, d)
+#define VP_FP16_DIM(X, d) VP_HALF_HEADS(X, fp16, Float16, d)
+#if !defined(VP_SPLIT)
+#define VP_DEFINED(X) VP_STREAM_KERNELS(X)
+#elif defined(VP_FP16)
+#define VP_DEFINED(X) VP_HEAD_DIMS(VP_FP16_DIM, X)
+#elif defined(VP_FP32)
+#define VP_DEFINED(X) VP_HEAD_DIMS(VP_FLOAT_HEADS, X)
+#else
+#define VP_DEFINED(X) VP_HEAD_DIMS(VP_BF16_DIM, X)
+#endif
+#if !defined(VP_FP16) && !defined(VP_FP32)
+#define VP_LISTS_ALL  // the object that has the list of all kernels of its stage
+#endif
 
 namespace visionpulse::cuda {
 

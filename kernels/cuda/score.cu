@@ -11,6 +11,12 @@ namespace visionpulse::cuda {
 #define VP_ENTRY(dtype, type, d, h)                      \
   VP_KERNEL(kMaxWarps* kThreadsPerWarp, kResidentBlocks) \
   vp_score_##dtype##_d##d##_h##h(VP_ARGS(StreamArgs) args) { stream<type, d, h, true>(args); }
+VP_DEFINED(VP_ENTRY)
+#undef VP_ENTRY
+
+#ifdef VP_LISTS_ALL
+#define VP_ENTRY(dtype, type, d, h) \
+  extern "C" VP_GLOBAL void vp_score_##dtype##_d##d##_h##h(VP_ARGS(StreamArgs) args);
 VP_STREAM_KERNELS(VP_ENTRY)
 #undef VP_ENTRY
 
@@ -120,5 +126,7 @@ VP_KERNEL(kScoreFinishThreads, 4) vp_score_finish(VP_ARGS(ScoreFinishArgs) args)
 }
 
 const void* score_finish_kernel() { return reinterpret_cast<const void*>(&vp_score_finish); }
+
+#endif
 
 }  // namespace visionpulse::cuda

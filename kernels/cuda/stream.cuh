@@ -14,6 +14,7 @@
 #include "kernels/cuda/dot_tile.cuh"
 #include "kernels/cuda/merge.cuh"
 #include "kernels/cuda/mma_tile.cuh"
+#include "kernels/cuda/queries.cuh"
 #include "kernels/cuda/shared_layout.h"
 #include "kernels/cuda/tile_copy.cuh"
 #include "kernels/cuda/work.cuh"
@@ -307,49 +308,6 @@ struct Stream {
   }
 };
 
-// q of all heads of the group on its way to shared memory, in the order of the tile: words of some
-// elements each, spread over the threads of the block.
-template <class T, int D, int kHeads>
-struct Queries {
-  using Tile = TileOf<T, D, kHeads>;
-  using Word = typename Tile::QueryWord;
-  static constexpr int kWords = Tile::kQueryBytes / sizeof(Word);  // of one member
-  static constexpr int kAhead = 2;  // of a thread, in flight: all, for 8 heads of 128
-
-  const StreamArgs& args;
-  const T* q;
-  int32_t words;
-  Word word[kAhead];
-
-  __device__ __forceinline__ explicit Queries(const StreamArgs& of)
-      : args(of),
-        q(static_cast<const T*>(of.q) + static_cast<int64_t>(blockIdx.z) * of.q_stride.row +
-          static_cast<int64_t>(blockIdx.y) * of.group * of.q_stride.head),
-        words(of.team * kWords) {}
-
-  __device__ __forceinline__ void load(int32_t first) {
-    VP_UNROLL for (int u = 0; u < kAhead; ++u) {
-      const int32_t at = first + u * blockDim.x + threadIdx.x;
-      const int32_t i = at < words ? at : words - 1;
-      word[u] = Tile::query_word(i % kWords, [&](int of, int d) {
-        const int32_t head = i / kWords * kHeads + of;
-        return head < args.group && d < args.head_dim ? q[head * args.q_stride.head + d] : T{};
-      });
-    }
-  }
-  __device__ __forceinline__ void store_all(void* shared) {
-    VP_UNROLL_1 for (int32_t first = 0;;) {
-      VP_UNROLL for (int u = 0; u < kAhead; ++u) {
-        const int32_t at = first + u * blockDim.x + threadIdx.x;
-        if (at < words) static_cast<Word*>(shared)[at] = word[u];
-      }
-      first += kAhead * blockDim.x;
-      if (first >= words) return;
-      load(first);
-    }
-  }
-};
-
 template <class T, int D, int kHeadTile, bool kScore>
 VP_DEVICE void stream(const StreamArgs& args) {
   constexpr int kHeads = kWarpHeads<T, kHeadTile>;
@@ -359,7 +317,7 @@ VP_DEVICE void stream(const StreamArgs& args) {
   wait_for_previous();
   // Asked for together, before any of it is used: what describes the row, and q.
   const Spans spans = Spans::of(args.visual, blockIdx.z);
-  Queries<T, D, kHeads> queries(args);
+  Queries<T, Tile, kHeads> queries(args);
   queries.load(0);
   const WorkRange work = work_of(args, spans);
   if (work.split >= work.splits) return;

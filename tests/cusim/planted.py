@@ -84,7 +84,7 @@ BUGS = {
         (Edit(STREAM, "index < work.end ? index", "index <= work.end ? index"),), ""
     ),
     "off-by-one-read": Bug(
-        (Edit(STREAM, "d < args.head_dim ? q", "d <= args.head_dim ? q"),),
+        (Edit("kernels/cuda/queries.cuh", "d < args.head_dim ? q", "d <= args.head_dim ? q"),),
         "heap-buffer-overflow",
         asan=True,
     ),

@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "kernels/cuda/args.h"
+#include "kernels/cuda/device.cuh"
+
+namespace visionpulse::cuda {
+
+// q of all heads of the group on its way to shared memory, in the order of the tile: words of some
+// elements each, spread over the threads of the block.
+template <class T, class Tile, int kHeads>
+struct Queries {
+  using Word = typename Tile::QueryWord;
+  static constexpr int kWords = Tile::kQueryBytes / sizeof(Word);  // of one member
+  static constexpr int kAhead = 2;  // of a thread, in flight: all, for 8 heads of 128
+
+  const StreamArgs& args;
+  const T* q;
+  int32_t words;
+  Word word[kAhead];
+
+  __device__ __forceinline__ explicit Queries(const StreamArgs& of)
+      : args(of),
+        q(static_cast<const T*>(of.q) + static_cast<int64_t>(blockIdx.z) * of.q_stride.row +
+          static_cast<int64_t>(blockIdx.y) * of.group * of.q_stride.head),
+        words(of.team * kWords) {}
+
+  __device__ __forceinline__ void load(int32_t first) {
+    VP_UNROLL for (int u = 0; u < kAhead; ++u) {
+      const int32_t at = first + u * blockDim.x + threadIdx.x;
+      const int32_t i = at < words ? at : words - 1;
+      word[u] = Tile::query_word(i % kWords, [&](int of, int d) {
+        const int32_t head = i / kWords * kHeads + of;
+        return head < args.group && d < args.head_dim ? q[head * args.q_stride.head + d] : T{};
+      });
+    }
+  }
+  __device__ __forceinline__ void store_all(void* shared) {
+    VP_UNROLL_1 for (int32_t first = 0;;) {
+      VP_UNROLL for (int u = 0; u < kAhead; ++u) {
+        const int32_t at = first + u * blockDim.x + threadIdx.x;
+        if (at < words) static_cast<Word*>(shared)[at] = word[u];
+      }
+      first += kAhead * blockDim.x;
+      if (first >= words) return;
+      load(first);
+    }
+  }
+};
+
+}  // namespace visionpulse::cuda

@@ -180,6 +180,13 @@ PROOFS = {
     "serving-clients": Proof(
         ("tests/serving/test_server.py",), SERVING, ("torch",), engine=True, optional=True,
     ),
+    "lmms-eval": Proof(
+        ("tests/test_lmms_eval.py",),
+        ("visionpulse/integrations/", "visionpulse/models/", "visionpulse/cli/run.py",
+         "visionpulse/data/", "examples/serving/tiny_model.py", "tests/lmms_eval_task.py",
+         "tests/test_lmms_eval.py"),
+        ("lmms_eval", "torch", "transformers"),
+    ),
     "site": Proof(
         ("tests/test_accuracy_docs.py", "-k", "site"),
         ("mkdocs.yml", "docs/", "visionpulse/*.py", "visionpulse/models/install.py",

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from visionpulse.bench.rows import Row, read
+from visionpulse.files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -171,7 +172,7 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 1
     if not options.check:
-        options.readme.write_text(fresh)
+        write_text(options.readme, fresh)
         return 0
     if fresh != text:
         print(

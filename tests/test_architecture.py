@@ -54,7 +54,8 @@ ALLOWED = {
     "layer_ops": {"backends", "call", "config", "ops", "queries", "workspace", *RECORDS},
     "trace": {"figures", "files", "selection", "visual"},
     "models": {
-        "backends", "config", "layer_ops", "ops", "schedule", "trace.record", "workspace", *RECORDS
+        "backends", "config", "files", "layer_ops", "ops", "schedule", "trace.record", "workspace",
+        *RECORDS,
     },
     "calibration": {"cache", "config", "figures", "files", "models", "ops", "visual"},
     "testing": {"budgets", "call", "config", "reference", *RECORDS},

@@ -92,10 +92,3 @@ def test_the_three_stages_are_the_decode_op():
     assert names["kept"].tolist() == selection.indices[0, : selection.counts[0]].tolist()
     torch.testing.assert_close(names["out"], out[0])
     torch.testing.assert_close(names["M"], selection.mass[0])
-
-
-def test_the_presets_are_those_of_the_table():
-    for name, config in vp.PRESETS.items():
-        low, high = (f"{100 * ratio:g} %" for ratio in config.ratio)
-        row = rf'\| `"{name}"`[^|]*\| {config.tau} \| {low} to {high} \|'
-        assert re.search(row, README), row

@@ -2,6 +2,7 @@
 
 import json
 import stat
+import threading
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import pytest
 import visionpulse as vp
 from visionpulse.budgets import Fixed, Random, TopK, TopP
 from visionpulse.config import config_data
-from visionpulse.files import replacing, write_text
+from visionpulse.files import append_line, replacing, write_text
 from visionpulse.models import Trace
 
 
@@ -165,3 +166,27 @@ def test_a_budget_is_named_in_json(text, policy, tmp_path):
     assert data["budget"] == text and data["tau"] == 0.4 and data["anchor"] == (2, 5)
     path = write_text(tmp_path / "config.json", json.dumps({"config": data}))
     assert vp.load_config(path) == config
+
+
+def test_a_line_is_added_whole_behind_one_that_was_cut(tmp_path):
+    log = tmp_path / "log.jsonl"
+    append_line(log, '{"a": 1}')
+    with log.open("a") as file:
+        file.write('{"b": ')
+    append_line(log, '{"c": 3}')
+    assert log.read_text().splitlines() == ['{"a": 1}', '{"b": ', '{"c": 3}']
+
+
+def test_several_writers_lose_no_line(tmp_path):
+    log, line = tmp_path / "log.jsonl", "x" * 100_000
+
+    def write():
+        for _ in range(20):
+            append_line(log, line)
+
+    writers = [threading.Thread(target=write) for _ in range(4)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert log.read_text().splitlines() == [line] * 80

@@ -77,7 +77,7 @@ def of(*engines):
         ("kernels/triton/select.py", of("triton-")),
         ("csrc/cpu/pool.cpp", of("cpu-")),
         ("kernels/cpu/isa/avx2.cpp", of("cpu-")),
-        ("visionpulse/models/session.py", of("models-", "answers")),
+        ("visionpulse/models/session.py", of("models-", "answers", "lmms-eval")),
         ("README.md", set()),
     ),
 )

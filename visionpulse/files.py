@@ -46,6 +46,24 @@ def write_text(path: str | PathLike[str], text: str) -> Path:
     return Path(path)
 
 
+def append_line(path: str | PathLike[str], line: str) -> None:
+    """Add a line to a log that several processes may write: all of it in one write, or none.
+
+    Not renamed, which would lose what another process adds at the same time. A line that was cut,
+    as by a full disk, is ended first, so that only that one is lost.
+    """
+    with open(path, "ab+", buffering=0) as file:
+        with contextlib.suppress(ImportError, OSError):  # no locks here: one write is still whole
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        end = file.seek(0, os.SEEK_END) if file.seekable() else 0
+        if end:
+            file.seek(end - 1)
+        cut = end > 0 and file.read(1) != b"\n"
+        file.write(("\n" * cut + line + "\n").encode("utf-8"))
+
+
 def read_json(path: str | PathLike[str], way_out: str) -> Any:
     """Read JSON; whatever is wrong with the file is one line, with the way out behind it."""
     try:

@@ -21,6 +21,7 @@ from visionpulse.calibration.correlation import (
 )
 from visionpulse.calibration.observe import THRESHOLDS, Observation, observe
 from visionpulse.data import tiny, trail
+from visionpulse.files import write_text
 
 # those of the paper, and larger ones: 400 tokens share what thousands share there
 LIMITS = (*THRESHOLDS, 0.005, 0.01, 0.02)
@@ -104,7 +105,7 @@ def main() -> None:
     print(printed(rows))
     if args.out:
         known = about(args.weights) | {"n": args.n}
-        args.out.write_text("".join(json.dumps(row | known) + "\n" for row in rows))
+        write_text(args.out, "".join(json.dumps(row | known) + "\n" for row in rows))
     if args.plots:
         args.plots.mkdir(parents=True, exist_ok=True)
         print(plot_correlation(seen, args.layer, args.plots / "correlation.png"))

@@ -22,6 +22,7 @@ from visionpulse.bench.progress import progress_bar
 from visionpulse.budgets import bound_count
 from visionpulse.data import tiny, trail
 from visionpulse.figures import figure, save_figure
+from visionpulse.files import write_text
 from visionpulse.trace.reuse import Reuse, reuse
 
 TIMES = (1, 2, 4)  # of K_max
@@ -161,7 +162,7 @@ def main() -> None:
     print(printed(rows), tier(rows), sep="\n\n")
     if args.out:
         known = about(args.weights) | {"n": args.n}
-        args.out.write_text("".join(json.dumps(row | known) + "\n" for row in rows))
+        write_text(args.out, "".join(json.dumps(row | known) + "\n" for row in rows))
     if args.plot:
         print(plot(rows, args.plot))
 

@@ -21,6 +21,7 @@ from measure import Answers, answer, summary
 
 from visionpulse.bench.progress import progress_bar
 from visionpulse.data import tiny, trail
+from visionpulse.files import write_text
 
 SEED = 90_000  # training draws from another stream of seeds, see train.Trainer
 LARGE_SIDE = 40  # 1600 tokens: four times the largest pictures of training
@@ -208,7 +209,7 @@ def main() -> None:
                 new = made.rows(groups) + training(args.weights)
                 rows = merged(before, [known | row for row in new])
                 args.out.parent.mkdir(parents=True, exist_ok=True)
-                args.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+                write_text(args.out, "".join(json.dumps(row) + "\n" for row in rows))
             tick("batches", done, len(jobs))
     print(printed(made.rows(groups)))
     print(f"\n{(time.monotonic() - begun) / 60:.1f} minutes, --jobs {args.jobs}")

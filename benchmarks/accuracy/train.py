@@ -28,6 +28,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from visionpulse.bench.progress import progress_bar
 from visionpulse.data import trail
+from visionpulse.files import write_text
 
 
 class Stage(NamedTuple):
@@ -306,7 +307,7 @@ def main() -> None:
     # of a run that was resumed, the seconds of its last part
     seconds = round(time.monotonic() - begun)
     about = asked | {"resumed": args.resume is not None, "seconds": seconds}
-    (args.out / "train.json").write_text(json.dumps(about) + "\n")
+    write_text(args.out / "train.json", json.dumps(about) + "\n")
 
 
 if __name__ == "__main__":

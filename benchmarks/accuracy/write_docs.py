@@ -8,6 +8,8 @@ import correlate
 import reuse
 import table
 
+from visionpulse.files import write_text
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = tuple(
     ROOT / page
@@ -40,4 +42,4 @@ def filled(page: str) -> str:
 
 if __name__ == "__main__":
     for page in PAGES:
-        page.write_text(filled(page.read_text()))
+        write_text(page, filled(page.read_text()))

@@ -7,6 +7,7 @@ from os import PathLike
 from typing import Any
 
 from ..config import config_data
+from ..files import append_line
 from .session import Session
 
 
@@ -30,5 +31,4 @@ class Report:
             **self.about,
             **asdict(self.recorder.stats()),
         }
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        append_line(path, json.dumps(line))

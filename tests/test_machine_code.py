@@ -48,7 +48,7 @@ def test_the_walked_copies_ask_for_each_key_of_the_row_once(name):
     step = launches.Step(name, 1, 540, spans=3)
     use = facts.Use(step, "score_bf16" if name == "anchor-pruned" else "attend")
     copied = facts.Counter()
-    for block in range(use.walk().parts):
+    for block in range(use.walk(0).parts):
         for warp in range(use.launch.threads // 32):
             copied += use.walk(block, warp).copied
     sides = (1,) if name == "anchor-pruned" else (1, 2)
@@ -184,8 +184,8 @@ def test_a_lost_fence_is_seen(planted, before, after):
 
 
 def test_a_missing_wait_is_seen(planted):
-    wait = "wait_for_previous();\n  const WorkRange"
-    root = planted(("kernels/cuda/stream.cuh", wait, "const WorkRange"))
+    wait = "wait_for_previous();\n  // Asked"
+    root = planted(("kernels/cuda/stream.cuh", wait, "// Asked"))
     assert facts.accesses_before_the_wait(attend_of(root))
 
 

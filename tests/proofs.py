@@ -187,6 +187,13 @@ PROOFS = {
          "tests/test_lmms_eval.py"),
         ("lmms_eval", "torch", "transformers"),
     ),
+    "hub-kernels": Proof(
+        ("tests/test_hub_kernels.py",),
+        ("visionpulse/*.py", "visionpulse/backends/", "csrc/module.cpp",
+         "tests/test_hub_kernels.py"),
+        ("g++", "torch"),
+        packages=("kernels==0.17.2",),
+    ),
     "site": Proof(
         ("tests/test_accuracy_docs.py", "-k", "site"),
         ("mkdocs.yml", "docs/", "visionpulse/*.py", "visionpulse/models/install.py",

@@ -176,7 +176,7 @@ BUGS = {
         (Edit(MERGE, "pitch, done, splits);", "pitch, done - 1, splits);"),), "", gpu=MANY
     ),
     "merge-that-counts-what-lies-behind-the-last-split": Bug(
-        (Edit(MERGE, "held[i] = i < states ? state[u] : nothing;", "held[i] = state[u];"),), ""
+        (Edit(MERGE, "if (i < padded) held", "if (i < states) held"),), ""
     ),
     "global-histogram-of-a-neighbour": Bug(
         (Edit(SELECT, "all[rank * kSelectBins + i]", "all[i]"),), "", what="choices", gpu=HALF_GPU

@@ -119,6 +119,39 @@ def test_errors_come_before_the_first_change(tiny):
     assert session.anchors == (3,)
 
 
+def test_layers_that_cannot_be_pruned_are_named():
+    """Window and way out, or the kinds of layers."""
+    config = transformers.AutoConfig.for_model("idefics2")
+    with torch.device("meta"):
+        windowed = transformers.AutoModelForImageTextToText.from_config(config)
+    with pytest.raises(vp.UnsupportedModelError, match=r"window of 4096; .*sliding_window = None"):
+        vp.patch(windowed)
+    config.text_config.sliding_window = None
+    with torch.device("meta"):
+        whole = transformers.AutoModelForImageTextToText.from_config(config)
+    with vp.patch(whole) as session:
+        assert len(session.anchors) == 1
+    windowed.config.text_config.layer_types = ["linear_attention", "sliding_attention"] * 16
+    with pytest.raises(vp.UnsupportedModelError, match="layers are linear_attention, sliding_"):
+        vp.patch(windowed)
+
+
+def test_continuous_batching_is_refused_at_its_entry(tiny):
+    vlm = tiny("llava")
+    before = dict(vars(vlm.model))
+    with vp.patch(vlm.model) as session:
+        for begin in (
+            lambda: vlm.model.generate_batch([[1, 2, 3]]), vlm.model.init_continuous_batching
+        ):  # fmt: skip
+            with pytest.raises(NotImplementedError, match=r"session\.paused"):
+                begin()
+        with session.paused():
+            manager = vlm.model.init_continuous_batching()
+            assert type(manager).__name__ == "ContinuousBatchingManager"
+    assert "init_continuous_batching" not in vars(vlm.model)
+    assert set(vars(vlm.model)) == set(before)
+
+
 def test_unsupported_models_are_refused_with_the_reason(tiny):
     text = transformers.AutoConfig.for_model(
         "llama", hidden_size=32, intermediate_size=32, num_hidden_layers=2, vocab_size=32,
@@ -130,7 +163,14 @@ def test_unsupported_models_are_refused_with_the_reason(tiny):
         vp.patch(torch.nn.Linear(2, 2))
     with pytest.raises(vp.UnsupportedModelError, match="expected a model of transformers"):
         vp.patch("llava")
-    for kind, reason in (("mllama", "cross-attention"), ("florence2", "encoder")):
+    pipeline = types.SimpleNamespace(model=torch.nn.Linear(2, 2), task="image-text-to-text")
+    with pytest.raises(vp.UnsupportedModelError, match=r"pass its \.model"):
+        vp.patch(pipeline)
+    for kind, reason in (
+        ("mllama", "cross-attention"), ("blip", "cross-attention"), ("florence2", "encoder"),
+        ("blip-2", "before the text as embeddings"), ("kosmos-2", "no token id"),
+        ("pi0", "decodes actions"),
+    ):  # fmt: skip
         fake = torch.nn.Module()
         fake.config = types.SimpleNamespace(model_type=kind)
         with pytest.raises(vp.UnsupportedModelError, match=reason):

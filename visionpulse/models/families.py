@@ -27,10 +27,24 @@ class Family:
 
 _CROSS = "its picture is read by cross-attention, so the cache holds no visual tokens"
 _SEPARATE = "its decoder reads the picture through an encoder; there is no visual key to prune"
+_PREFIX = (
+    "its picture is put before the text as embeddings, handed to an inner model by generate(): "
+    "no token says where the visual keys are"
+)
+_MASKED = "a mask of the processor says where its picture is, no token id does"
 
 # A family without an exception needs no row.
 FAMILIES: dict[str, Family] = {
     "mllama": Family(refused=_CROSS),
+    "blip": Family(refused=_CROSS),
+    "evolla": Family(refused=_CROSS),
+    "blip-2": Family(refused=_PREFIX),
+    "instructblip": Family(refused=_PREFIX),
+    "instructblipvideo": Family(refused=_PREFIX),
+    "git": Family(refused=_PREFIX),
+    "kosmos-2": Family(refused=_MASKED),
+    "kosmos-2.5": Family(refused=_MASKED),
+    "pi0": Family(refused="it decodes actions, not tokens"),
     "idefics": Family(refused=_CROSS),
     "florence2": Family(refused=_SEPARATE),
     "t5gemma2": Family(refused=_SEPARATE),
@@ -99,6 +113,11 @@ def unwrap(model: Any) -> Any:
             model = model.module
         else:
             break
+    if not isinstance(model, nn.Module) and isinstance(getattr(model, "model", None), nn.Module):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} holds a model and is none; pass its .model, then use the "
+            "pipeline as before"
+        )
     if not isinstance(model, nn.Module) or not hasattr(model, "config"):
         raise UnsupportedModelError(
             f"expected a model of transformers, got {type(model).__name__}; "
@@ -127,9 +146,9 @@ def anatomy(model: Any) -> Anatomy:
     ids = _visual_ids(model, family)
     if not ids:
         raise UnsupportedModelError(
-            f"{kind} names no visual token: its config has none of {', '.join(family.ids)}; "
-            "text models have nothing to prune, and a new family is one row in "
-            "visionpulse/models/families.py"
+            f"{kind} names no visual token: its config has none of {', '.join(family.ids)}; if its "
+            "picture is a run of one placeholder token, set model.config.image_token_id to that "
+            "token's id; a text model has nothing to prune"
         )
     decoder, config = _decoder(model, kind)
     if config._attn_implementation == "flex_attention":
@@ -140,7 +159,7 @@ def anatomy(model: Any) -> Anatomy:
     full = _full_layers(config)
     if not any(full):
         raise UnsupportedModelError(
-            f"{kind} has no full-attention layer, so there is no layer to prune"
+            f"{kind} has no full-attention layer to prune: {_kinds(config)}"
         )
     base = getattr(model, "base_model", model)
     return Anatomy(
@@ -189,6 +208,20 @@ def _full_layers(config: Any) -> tuple[bool, ...]:
     cut = ("sliding_window", "attention_chunk_size")
     is_full = all(getattr(config, name, None) is None for name in cut)
     return (is_full,) * int(config.num_hidden_layers)
+
+
+def _kinds(config: Any) -> str:
+    """What the layers of a decoder without full attention are; the way out if there is one."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        return f"its layers are {', '.join(sorted(set(map(str, kinds))))}"
+    if (window := getattr(config, "sliding_window", None)) is not None:
+        return (
+            f"each slides a window of {window}; where no context is longer, "
+            "set sliding_window = None in the config of its decoder before the model is made: "
+            "the same attention, over a cache that keeps everything"
+        )
+    return f"each attends within chunks of {config.attention_chunk_size}"
 
 
 def _dense_because(decoder: nn.Module) -> str | None:

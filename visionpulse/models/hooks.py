@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .arguments import Arguments, cache_of_output
 from .attention import CONTEXT
 from .bypass import Bypass
+from .continuous import ContinuousBatching
 from .conversation import Conversation
 from .dense_steps import DenseSteps
 from .kv_layers import attach, conversation_of
@@ -46,6 +47,7 @@ class Hooks:
         self.positions = VisualPositions(anatomy, self._base)
         self.dense = DenseSteps(anatomy, patched.recorder, patched.notices)
         self._bypass = Bypass(patched, self.positions, self.dense)
+        self._continuous = ContinuousBatching(patched)
         # a prefill reads the device; disabled here, not by decorators, which would import dynamo
         eager: Callable[..., Any] = torch.compiler.disable
         self._read_prompt = eager(self._read)
@@ -65,6 +67,7 @@ class Hooks:
         for handle in self._handles:
             handle.remove()
         self._bypass.end()
+        self._continuous.end()
 
     def _before_base(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
         patched, is_eager = self._patched, not torch.compiler.is_compiling()

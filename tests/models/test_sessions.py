@@ -136,8 +136,11 @@ def test_layers_that_cannot_be_pruned_are_named():
         vp.patch(windowed)
 
 
-def test_continuous_batching_is_refused_at_its_entry(tiny):
+def test_continuous_batching_is_refused_at_its_entry(tiny, monkeypatch):
     vlm = tiny("llava")
+    # the real one would leave its attention on the model
+    begun = lambda model, **options: "begun"  # noqa: E731
+    monkeypatch.setattr(type(vlm.model), "init_continuous_batching", begun)
     before = dict(vars(vlm.model))
     with vp.patch(vlm.model) as session:
         for begin in (
@@ -146,8 +149,7 @@ def test_continuous_batching_is_refused_at_its_entry(tiny):
             with pytest.raises(NotImplementedError, match=r"session\.paused"):
                 begin()
         with session.paused():
-            manager = vlm.model.init_continuous_batching()
-            assert type(manager).__name__ == "ContinuousBatchingManager"
+            assert vlm.model.init_continuous_batching() == "begun"
     assert "init_continuous_batching" not in vars(vlm.model)
     assert set(vars(vlm.model)) == set(before)
 

@@ -36,6 +36,7 @@ class Engine:
     tensor_ranks: int = 1
     device: str = "cpu"
     has_graphs: bool = False  # steps are captured, so nothing runs on the host between stages
+    has_drafts: bool = False  # speculative decoding: a row may have several tokens
     obstacles: tuple[Obstacle, ...] = ()
 
 
@@ -106,6 +107,11 @@ def _of_config(config: PulseConfig, engine: Engine) -> list[str]:
         found.append(
             "dense='model': the engine's CPU kernels cannot read the plain rows that decode rows "
             "need; leave out dense, or say dense='ours'"
+        )
+    if config.schedule == "lookback" and engine.has_drafts:
+        found.append(
+            "schedule='lookback' with speculative decoding: the tokens of one step run at once, so "
+            "none can follow what the one before it kept; use schedule='paper' or 'per_layer'"
         )
     if engine.has_graphs and runs_between_stages(config):
         found.append(

@@ -27,6 +27,7 @@ from .stats import Counters
 
 TEXT = "no visual tokens"
 OPTED_OUT = "opted out"
+PREFILL = ""  # the name of a row that is no decode row: dense, and not counted
 WISHES = 64  # of requests, worked out and remembered
 
 
@@ -79,10 +80,10 @@ class Steps:
         step = DecodeRows(len(rows), block_table, lengths, visual, self.setting.config)
         dense = Counter(
             TEXT if config is not None else OPTED_OUT
-            for config, own in zip(configs, spans, strict=True)
-            if not own
+            for config, own, row in zip(configs, spans, rows, strict=True)
+            if not own and row.request != PREFILL
         )
-        self.counters.step(len(rows) - dense.total(), dense)
+        self.counters.step(sum(map(bool, spans)), dense)
         if visual is not None:
             self._group(step, configs, visual)
         if self.kept is not None:
@@ -157,7 +158,8 @@ class Layer:
         layout: str = "HND",
     ) -> None:
         self.steps, self.layout, self.heads = steps, layout, heads
-        self.role = steps.setting.roles[layer]
+        roles = steps.setting.roles  # a draft model has layers beyond them
+        self.role = roles[layer] if layer < len(roles) else Role.DENSE
         self.numbers: dict[str, Any] = {"scale": scale, "softcap": softcap}
         self.window = window  # of a layer that is no anchor and follows none
         self._ops: dict[PulseConfig, LayerOps] = {}

@@ -13,6 +13,7 @@ from contextvars import ContextVar
 from importlib import metadata
 from typing import Any
 
+from ...schedule import Role
 from ..rows import VISUAL, RequestRow, Requests, spans_of
 from ..setting import KEY, Engine, Setting, of_request, setting_of
 from . import facts
@@ -108,6 +109,32 @@ def layer_number(name: str) -> int:
     return int(extract_layer_index(name))
 
 
+def has_sparse_layers(vllm_config: Any, names: list[str], own: Setting) -> bool:
+    """Whether a KV cache group holds anchors and followers: all of this worker's, or none.
+
+    Each group has its own block tables and its own step, and a selection crosses layers in a step.
+    """
+    from vllm.config import get_layers_from_vllm_config
+    from vllm.model_executor.layers.attention import Attention
+
+    def sparse(layers: Any) -> set[str]:
+        numbers = {name: layer_number(name) for name in layers}
+        return {
+            name
+            for name, number in numbers.items()
+            if number < len(own.roles) and own.roles[number] in (Role.ANCHOR, Role.FOLLOWER)
+        }
+
+    here, all_of_worker = sparse(names), sparse(get_layers_from_vllm_config(vllm_config, Attention))
+    if here and here != all_of_worker:
+        raise ValueError(
+            "visionpulse cannot serve this model: its full-attention layers lie in several KV "
+            "cache groups, and a selection does not cross them; add "
+            f'--disable-hybrid-kv-cache-manager, or leave "{KEY}" out of --additional-config'
+        )
+    return bool(here)
+
+
 def account_memory() -> None:
     """Take what we allocate out of the memory of the CPU's KV cache; called in workers only."""
     from vllm.logger import init_logger
@@ -182,6 +209,9 @@ def _checked(original: Callable[..., Any], arguments: Any, *args: Any, **kwargs:
     """Refuse in the front process, before weights load and workers start."""
     vllm_config = original(arguments, *args, **kwargs)
     if setting(vllm_config) is not None:
+        from . import metrics
+
+        metrics.install()
         _watch_requests()
     return vllm_config
 

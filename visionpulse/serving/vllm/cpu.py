@@ -2,8 +2,9 @@
 
 vLLM packs the keys of a block for its own kernels (transposed, or in tiles of AMX), which no
 strides describe. So the blocks of an engine that asked for us hold plain rows, keys in the first
-half of the last dimension and values in the second, as on a GPU. Decode rows are read in place; the
-other rows (prefill, chunked prefill) are packed into a scratch cache and run by vLLM's own kernel.
+half of the last dimension and values in the second, as on a GPU. Rows of few tokens are read in
+place: decode rows, drafted tokens behind them (each a decode row), and the ends of prefills, which
+stay dense. Other rows are packed into a scratch cache and run by vLLM's own kernel.
 """
 
 from dataclasses import dataclass
@@ -18,9 +19,14 @@ from vllm.v1.attention.backends import cpu_attn
 from ...backends.cpu import write_pages
 from ...workspace import default as workspace
 from ..cores import spread_pool
-from ..stats import Counters
-from ..step import DecodeRows, Layer, Steps
+from ..rows import RequestRow
+from ..stats import Counters, Publisher
+from ..step import PREFILL, DecodeRows, Layer, Steps
 from . import compat
+from .metrics import WorkerFiles
+
+FEW = 8  # query tokens of a row; more are run by vLLM's kernel, which reads their keys once
+DENSE = RequestRow(PREFILL, ())
 
 
 class PulseBackend(cpu_attn.CPUAttentionBackend):  # type: ignore[misc]
@@ -60,7 +66,7 @@ class PulseMetadata:
 
 
 class PulseBuilder(cpu_attn.CPUAttentionMetadataBuilder):  # type: ignore[misc]
-    """Splits a step into decode rows, which are ours, and the rest."""
+    """Splits a step into rows of few tokens, which are ours, and the rest."""
 
     def __new__(cls, spec: Any, names: list[str], vllm_config: Any, device: Any) -> Any:
         """An engine that did not ask for us gets vLLM's own builder."""
@@ -72,10 +78,14 @@ class PulseBuilder(cpu_attn.CPUAttentionMetadataBuilder):  # type: ignore[misc]
         super().__init__(spec, names, vllm_config, device)
         setting = compat.setting(vllm_config)
         assert setting is not None
-        self.reorder_batch_threshold = 1  # vLLM then puts the decode rows first
+        drafted = getattr(vllm_config.speculative_config, "num_speculative_tokens", 0)
+        # vLLM then puts rows of so few tokens first, decodes before prefills
+        self.reorder_batch_threshold = max(FEW, 1 + drafted)
         self.longest = -(-vllm_config.model_config.max_model_len // self.block_size)
         rows = vllm_config.scheduler_config.max_num_seqs
         self.steps = Steps(setting, rows, Counters())
+        if compat.has_sparse_layers(vllm_config, names, setting):
+            self.publisher = Publisher(self.steps.counters, WorkerFiles(vllm_config).write)
         compat.watch_runner()
         spread_pool()
 
@@ -83,24 +93,28 @@ class PulseBuilder(cpu_attn.CPUAttentionMetadataBuilder):  # type: ignore[misc]
         self, common_prefix_len: int, common: CommonAttentionMetadata, fast_build: bool = False
     ) -> PulseMetadata:
         """The metadata of one step."""
-        known = compat.current_rows()
         lengths: list[int] = common.seq_lens.tolist()
-        n = self._decode_rows(common) if known is not None else 0
-        step = None
-        if n:
-            assert known is not None
-            blocks = -(-max(lengths[:n]) // self.block_size)
-            table = common.block_table_tensor[:n, :blocks]
-            step = self.steps.make(known[:n], table, common.seq_lens[:n], lengths[:n])
+        tokens: list[int] = common.query_start_loc_cpu.diff().tolist()  # of each row
+        n = next((i for i, m in enumerate(tokens) if m > self.reorder_batch_threshold), len(tokens))
+        step = self._step(common, n, tokens, lengths) if n else None
         return PulseMetadata(self.steps, step, self._rests(common, n, lengths))
 
-    def _decode_rows(self, common: CommonAttentionMetadata) -> int:
-        """Rows at the start with one token that is no prefill."""
-        if common.is_prefilling is None:
-            return 0
-        one = common.query_start_loc_cpu.diff() == 1
-        decodes = (one & ~common.is_prefilling[: len(one)]).tolist()
-        return decodes.index(False) if False in decodes else len(decodes)
+    def _step(
+        self, common: CommonAttentionMetadata, n: int, tokens: list[int], lengths: list[int]
+    ) -> DecodeRows:
+        """The first `n` rows, each of their tokens a row of its own."""
+        known, prefills = compat.current_rows(), common.is_prefilling
+        is_decode = [False] * n if known is None or prefills is None else (~prefills[:n]).tolist()
+        rows = [known[i] if is_decode[i] and known else DENSE for i in range(n)]
+        blocks = -(-max(lengths[:n]) // self.block_size)
+        table, row_lengths = common.block_table_tensor[:n, :blocks], common.seq_lens[:n]
+        if max(tokens[:n]) == 1:
+            return self.steps.make(rows, table, row_lengths, lengths[:n])
+        of = [i for i in range(n) for _ in range(tokens[i])]
+        seen = [lengths[i] - tokens[i] + 1 + j for i in range(n) for j in range(tokens[i])]
+        index = torch.tensor(of)
+        row_lengths = torch.tensor(seen, dtype=row_lengths.dtype)
+        return self.steps.make([rows[i] for i in of], table[index], row_lengths, seen)
 
     def _rests(self, common: CommonAttentionMetadata, n: int, lengths: list[int]) -> list[Rest]:
         """The other rows, in parts that a scratch cache of the longest context holds."""

@@ -5,7 +5,10 @@ from typing import Any
 
 from ..setting import KEY, Engine, Obstacle, asked_of
 
-DRAFTS = "rows with drafted tokens attend to all keys in one pass; the others are sparse"
+DRAFTS = {
+    "cpu": "each drafted token is a decode row of its own, sparse like the others",
+    "cuda": "rows with drafted tokens stay dense",
+}
 UNQUANTISED = ("auto", "float32", "bfloat16", "float16", "half", "float")
 # Config fields of language models whose logits have a bias that the kernels do not add.
 ALIBI = ("alibi", "use_alibi", "alibi_bias_max")
@@ -32,6 +35,7 @@ def engine_of(vllm_config: Any, device: str, stage_of: Callable[..., Any]) -> En
         tensor_ranks=parallel.tensor_parallel_size,
         device=device,
         has_graphs=device != "cpu" and not model.enforce_eager,
+        has_drafts=getattr(vllm_config, "speculative_config", None) is not None,
         obstacles=tuple(_obstacles(vllm_config, device)),
     )
 

@@ -1,5 +1,6 @@
 """What an engine was asked for, and what is refused before it starts; no engine is imported."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -93,7 +94,7 @@ def test_sliding_layers_are_left_alone():
         ({"additional_config": {"visionpulse": {"preset": "nope"}}}, "no preset 'nope'"),
         ({"additional_config": {"visionpulse": {"ancor": 3}}}, "no field 'ancor'"),
         ({"additional_config": {"visionpulse": {"dense": "model"}}}, "dense='model'"),
-        ({"parallel_config__pipeline_parallel_size": 2}, "layer 6 follows an anchor of another"),
+        ({"parallel_config__pipeline_parallel_size": 2}, "--pipeline-parallel-size 2"),
     ],
 )
 def test_what_cannot_be_served_is_refused_with_its_flag(changes, words):
@@ -106,19 +107,18 @@ def test_all_refusals_are_said_at_once():
         made(cache_config__cache_dtype="fp8", model_config__use_mla=True)
 
 
-def test_a_pipeline_is_served_where_every_stage_has_its_anchor():
-    two = {"parallel_config__pipeline_parallel_size": 2}
-    asked = {"visionpulse": {"anchor": [4, 6]}}
-    assert made(**two, additional_config=asked).anchors == (4, 6)
-    per_layer = {"visionpulse": {"schedule": "per_layer"}}
-    assert len(made(**two, additional_config=per_layer).anchors) == 12
+def test_a_follower_needs_an_anchor_in_its_stage():
+    engine = replace(facts.engine_of(vllm_config(), "cpu", halves), stages=((0, 6), (6, 12)))
+    assert setting_of({"anchor": [4, 6]}, engine).anchors == (4, 6)
+    assert len(setting_of({"schedule": "per_layer"}, engine).anchors) == 12
     # an anchor in the last stage leaves the first dense, and nobody follows across
-    assert made(**two, additional_config={"visionpulse": {"anchor": 6}}).anchors == (6,)
+    assert setting_of({"anchor": 6}, engine).anchors == (6,)
+    with pytest.raises(ValueError, match="layer 6 follows an anchor of another"):
+        setting_of({}, engine)
     with pytest.raises(ValueError, match="stage 1"):
-        made(**two, additional_config={"visionpulse": {"anchor": [4, 8]}})
+        setting_of({"anchor": [4, 8]}, engine)
     with pytest.raises(ValueError, match="stage 0"):
-        lookback = {"schedule": "lookback", "anchor": 6}
-        made(**two, additional_config={"visionpulse": lookback})
+        setting_of({"schedule": "lookback", "anchor": 6}, engine)
 
 
 def test_a_budget_between_the_stages_is_refused_in_graphs():

@@ -71,6 +71,11 @@ def _obstacles(vllm_config: Any, device: str) -> Iterable[Obstacle]:
         flag = f"--{name.replace('_', '-')}"
         if (ranks := getattr(parallel, name, 1)) > 1:
             yield Obstacle(f"{flag} {ranks}: no rank sees all keys of a row", f"set {flag} 1")
+    if (stages := parallel.pipeline_parallel_size) > 1:
+        yield Obstacle(
+            f"--pipeline-parallel-size {stages}: later stages do not learn of every request yet",
+            "leave the flag out and split with --tensor-parallel-size",
+        )
     if device == "cpu" and "chunked_attention" in (getattr(text, "layer_types", None) or ()):
         yield Obstacle("chunked attention: our blocks hold plain rows", "serve another model")
     if getattr(cache, "kv_sharing_fast_prefill", False):

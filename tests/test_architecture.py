@@ -45,7 +45,7 @@ ALLOWED = {
     "backends.cuda": {
         "_native", "backends.native", "backends.packing", "call", "selection", "visual", "workspace"
     },
-    "backends.triton": {"backends", "call", "selection"},
+    "backends.triton": {"backends", "cache", "call", "selection"},
     "torch_ops": {"backends", "call", "queries", "workspace", *RECORDS},
     "ops": {
         "backends", "budgets", "call", "checks", "config", "queries", "tensor_checks", "torch_ops",

@@ -32,10 +32,15 @@ FEW = {
 }  # fmt: skip
 # A fault, the test that must see it, and what it says.
 FILES = {
-    "interpret.py": (str(HERE.parent / "test_backends.py"), "--backends", "triton"),
+    "interpret.py": (
+        *(str(HERE.parent / f"test_{name}.py") for name in ("backends", "queries")),
+        *("--backends", "triton"),
+    ),
     "compile.py": (str(HERE / "machine_code.py"),),
 }
 PLANTED = {
+    "tail": ("interpret.py", "decode_is_the_contract and ragged and float32", "output: error|mass"),
+    "list": ("interpret.py", "decode_is_the_contract and ragged and float32", "output: error"),
     "ties": ("interpret.py", "select_is_exact and two and 300-17", "ties go to the lowest index"),
     "minus-zero": ("interpret.py", "select_is_exact and zeros-of-both and 300-17",
                    "a kept score below|ties go to the lowest"),

@@ -81,6 +81,11 @@ class Call(NamedTuple):
         return self.q.shape[:-2].numel()
 
     @property
+    def queries(self) -> int:
+        """Q, or 1."""
+        return self.q.shape[1] if self.q.dim() == 4 else 1
+
+    @property
     def is_dense(self) -> bool:
         """Whether an anchor's output comes from all visible keys."""
         return self.params.anchor_output == "dense"

@@ -13,7 +13,8 @@ from . import tuning
 # be compiled again for each, and could add in another order.
 PLAIN = [
     "n_slots", "window", "n_pages", "n_spans", "k_max", "n_heads", "n_tiles", "n_stored",
-    "stride_qb", "stride_qh", "stride_ob", "stride_oh", "stride_tb",
+    "n_queries", "pass_queries",
+    "stride_qb", "stride_qq", "stride_qh", "stride_ob", "stride_oq", "stride_oh", "stride_tb",
     "stride_kb", "stride_kg", "stride_kn", "stride_vb", "stride_vg", "stride_vn",
 ]  # fmt: skip
 NO_PAGES: dict[str, Any] = {"table_ptr": None, "stride_tb": 0, "n_pages": 0, "PAGE": 0}
@@ -42,12 +43,24 @@ def strides_of(kv: Any) -> Strides:
 
 
 def query_args(q: Tensor, out: Tensor | None) -> dict[str, Any]:
-    """The query and the output, both [B, H, D]."""
-    stride_ob, stride_oh, _ = out.stride() if out is not None else (0, 0, 1)
+    """The query and the output, both [B, H, D] or [B, Q, H, D]."""
+    to = q if out is None else out  # where there is none its strides are unused
     return {
-        "q_ptr": q, "stride_qb": q.stride(0), "stride_qh": q.stride(1),
-        "out_ptr": out, "stride_ob": stride_ob, "stride_oh": stride_oh,
+        "q_ptr": q, "stride_qb": q.stride(0), "stride_qh": q.stride(-2),
+        "out_ptr": out, "stride_ob": to.stride(0), "stride_oh": to.stride(-2),
+        "stride_qq": q.stride(1) if q.dim() == 4 else 0,
+        "stride_oq": to.stride(1) if q.dim() == 4 else 0,
     }  # fmt: skip
+
+
+def several_args(queries: int, q_counts: Tensor | None) -> dict[str, Any]:
+    """Several queries of a row; one is a kernel without that axis."""
+    return {"SEVERAL": queries > 1, "n_queries": queries, "q_counts_ptr": q_counts}
+
+
+def queries_of(q: Tensor) -> int:
+    """Queries of a row in q, [B, H, D] or [B, Q, H, D]."""
+    return q.shape[1] if q.dim() == 4 else 1
 
 
 def cache_args(kv: Any) -> dict[str, Any]:
@@ -115,20 +128,22 @@ def logit_args(params: Any, *, capped: bool = True) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def plan_of(q: Tensor, kv: Any, gather: bool) -> tuning.Plan:
-    """The launch constants for this query and cache."""
+def plan_of(q: Tensor, kv: Any, gather: bool, queries: int = 1) -> tuning.Plan:
+    """The launch constants for this cache, a program with so many queries of a row."""
     target, sms = tuning.target_of(q.device)
-    return tuning.plan(
-        target, sms, kv_heads=kv.kv_heads, group=q.shape[1] // kv.kv_heads,
-        head_dim=q.shape[2], itemsize=q.element_size(), gather=gather,
+    plan = tuning.plan(
+        target, sms, kv_heads=kv.kv_heads, group=queries * (q.shape[-2] // kv.kv_heads),
+        head_dim=q.shape[-1], itemsize=q.element_size(), gather=gather,
     )  # fmt: skip
+    # the caps of the table fit a kernel of one query; where the dot has more to mask, they spill
+    return plan if gather or q.dim() == 3 else plan._replace(registers=0)
 
 
 def plan_args(plan: tuning.Plan, q: Tensor, kv: Any) -> dict[str, Any]:
     """Tiles and splits of a launch over keys, and the compiler's options."""
     return {
-        "GROUP": q.shape[1] // kv.kv_heads, "BLOCK_H": plan.block_h,
-        "D": q.shape[2], "BLOCK_D": plan.block_d, "BLOCK_N": plan.block_n, "STAGES": plan.stages,
+        "GROUP": q.shape[-2] // kv.kv_heads, "BLOCK_H": plan.block_h,
+        "D": q.shape[-1], "BLOCK_D": plan.block_d, "BLOCK_N": plan.block_n, "STAGES": plan.stages,
         "MIN_SPLIT": plan.min_split, "MAX_SPLITS": plan.max_splits,
         "SPLITS": triton.next_power_of_2(plan.max_splits),
         "num_warps": plan.warps, "num_stages": plan.stages, **register_cap(plan.registers),

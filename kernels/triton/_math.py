@@ -20,6 +20,47 @@ def visible_range(starts_ptr, lengths_ptr, b, n_slots, window):
 
 
 @triton.jit
+def visible_to(
+    query, starts_ptr, lengths_ptr, q_counts_ptr, b, n_slots, window, n_queries
+):  # fmt: skip
+    """Positions [begin, end) that queries of row b may see, any shape; begin may lie behind end.
+
+    The last of `n_queries` has the row's last key; one that is not real sees none.
+    """
+    length = n_slots
+    if lengths_ptr is not None:
+        length = tl.minimum(tl.maximum(tl.load(lengths_ptr + b), 0), n_slots)
+    end = tl.maximum(length - n_queries + 1 + query, 0)
+    if q_counts_ptr is not None:
+        end = tl.where(query >= n_queries - tl.load(q_counts_ptr + b), end, 0)
+    begin = tl.zeros_like(end)
+    if starts_ptr is not None:
+        begin += tl.maximum(tl.load(starts_ptr + b), 0)
+    if window > 0:
+        begin = tl.maximum(begin, end - window)
+    return begin, end
+
+
+@triton.jit
+def range_of_row(
+    row, starts_ptr, lengths_ptr, q_counts_ptr, n_slots, window, n_queries, SEVERAL: tl.constexpr
+):  # fmt: skip
+    """The row of the cache, the query in it, and the visible range, of a row of queries."""
+    if SEVERAL:
+        query = row % n_queries
+        b = row // n_queries
+        begin, end = visible_to(
+            query, starts_ptr, lengths_ptr, q_counts_ptr, b, n_slots, window, n_queries
+        )
+        begin = tl.minimum(begin, end)
+    else:
+        query = 0
+        b = row
+        begin, end = visible_range(starts_ptr, lengths_ptr, b, n_slots, window)
+    return b.to(tl.int64), query, begin, end
+
+
+@triton.jit
 def spans_begun(n, spans_ptr, n_spans, STEPS: tl.constexpr):
     """How many spans of the row begin at or before n; any shape. 2**STEPS must exceed n_spans."""
     count = tl.zeros_like(n)
@@ -157,13 +198,12 @@ def merge_sums(
 
 @triton.jit
 def merge_values(
-    stats_ptr, acc_ptr, m, n_splits, stride_split,
-    GROUP: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+    stats_ptr, acc_ptr, m, n_splits, stride_split, is_head,
+    BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Merge the weighted values over the splits, in their order: [BLOCK_H, BLOCK_D]."""
     offs_h = tl.arange(0, BLOCK_H)
     offs_d = tl.arange(0, BLOCK_D)
-    is_head = (offs_h < GROUP)[:, None]
     acc = tl.zeros([BLOCK_H, BLOCK_D], dtype=tl.float32)
     # loads of several splits in flight, in less shared memory than the key tiles take
     STAGES: tl.constexpr = 4 if BLOCK_H * BLOCK_D <= 2048 else 2 if BLOCK_H * BLOCK_D <= 4096 else 1
@@ -171,20 +211,18 @@ def merge_values(
         m_s = tl.load(stats_ptr + s * stride_split + offs_h)
         # [BLOCK_H, BLOCK_D]
         at = acc_ptr + (s * BLOCK_H + offs_h[:, None]) * BLOCK_D + offs_d[None, :]
-        part = tl.load(at, mask=is_head, other=0.0)
+        part = tl.load(at, mask=is_head[:, None], other=0.0)
         acc += tl.exp(m_s - shift(m))[:, None] * part
     return acc
 
 
 @triton.jit
 def store_out(
-    out_ptr, acc, total, b, g, stride_ob, stride_oh,
-    GROUP: tl.constexpr, BLOCK_H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    out_ptr, at_head, acc, total, is_head, D: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
     """Divide by the sum and store the heads of one KV head; zeros where no key was valid."""
-    offs_h = tl.arange(0, BLOCK_H)
     offs_d = tl.arange(0, BLOCK_D)
     out = acc / tl.where(total == 0, 1.0, total)[:, None]
-    at = out_ptr + b * stride_ob + (g * GROUP + offs_h)[:, None] * stride_oh + offs_d[None, :]
-    inside = (offs_h < GROUP)[:, None] & (offs_d < D)[None, :]
+    at = out_ptr + at_head[:, None] + offs_d[None, :]
+    inside = is_head[:, None] & (offs_d < D)[None, :]
     tl.store(at, out.to(out_ptr.dtype.element_ty), mask=inside)

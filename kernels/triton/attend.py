@@ -22,11 +22,11 @@ from ._math import (
     locate,
     merge_sums,
     merge_values,
+    range_of_row,
     shift,
     split_of,
     store_out,
     text_position,
-    visible_range,
     visual_before,
 )
 
@@ -55,22 +55,26 @@ def _positions(
 @triton.jit(do_not_specialize=_host.PLAIN)
 def _attend_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, logits_ptr, split_stats_ptr, split_values_ptr, arrived_ptr,
-    indices_ptr, counts_ptr, list_ptr, table_ptr, starts_ptr, lengths_ptr, spans_ptr,
-    offsets_ptr, scale, softcap, n_slots, n_tiles, window, n_pages, n_spans, k_max,
-    stride_qb, stride_qh, stride_ob, stride_oh, stride_tb,
+    indices_ptr, counts_ptr, list_ptr, table_ptr, starts_ptr, lengths_ptr, q_counts_ptr,
+    spans_ptr, offsets_ptr, scale, softcap, n_slots, n_tiles, window, n_pages, n_spans, k_max,
+    n_queries, stride_qb, stride_qq, stride_qh, stride_ob, stride_oq, stride_oh, stride_tb,
     stride_kb, stride_kg, stride_kn, stride_vb, stride_vg, stride_vn,
-    STORED_LOGITS: tl.constexpr, SOFTCAP: tl.constexpr, PAGE: tl.constexpr, STEPS: tl.constexpr,
-    UNIT: tl.constexpr, GROUP: tl.constexpr, BLOCK_H: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
-    MIN_SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr,
+    SEVERAL: tl.constexpr, STORED_LOGITS: tl.constexpr, SOFTCAP: tl.constexpr,
+    PAGE: tl.constexpr, STEPS: tl.constexpr, UNIT: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr, MIN_SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr, SPLITS: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
-    split, g, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    begin, end = visible_range(starts_ptr, lengths_ptr, b, n_slots, window)
+    split, g = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    row = tl.program_id(2).to(tl.int64)  # of the selection: each query is one
+    b, query, begin, end = range_of_row(
+        tl.program_id(2), starts_ptr, lengths_ptr, q_counts_ptr, n_slots, window, n_queries, SEVERAL
+    )
     spans_ptr += b * n_spans * 2
     offsets_ptr += b * (n_spans + 1)
     first_text = begin - visual_before(begin, spans_ptr, offsets_ptr, n_spans, STEPS)
     n_text = end - visual_before(end, spans_ptr, offsets_ptr, n_spans, STEPS) - first_text
-    n_list = n_text + tl.minimum(tl.maximum(tl.load(counts_ptr + b), 0), k_max)
+    n_list = n_text + tl.minimum(tl.maximum(tl.load(counts_ptr + row), 0), k_max)
     per_split, n_splits = split_of(n_list, MIN_SPLIT, MAX_SPLITS, BLOCK_N)
     # the grid is sized by capacity, a row by its own text and count
     if split >= n_splits:
@@ -87,7 +91,7 @@ def _attend_kernel(
     if not STORED_LOGITS:
         # [BLOCK_H, BLOCK_D]
         q = tl.load(
-            q_ptr + b * stride_qb + head[:, None] * stride_qh + offs_d[None, :],
+            q_ptr + b * stride_qb + query * stride_qq + head[:, None] * stride_qh + offs_d[None, :],
             mask=is_head[:, None] & mask_d[None, :], other=0.0,
         )  # fmt: skip
         k_ptr += g * stride_kg.to(tl.int64) * UNIT
@@ -99,13 +103,13 @@ def _attend_kernel(
         # the outer axis of a paged cache is the page
         outer = b * 0
         table_ptr += b * stride_tb
-    pair = b * tl.num_programs(1) + g  # of row and KV head
+    pair = row * tl.num_programs(1) + g  # of row and KV head
     # looked up once, ahead of the loop over keys: there every thread of a key would repeat it
     list_ptr += pair * (n_slots + k_max)
     for j in range(start, stop, _WIDE):
         entry = j + tl.arange(0, _WIDE)
         pos = _positions(
-            entry, stop, n_text, first_text, spans_ptr, offsets_ptr, indices_ptr + b * k_max,
+            entry, stop, n_text, first_text, spans_ptr, offsets_ptr, indices_ptr + row * k_max,
             n_spans, begin, end, STEPS,
         )  # fmt: skip
         tl.store(list_ptr + entry, pos, mask=entry < stop)
@@ -154,9 +158,10 @@ def _attend_kernel(
     if is_last(arrived_ptr + pair, n_splits):
         m, total, _, _ = merge_sums(split_stats_ptr, n_splits, 1.0, STRIDE, BLOCK_H, SPLITS, False)
         acc = merge_values(
-            split_stats_ptr, split_values_ptr, m, n_splits, STRIDE, GROUP, BLOCK_H, BLOCK_D
+            split_stats_ptr, split_values_ptr, m, n_splits, STRIDE, is_head, BLOCK_H, BLOCK_D
         )
-        store_out(out_ptr, acc, total, b, g, stride_ob, stride_oh, GROUP, BLOCK_H, D, BLOCK_D)
+        at_head = b * stride_ob + query * stride_oq + head * stride_oh
+        store_out(out_ptr, at_head, acc, total, is_head, D, BLOCK_D)
 
 
 def attend(
@@ -170,18 +175,25 @@ def attend(
     stored_logits: Tensor | None,
     out: Tensor,
     workspace: Any,
+    q_counts: Tensor | None = None,
 ) -> Tensor:
-    """Attend to text and to `indices` [B, K_max]; `stored_logits` [B, H, N] replace q and K."""
+    """Attend to text and to `indices` [B, K_max]; `stored_logits` [B, H, N] replace q and K.
+
+    Of several queries of a row, each has a list of its own, and is a row of B * Q.
+    """
+    queries = _host.queries_of(q)
+    rows = kv.batch * queries
     plan = _host.plan_of(q, kv, gather=True)
     k_max = indices.shape[1]
     # unique positions fit the slots; an index list of a caller's own may not, and must be merged
     n_listed = kv.capacity + k_max
     splits = _host.splits_of(plan, n_listed)
-    pairs = kv.batch * kv.kv_heads
+    pairs = rows * kv.kv_heads
     listed = workspace.take("triton.attend.list", pairs * n_listed, torch.int32, q.device)
     stored = stored_logits is not None
-    _attend_kernel[(splits, kv.kv_heads, kv.batch)](
+    _attend_kernel[(splits, kv.kv_heads, rows)](
         **_host.query_args(q, out),
+        **_host.several_args(queries, q_counts),
         **_host.cache_args(kv),
         **_host.visible_args(kv.starts, kv.lengths, kv.capacity, params.window),
         **_host.span_args(visual), offsets_ptr=visual.offsets,

@@ -3,6 +3,9 @@
 Grid (split, KV head, row). A split stores its maximum, its sums at temperature 1 and tau, and its
 weighted values; the last split of a KV head to arrive merges them in split order. That saves a
 second launch, and the bits do not depend on which split arrives last.
+
+Several queries of a row are more rows of the same dot, up to 64 in one pass over the keys, each
+with its own visible range. More of them take several passes, which stand in the grid as rows do.
 """
 
 from typing import Any
@@ -12,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _host
+from . import _host, tuning
 from ._math import (
     block_max,
     finish_logits,
@@ -25,28 +28,74 @@ from ._math import (
     split_of,
     store_out,
     visible_range,
+    visible_to,
 )
 
 # Positions looked up at a time.
 _WIDE: tl.constexpr = tl.constexpr(256)
 
 
+@triton.jit
+def _at(query, head, stride_query, stride_head):
+    """Where the heads of queries lie in their row of the batch."""
+    return query * stride_query + head * stride_head
+
+
+@triton.jit
+def _stored_row(
+    pair, b, query, head, offs_h, n_queries, GROUP: tl.constexpr, SEVERAL: tl.constexpr
+):  # fmt: skip
+    """The row of stored logits and statistics, [B * Q, H] in order."""
+    if SEVERAL:
+        return (b * n_queries + query) * (tl.num_programs(1) * GROUP) + head
+    else:
+        return pair * GROUP + offs_h
+
+
 @triton.jit(do_not_specialize=_host.PLAIN)
 def _score_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, logits_ptr, head_stats_ptr, split_stats_ptr, split_values_ptr,
-    arrived_ptr, table_ptr, starts_ptr, lengths_ptr, spans_ptr, visual_ptr,
-    scale, softcap, inv_tau, n_slots, n_tiles, window, n_pages, n_spans,
-    stride_qb, stride_qh, stride_ob, stride_oh, stride_tb,
+    arrived_ptr, table_ptr, starts_ptr, lengths_ptr, q_counts_ptr, spans_ptr, visual_ptr,
+    scale, softcap, inv_tau, n_slots, n_tiles, window, n_pages, n_spans, n_queries, pass_queries,
+    stride_qb, stride_qq, stride_qh, stride_ob, stride_oq, stride_oh, stride_tb,
     stride_kb, stride_kg, stride_kn, stride_vb, stride_vg, stride_vn,
-    STORE_HEADS: tl.constexpr, STORE_SUMS: tl.constexpr,
+    SEVERAL: tl.constexpr, STORE_HEADS: tl.constexpr, STORE_SUMS: tl.constexpr,
     MASS: tl.constexpr, OUT: tl.constexpr, SCORE_AT_TAU: tl.constexpr,
     SOFTCAP: tl.constexpr, PAGE: tl.constexpr, STEPS: tl.constexpr, UNIT: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     MIN_SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    split, g, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    begin, end = visible_range(starts_ptr, lengths_ptr, b, n_slots, window)
+    split, g = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    pair = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + g  # of row, or pass, and KV head
+    offs_h = tl.arange(0, BLOCK_H)
+    if SEVERAL:
+        passes = (n_queries + pass_queries - 1) // pass_queries
+        b = (tl.program_id(2) // passes).to(tl.int64)
+        first = tl.program_id(2) % passes * pass_queries
+        stop = tl.minimum(first + pass_queries, n_queries)
+        query = first + offs_h // GROUP
+        is_head = query < stop
+        head = g * GROUP + offs_h % GROUP
+        own_begin, own_end = visible_to(
+            query, starts_ptr, lengths_ptr, q_counts_ptr, b, n_slots, window, n_queries
+        )
+        # the last query sees the last key, the first real one the first
+        _, end = visible_to(
+            stop - 1, starts_ptr, lengths_ptr, q_counts_ptr, b, n_slots, window, n_queries
+        )
+        if q_counts_ptr is not None:
+            first = tl.maximum(first, n_queries - tl.load(q_counts_ptr + b))
+        begin, _ = visible_to(
+            first, starts_ptr, lengths_ptr, q_counts_ptr, b, n_slots, window, n_queries
+        )
+        begin = tl.minimum(begin, end)
+    else:
+        b = tl.program_id(2).to(tl.int64)
+        query = 0
+        is_head = offs_h < GROUP
+        head = g * GROUP + offs_h
+        begin, end = visible_range(starts_ptr, lengths_ptr, b, n_slots, window)
     per_split, n_splits = split_of(end - begin, MIN_SPLIT, MAX_SPLITS, BLOCK_N)
     # the grid is sized by capacity, a row by its own length
     if split >= n_splits:
@@ -54,15 +103,12 @@ def _score_kernel(
     begin += split * per_split
     end = tl.minimum(begin + per_split, end)
 
-    offs_h = tl.arange(0, BLOCK_H)
     offs_d = tl.arange(0, BLOCK_D)
     offs_n = tl.arange(0, BLOCK_N)
-    is_head = offs_h < GROUP
     mask_d = offs_d < D
-    head = g * GROUP + offs_h
     # [BLOCK_H, BLOCK_D]
     q = tl.load(
-        q_ptr + b * stride_qb + head[:, None] * stride_qh + offs_d[None, :],
+        q_ptr + b * stride_qb + _at(query, head, stride_qq, stride_qh)[:, None] + offs_d[None, :],
         mask=is_head[:, None] & mask_d[None, :], other=0.0,
     )  # fmt: skip
     stride_kb, stride_vb = stride_kb.to(tl.int64) * UNIT, stride_vb.to(tl.int64) * UNIT
@@ -75,7 +121,6 @@ def _score_kernel(
         # the outer axis of a paged cache is the page
         outer = b * 0
         table_ptr += b * stride_tb
-    pair = b * tl.num_programs(1) + g  # of row and KV head
     if MASS:
         # searched once, ahead of the loop over keys: there every thread of a key would repeat it
         visual_ptr += pair * n_slots
@@ -101,9 +146,13 @@ def _score_kernel(
         k = tl.load(k_ptr + at, mask=tile, other=0.0)
         # [BLOCK_H, BLOCK_N]
         z = tl.dot(q, tl.trans(k), input_precision="ieee")
-        z = finish_logits(z, valid[None, :], scale, softcap, SOFTCAP)
+        seen = valid[None, :]
+        if SEVERAL:
+            seen &= (n[None, :] >= own_begin[:, None]) & (n[None, :] < own_end[:, None])
+        z = finish_logits(z, seen, scale, softcap, SOFTCAP)
         if STORE_HEADS:
-            at = (pair * GROUP + offs_h)[:, None] * (n_tiles * TILE) + n[None, :]
+            stored_row = _stored_row(pair, b, query, head, offs_h, n_queries, GROUP, SEVERAL)
+            at = stored_row[:, None] * (n_tiles * TILE) + n[None, :]
             tl.store(logits_ptr + at, z, mask=is_head[:, None] & inside[None, :])
         if STORE_SUMS:
             z_sum = tl.sum(tl.where(is_head[:, None], z, 0.0), axis=0)
@@ -147,15 +196,17 @@ def _score_kernel(
         )
         if MASS:
             score_sum = total_tau if SCORE_AT_TAU else total
-            to = head_stats_ptr + (pair * GROUP + offs_h) * 3
+            stored_row = _stored_row(pair, b, query, head, offs_h, n_queries, GROUP, SEVERAL)
+            to = head_stats_ptr + stored_row * 3
             tl.store(to, shift(m), mask=is_head)
             tl.store(to + 1, tl.where(score_sum == 0, 0.0, 1.0 / score_sum), mask=is_head)
             tl.store(to + 2, mass, mask=is_head)
         if OUT:
             acc = merge_values(
-                split_stats_ptr, split_values_ptr, m, n_splits, STRIDE, GROUP, BLOCK_H, BLOCK_D
+                split_stats_ptr, split_values_ptr, m, n_splits, STRIDE, is_head, BLOCK_H, BLOCK_D
             )
-            store_out(out_ptr, acc, total, b, g, stride_ob, stride_oh, GROUP, BLOCK_H, D, BLOCK_D)
+            at_out = b * stride_ob + _at(query, head, stride_oq, stride_oh)
+            store_out(out_ptr, at_out, acc, total, is_head, D, BLOCK_D)
 
 
 def _launch(
@@ -169,17 +220,22 @@ def _launch(
     head_stats: Tensor | None,
     out: Tensor | None,
     workspace: Any,
+    q_counts: Tensor | None,
 ) -> None:
-    plan = _host.plan_of(q, kv, gather=False)
+    queries = _host.queries_of(q)
+    of_pass = tuning.queries_of_pass(queries, q.shape[-2] // kv.kv_heads, q.shape[-1])
+    plan = _host.plan_of(q, kv, gather=False, queries=of_pass)
     splits = _host.splits_of(plan, kv.capacity)
-    pairs = kv.batch * kv.kv_heads
+    passes = kv.batch * triton.cdiv(queries, of_pass)
+    pairs = passes * kv.kv_heads
     is_visual_key = None
     if visual is not None:
         is_visual_key = workspace.take(
             "triton.score.visual", pairs * kv.capacity, torch.int8, q.device
         )
-    _score_kernel[(splits, kv.kv_heads, kv.batch)](
+    _score_kernel[(splits, kv.kv_heads, passes)](
         **_host.query_args(q, out),
+        **_host.several_args(queries, q_counts), pass_queries=of_pass,
         **_host.cache_args(kv),
         **_host.visible_args(kv.starts, kv.lengths, kv.capacity, params.window),
         **_host.span_args(visual), visual_ptr=is_visual_key,
@@ -203,29 +259,39 @@ def score(
     sums_only: bool,
     out: Tensor | None,
     workspace: Any,
+    q_counts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Read K once; return the stored logits, and (maximum, 1 / sum, mass) per head [B, H, 3].
 
     The logits are float32 [B, H, N], or with `sums_only` their sums over each group [B, G, N], N
     padded to whole tiles; only visible slots are written. The sum is at the temperature of the
-    scores. `out` is filled with dense attention, unless it is None.
+    scores. `out` is filled with dense attention, unless it is None. Of several queries of a row,
+    whose sums are not stored, each is a row of B * Q.
     """
-    n_stored = kv.batch * (kv.kv_heads if sums_only else q.shape[1])
+    n_heads = q.shape[:-1].numel()  # of all rows
+    n_stored = kv.batch * kv.kv_heads if sums_only else n_heads
     numel = n_stored * _host.padded_slots(kv.capacity, q.device)
     stored_logits = workspace.take("triton.logits", numel, torch.float32, q.device)
-    numel = kv.batch * q.shape[1] * 3
-    head_stats = workspace.take("triton.head_stats", numel, torch.float32, q.device)
+    head_stats = workspace.take("triton.head_stats", n_heads * 3, torch.float32, q.device)
     _launch(
         q, kv, visual, params, stored_logits=stored_logits, sums_only=sums_only,
-        head_stats=head_stats, out=out, workspace=workspace,
+        head_stats=head_stats, out=out, workspace=workspace, q_counts=q_counts,
     )  # fmt: skip
     return stored_logits, head_stats
 
 
-def dense(q: Tensor, kv: Any, params: Any, *, out: Tensor, workspace: Any) -> Tensor:
+def dense(
+    q: Tensor,
+    kv: Any,
+    params: Any,
+    *,
+    out: Tensor,
+    workspace: Any,
+    q_counts: Tensor | None = None,
+) -> Tensor:
     """Attend to all visible keys: softmax(scale * q @ k.T) @ v, in one launch."""
     _launch(
         q, kv, None, params, stored_logits=None, sums_only=False, head_stats=None,
-        out=out, workspace=workspace,
+        out=out, workspace=workspace, q_counts=q_counts,
     )  # fmt: skip
     return out

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _host, tuning
-from ._math import is_last, is_visual, locate, visible_range
+from ._math import is_last, is_visual, locate, range_of_row
 from ._radix import ABSENT, BUCKETS, LOW_BITS, list_top, select_largest, sort_code, take_counts
 
 
@@ -83,16 +83,18 @@ def _chunks_of(begin, end, CHUNK: tl.constexpr):
 def _select_kernel(
     logits_ptr, head_stats_ptr, scores_ptr, mass_ptr, mean_ptr, codes_ptr, top_ptr, top_bin_ptr,
     counts_from_ptr, offset_ptr, chunks_ptr, list_ptr, low_ptr, histogram_ptr, arrived_ptr,
-    indices_ptr, counts_ptr, ratio_ptr, wanted_ptr, table_ptr, starts_ptr, lengths_ptr, spans_ptr,
-    inv_tau, r_min, r_max, n_slots, n_tiles, window, n_pages, n_spans, n_stored, n_heads, k_max,
-    stride_tb,
-    FROM_SCORES: tl.constexpr, PROB: tl.constexpr, SELECT: tl.constexpr, MEAN: tl.constexpr,
-    PAGE: tl.constexpr, STEPS: tl.constexpr, BLOCK_H: tl.constexpr, CHUNK: tl.constexpr,
-    TOP: tl.constexpr, LINES: tl.constexpr, TILE: tl.constexpr,
+    indices_ptr, counts_ptr, ratio_ptr, wanted_ptr, table_ptr, starts_ptr, lengths_ptr,
+    q_counts_ptr, spans_ptr, inv_tau, r_min, r_max, n_slots, n_tiles, window, n_pages, n_spans,
+    n_stored, n_heads, k_max, n_queries, stride_tb,
+    SEVERAL: tl.constexpr, FROM_SCORES: tl.constexpr, PROB: tl.constexpr, SELECT: tl.constexpr,
+    MEAN: tl.constexpr, PAGE: tl.constexpr, STEPS: tl.constexpr, BLOCK_H: tl.constexpr,
+    CHUNK: tl.constexpr, TOP: tl.constexpr, LINES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    chunk, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    chunk, b = tl.program_id(0), tl.program_id(1).to(tl.int64)  # each query is a row
     padded_slots = n_tiles * TILE
-    begin, end = visible_range(starts_ptr, lengths_ptr, b, n_slots, window)
+    in_cache, _, begin, end = range_of_row(
+        tl.program_id(1), starts_ptr, lengths_ptr, q_counts_ptr, n_slots, window, n_queries, SEVERAL
+    )
     first, last = _chunks_of(begin, end, CHUNK)
     takes_part = (chunk >= first) & (chunk < last)
     if not FROM_SCORES:  # noqa: SIM102 - known when compiled, the other at run time; so below
@@ -105,9 +107,9 @@ def _select_kernel(
             return
     n = chunk * CHUNK + tl.arange(0, CHUNK)
     if PAGE > 0:
-        table_ptr += b * stride_tb
+        table_ptr += in_cache * stride_tb
     _, _, candidate = locate(n, (n >= begin) & (n < end), table_ptr, n_pages, PAGE)
-    candidate = candidate & is_visual(n, spans_ptr + b * n_spans * 2, n_spans, STEPS)
+    candidate = candidate & is_visual(n, spans_ptr + in_cache * n_spans * 2, n_spans, STEPS)
     score = _scores_of(
         logits_ptr, head_stats_ptr, b, n, candidate, n_stored, n_heads, n_slots, n_tiles * TILE,
         inv_tau, FROM_SCORES, PROB, CHUNK,
@@ -205,6 +207,8 @@ def _launch(
     scores: Tensor | None,
     visible: dict[str, Any],
     pages: dict[str, Any],
+    queries: int = 1,
+    q_counts: Tensor | None = None,
     from_scores: bool = False,
     head_stats: Tensor | None = None,
     n_stored: int = 1,
@@ -218,7 +222,7 @@ def _launch(
         FROM_SCORES=from_scores, PROB=not from_scores and params.score != "logit",
         inv_tau=1.0 / params.tau if params.score == "prob_tau" else 1.0,
         scores_ptr=scores, mass_ptr=masses[0], mean_ptr=masses[1],
-        **visible, **pages, **_host.span_args(visual),
+        **visible, **pages, **_host.span_args(visual), **_host.several_args(queries, q_counts),
         **_host.padded_args(n_slots, logits.device),
         SELECT=selection is not None, **(selection or _NO_SELECTION),
         ratio_ptr=params.ratio, wanted_ptr=params.wanted, MEAN=params.mass_of == "mean",
@@ -241,12 +245,15 @@ def _from_logits(
     selection: dict[str, Tensor] | None,
     scores: Tensor | None,
     masses: tuple[Tensor, Tensor],
+    queries: int,
+    q_counts: Tensor | None,
 ) -> None:
     _launch(
         stored_logits, masses, visual, params, selection=selection, scores=scores,
         visible=_host.visible_args(kv.starts, kv.lengths, kv.capacity, params.window),
         pages=_host.page_args(kv), head_stats=head_stats,
         n_stored=kv.kv_heads if sums_only else n_heads, n_heads=n_heads,
+        queries=queries, q_counts=q_counts,
     )  # fmt: skip
 
 
@@ -261,11 +268,17 @@ def finish_scores(
     sums_only: bool,
     scores: Tensor,
     masses: tuple[Tensor, Tensor],
+    queries: int = 1,
+    q_counts: Tensor | None = None,
 ) -> None:
-    """Fill `scores` [B, N], the largest mass and the mean one [B] from what `score` stored."""
+    """Fill `scores` [B, N], the largest mass and the mean one [B] from what `score` stored.
+
+    Each query is a row here: B * Q.
+    """
     _from_logits(
         stored_logits, head_stats, kv, n_heads, visual, params,
-        sums_only=sums_only, selection=None, scores=scores, masses=masses,
+        sums_only=sums_only, selection=None, scores=scores, masses=masses, queries=queries,
+        q_counts=q_counts,
     )  # fmt: skip
 
 
@@ -281,12 +294,15 @@ def select_by_logits(
     sums_only: bool,
     scores: Tensor | None,
     workspace: Any,
+    queries: int = 1,
+    q_counts: Tensor | None = None,
 ) -> None:
     """Fill a selection from what `score` stored, and `scores` [B, N], unless it is None."""
     _from_logits(
         stored_logits, head_stats, kv, n_heads, visual, params,
         sums_only=sums_only, scores=scores, masses=(selection.mass, selection.mass_mean),
         selection=_selection_args(workspace, selection, kv.capacity, stored_logits.device),
+        queries=queries, q_counts=q_counts,
     )  # fmt: skip
 
 
@@ -299,13 +315,18 @@ def select(
     starts: Tensor | None,
     lengths: Tensor | None,
     workspace: Any,
+    q_counts: Tensor | None = None,
 ) -> None:
-    """Fill a selection from scores [B, N] and from the masses that it holds already."""
+    """Fill a selection from scores [B, N] and from the masses that it holds already.
+
+    Of several queries B is B * Q.
+    """
     n_slots = scores.shape[1]
     _launch(
         scores, (selection.mass, selection.mass_mean), visual, params,
         selection=_selection_args(workspace, selection, n_slots, scores.device),
         scores=None, from_scores=True,
+        queries=len(scores) // visual.spans.shape[0], q_counts=q_counts,
         visible=_host.visible_args(starts, lengths, n_slots, params.window),
         pages=_host.NO_PAGES,
     )  # fmt: skip

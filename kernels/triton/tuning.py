@@ -13,6 +13,12 @@ import torch
 # cores idle otherwise, and without a dot the same loop takes more instructions even at group 1
 # (docs/internals/triton-bounds.md). In float32 a dot is the CUDA cores' own (never TF32).
 MIN_HEADS = 16
+# Rows of a dot in one pass over the keys, heads of a group times queries of a row, and their output
+# values at most: twice as many rows of a head dim above 128 spill.
+MOST_ROWS = 64
+MOST_VALUES = 64 * 128
+# Rows above which a program of a tile of 16 bits has eight warps: four have no register to spare.
+MANY_ROWS = 32
 # Output values (padded heads x padded head dim) above which a program has `wide_warps`: with four
 # warps the accumulator alone takes 64 registers of each thread.
 WIDE = 4096
@@ -52,6 +58,7 @@ class Target(NamedTuple):
     # fit more blocks.
     select_registers: int = 0
     wide_stream_registers: int = 0  # with more than WIDE output values
+    many_rows_bytes: int = 16384  # of a key tile, with more than MANY_ROWS rows and 16 bits
     wide_gather_registers: int = 0  # the same, 16 bits
 
 
@@ -74,6 +81,7 @@ _SMALL = _LARGE._replace(
     select_tile=2048,
     select_warps=8,
     select_lines=8,
+    many_rows_bytes=8192,  # in 16384 the mass, the output and the stored logits at once spill
     stream=Tiles(half=Tile(16384, 4, 2), full=Tile(16384, 8, 2)),
     # gathers of float32 by eight warps spill, in tiles of either size
     gather=Tiles(half=Tile(16384, 4, 2), full=Tile(8192, 4, 2)),
@@ -92,6 +100,7 @@ TABLE = {
         select_tile=2048,
         select_warps=8,
         select_lines=8,
+        many_rows_bytes=8192,
         stream=Tiles(half=Tile(16384, 4, 3), full=Tile(16384, 8, 2)),
     ),
     "sm_86": _SMALL,
@@ -121,7 +130,7 @@ TABLE = {
 class Plan(NamedTuple):
     """The constants of one launch over keys."""
 
-    block_h: int  # query heads of a KV head, padded
+    block_h: int  # query heads of a KV head, of all queries of a pass, padded
     block_d: int  # head dim, padded
     block_n: int  # keys per step
     warps: int
@@ -155,6 +164,13 @@ def table_of(device: torch.device) -> Target:
     return TABLE[target_of(device)[0]]
 
 
+def queries_of_pass(queries: int, group: int, head_dim: int) -> int:
+    """Queries of a row that one pass over its keys takes; the passes are of like size."""
+    rows = min(MOST_ROWS, MOST_VALUES // max(16, _pow2(head_dim)))
+    passes = -(-queries // max(1, rows // group))
+    return -(-queries // passes)
+
+
 def plan(
     target: str, sms: int, *, kv_heads: int, group: int, head_dim: int, itemsize: int, gather: bool
 ) -> Plan:
@@ -164,18 +180,25 @@ def plan(
     tile = tiles.half if itemsize == 2 else tiles.full
     block_h = max(MIN_HEADS, _pow2(group))
     block_d = max(16, _pow2(head_dim))
-    block_n = max(16, min(128, tile.tile_bytes // (block_d * itemsize)))
+    has_many = block_h > MANY_ROWS
+    tile_bytes = tile.tile_bytes
+    if has_many and itemsize == 2:
+        tile_bytes = min(tile_bytes, table.many_rows_bytes)
+    block_n = max(16, min(128, tile_bytes // (block_d * itemsize)))
     wide = block_h * block_d > WIDE
     registers = table.wide_stream_registers
     if gather:
         registers = table.wide_gather_registers if itemsize == 2 else 0
+    warps = max(tile.warps, table.wide_warps) if wide else tile.warps
+    if has_many:
+        warps = max(warps, 8)
     # a row alone should fill the chip, but each split adds to the merge: at least 8, at most max
     wanted = -(-PER_SM * sms // kv_heads)
     return Plan(
         block_h=block_h,
         block_d=block_d,
         block_n=block_n,
-        warps=max(tile.warps, table.wide_warps) if wide else tile.warps,
+        warps=warps,
         stages=tile.stages,
         registers=registers if wide else 0,
         min_split=max(table.min_split, block_n),

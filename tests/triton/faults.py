@@ -19,6 +19,10 @@ FAULTS = {
     "neighbours": ("score", ("split_of(end - begin,", "split_of(n_slots,")),
     # the last split merges the values of all without rescaling them
     "merge": ("_math", ("tl.exp(m_s - shift(m))[:, None] * part", "part")),
+    # a query sees the key behind its own
+    "tail": ("score", ("(n[None, :] < own_end[:, None])", "(n[None, :] <= own_end[:, None])")),
+    # each query of a row follows the list of the first
+    "list": ("attend", ("indices_ptr + row * k_max", "indices_ptr + b * n_queries * k_max")),
     "tf32": (
         "score",
         ('tl.dot(q, tl.trans(k), input_precision="ieee")', "tl.dot(q, tl.trans(k))"),

@@ -14,7 +14,7 @@ import repairs
 
 HERE = Path(__file__).resolve().parent
 SUITE = [
-    *(str(HERE.parent / f"test_{name}.py") for name in ("backends", "buffers")),
+    *(str(HERE.parent / f"test_{name}.py") for name in ("backends", "buffers", "queries")),
     *(str(HERE / "interpreted.py"), "--backends", "triton"),
 ]
 

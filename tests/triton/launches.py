@@ -77,13 +77,16 @@ class Shape(NamedTuple):
     spans: int = 3
     capacity: int = 4096
     cut: bool = True  # starts and lengths are given
+    queries: int = 1  # of a row; where there are several, q_counts are given
 
 
 def _inputs(shape):
     rows, kv_heads = 2, 8
     meta = {"dtype": shape.dtype, "device": "meta"}
     per_row = {"dtype": torch.int32, "device": "meta"}
-    q = torch.empty(rows, kv_heads * shape.group, shape.head_dim, **meta)
+    several = (shape.queries,) if shape.queries > 1 else ()
+    q = torch.empty(rows, *several, kv_heads * shape.group, shape.head_dim, **meta)
+    q_counts = torch.empty(rows, **per_row) if several else None
     starts = lengths = None
     if shape.cut:
         starts, lengths = (torch.empty(rows, **per_row) for _ in range(2))
@@ -98,40 +101,42 @@ def _inputs(shape):
         torch.empty(rows, shape.spans, 2, **per_row), torch.empty(rows, shape.spans + 1, **per_row),
         torch.empty(rows, **per_row), shape.capacity, shape.capacity,
     )  # fmt: skip
-    return q, kv, visual
+    return q, kv, visual, q_counts
 
 
 def dense(shape):
-    q, kv, _ = _inputs(shape)
+    q, kv, _, q_counts = _inputs(shape)
     params = Params(scale=0.1, softcap=shape.softcap)
-    kernels.dense(q, kv, params, out=torch.empty_like(q), workspace=Workspace())
+    kernels.dense(q, kv, params, out=torch.empty_like(q), workspace=Workspace(), q_counts=q_counts)
 
 
 def decode(shape, *, score, output):
     """The launches of a decode step, as the backend makes them."""
     from visionpulse.backends.triton import TritonBackend
 
-    q, kv, visual = _inputs(shape)
+    q, kv, visual, q_counts = _inputs(shape)
     params = Params(
         scale=0.1, softcap=shape.softcap, score=score, anchor_output=output, k_max=400, tau=0.4
     )
-    TritonBackend().decode(Call(q, kv, params, visual, workspace=Workspace()))
+    call = Call(q, kv, params, visual, workspace=Workspace(), q_counts=q_counts)
+    TritonBackend().decode(call)
 
 
 def follow(shape):
-    q, kv, visual = _inputs(shape)
+    q, kv, visual, q_counts = _inputs(shape)
     params = Params(scale=0.1, softcap=shape.softcap)
-    indices = torch.empty(2, 400, dtype=torch.int32, device="meta")
+    rows = 2 * shape.queries
+    indices = torch.empty(rows, 400, dtype=torch.int32, device="meta")
     kernels.attend(
-        q, kv, visual, indices, torch.empty(2, dtype=torch.int32, device="meta"), params,
-        stored_logits=None, out=torch.empty_like(q), workspace=Workspace(),
+        q, kv, visual, indices, torch.empty(rows, dtype=torch.int32, device="meta"), params,
+        stored_logits=None, out=torch.empty_like(q), workspace=Workspace(), q_counts=q_counts,
     )  # fmt: skip
 
 
 def select(shape):
     scores = torch.empty(2, shape.capacity, device="meta")
     mass = torch.empty(2, device="meta")
-    _, _, visual = _inputs(shape)
+    visual = _inputs(shape)[2]
     params = Params(scale=1.0, k_max=400)
     kernels.select(
         scores, mass, mass, visual, params, starts=None, lengths=None, workspace=Workspace()
@@ -141,5 +146,7 @@ def select(shape):
 def score(shape):
     from visionpulse.backends.triton import TritonBackend
 
-    q, kv, visual = _inputs(shape)
-    TritonBackend().score(Call(q, kv, Params(scale=0.1), visual, workspace=Workspace()))
+    q, kv, visual, q_counts = _inputs(shape)
+    TritonBackend().score(
+        Call(q, kv, Params(scale=0.1), visual, workspace=Workspace(), q_counts=q_counts)
+    )

@@ -70,6 +70,21 @@ SPECIAL = {
     "follow-g7-d80": (Shape(group=7, head_dim=80), launches.follow, {}),
     "dense-paged-softcap": (Shape(page=16, softcap=30.0), launches.dense, {}),
     "select-paged-spans": (Shape(page=16, spans=300), launches.decode, PRUNED, "_select_kernel"),
+    # 64 rows of a dot: 16 queries of 4 heads; the widest, and in several passes
+    "dense-queries": (Shape(queries=16), launches.dense, {}),
+    "dense-queries-float32": (
+        Shape(queries=16, dtype=torch.float32), launches.dense, {},
+    ),
+    "dense-few-queries": (Shape(queries=4), launches.dense, {}),
+    "pruned-queries": (Shape(queries=16), launches.decode, PRUNED),
+    "dense-anchor-queries": (Shape(queries=16), launches.decode, DENSE, "_score_kernel"),
+    "anchor-widest-queries": (
+        Shape(**WIDEST, queries=3), launches.decode, DENSE, "_score_kernel",
+    ),
+    "anchor-widest-queries-float32": (
+        Shape(**WIDEST, queries=3, dtype=torch.float32), launches.decode, DENSE, "_score_kernel",
+    ),
+    "follow-queries": (Shape(queries=16), launches.follow, {}),
     "follow-far": (Shape(capacity=FAR, cut=False), launches.follow, {}),
 }  # fmt: skip
 ALL = PLAIN | SPECIAL

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cache import MAX_QUERIES
 from ..call import Call, Scored
 from ..selection import Selection
 from . import Backend
@@ -38,6 +39,7 @@ class TritonBackend(Backend):
 
     name = "triton"
     auto_devices = ("cuda",)
+    max_queries = MAX_QUERIES
 
     def unavailable(self) -> str | None:
         if importlib.util.find_spec("triton") is None:
@@ -74,16 +76,18 @@ class TritonBackend(Backend):
 
     def score(self, call: Call) -> tuple[Scored, Tensor | None]:
         q, kv, params, visual = call.q, call.kv, call.params, call.visual
-        sums = params.score == "logit"
+        sums = params.score == "logit" and q.dim() == 3
         scores, out = call.new_scores(), call.new_out() if call.is_dense else None
         kernels, masses = _kernels(), call.new_masses()
         with _on(q.device):
             stored_logits, head_stats = kernels.score(
-                q, kv, visual, params, sums_only=sums, out=out, workspace=call.scratch
-            )
+                q, kv, visual, params, sums_only=sums, out=out, workspace=call.scratch,
+                q_counts=call.q_counts,
+            )  # fmt: skip
             kernels.finish_scores(
-                stored_logits, head_stats, kv, q.shape[1], visual, params,
-                sums_only=sums, scores=scores, masses=masses,
+                stored_logits, head_stats, kv, q.shape[-2], visual, params,
+                sums_only=sums, scores=scores, masses=masses, queries=call.queries,
+                q_counts=call.q_counts,
             )  # fmt: skip
         return call.scored(scores, *masses), out
 
@@ -93,6 +97,7 @@ class TritonBackend(Backend):
             _kernels().select(
                 scored.scores, selection, scored.visual, scored.params,
                 starts=scored.starts, lengths=scored.lengths, workspace=scored.scratch,
+                q_counts=scored.q_counts,
             )  # fmt: skip
         return selection
 
@@ -100,11 +105,13 @@ class TritonBackend(Backend):
         q, kv, params, selection, out = call.q, call.kv, call.params, call.selection, call.new_out()
         with _on(q.device):
             if selection is None:
-                _kernels().dense(q, kv, params, out=out, workspace=call.scratch)
+                _kernels().dense(
+                    q, kv, params, out=out, workspace=call.scratch, q_counts=call.q_counts
+                )
             else:
                 _kernels().attend(
                     q, kv, call.visual, selection.indices, selection.counts, params,
-                    stored_logits=None, out=out, workspace=call.scratch,
+                    stored_logits=None, out=out, workspace=call.scratch, q_counts=call.q_counts,
                 )  # fmt: skip
         return out
 
@@ -114,20 +121,23 @@ class TritonBackend(Backend):
         kernels, out, workspace = _kernels(), call.new_out(), call.scratch
         dense = call.is_dense
         # a pruned output needs the logits of each head; a dense one by "logit" only their sums
-        sums = dense and params.score == "logit"
+        sums = dense and params.score == "logit" and q.dim() == 3
         selection = call.new_selection()
         with _on(q.device):
             stored_logits, head_stats = kernels.score(
                 q, kv, visual, params,
                 sums_only=sums, out=out if dense else None, workspace=workspace,
+                q_counts=call.q_counts,
             )  # fmt: skip
             kernels.select_by_logits(
-                stored_logits, head_stats, kv, q.shape[1], visual, params, selection,
-                sums_only=sums, scores=call.scores, workspace=workspace,
+                stored_logits, head_stats, kv, q.shape[-2], visual, params, selection,
+                sums_only=sums, scores=call.scores, workspace=workspace, queries=call.queries,
+                q_counts=call.q_counts,
             )  # fmt: skip
             if not dense:
                 kernels.attend(
                     q, kv, visual, selection.indices, selection.counts, params,
                     stored_logits=stored_logits, out=out, workspace=workspace,
+                    q_counts=call.q_counts,
                 )  # fmt: skip
         return out, selection

@@ -14,6 +14,7 @@ SCORES = ("prob", "logit", "prob_tau")
 ANCHOR_OUTPUTS = ("pruned", "dense")
 SCHEDULES = ("paper", "lookback", "per_layer")
 DENSE = ("ours", "model")
+QUERIES = ("dense", "sparse")
 
 # The registry of backends adds its names here: a config may carry them without importing one.
 BACKENDS: list[str] = ["auto"]
@@ -26,7 +27,9 @@ class PulseConfig:
     `tau` is the temperature of the mass statistic, `ratio` the clamp on the retention ratio,
     `anchor` a 0-based layer, several of them in ascending order, or None for the default. `budget`
     is a policy or its name: "dynamic", "fixed:0.05", "top_k:64", "top_p:0.9", "random:7".
-    Functional ops ignore `anchor`, `schedule`, `refresh` and `dense`.
+    `queries`: whether a forward with 2 to 16 tokens behind a cache, as speculative decoding makes
+    them, is dense, or as sparse as if its tokens had come one by one. Functional ops ignore
+    `anchor`, `schedule`, `refresh`, `dense` and `queries`.
     """
 
     anchor: int | tuple[int, ...] | None = None
@@ -39,6 +42,7 @@ class PulseConfig:
     schedule: str = "paper"
     refresh: int = 8
     dense: str = "ours"
+    queries: str = "dense"
     backend: str = "auto"
 
     def __post_init__(self) -> None:
@@ -51,6 +55,7 @@ class PulseConfig:
         _one_of("anchor_output", self.anchor_output, ANCHOR_OUTPUTS)
         _one_of("schedule", self.schedule, SCHEDULES)
         _one_of("dense", self.dense, DENSE)
+        _one_of("queries", self.queries, QUERIES)
         _one_of("backend", self.backend, BACKENDS)
         _budget(self.budget, self.score)
         if not _is_int(self.refresh) or self.refresh < 0:
@@ -71,6 +76,12 @@ class PulseConfig:
                     "schedule='per_layer' with anchor_output='dense' would prune nothing; "
                     "use anchor_output='pruned'"
                 )
+        if self.schedule == "lookback" and self.queries == "sparse":
+            raise ValueError(
+                "queries='sparse' with schedule='lookback': the early layers of a query follow the "
+                "selection of the query before it, which the same forward has yet to make; "
+                "use schedule='paper', or queries='dense'"
+            )
         if self.schedule == "lookback" and isinstance(self.anchor, tuple):
             raise ValueError(
                 f"schedule='lookback' takes one anchor, got {self.anchor!r}; "

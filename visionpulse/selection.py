@@ -40,6 +40,10 @@ class Selection:
         """Take rows by an index tensor, in its order and as often as it names them."""
         return self._each(lambda t: t[index])
 
+    def query(self, number: int, queries: int) -> "Selection":
+        """The rows of one query of several, [B]; views, not copies."""
+        return self if queries == 1 else self._each(lambda t: t[number::queries])
+
     def to(self, device: torch.device | str) -> "Selection":
         """Copy to a device; the same object when already there."""
         if self.indices.device == torch.device(device):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..cache import MAX_QUERIES
 from .arguments import Arguments, cache_of_output
 from .attention import CONTEXT
 from .bypass import Bypass
@@ -30,7 +31,8 @@ Kwargs = dict[str, Any]
 class _Forward(threading.local):
     """What the forward under way in a thread hands from hook to hook."""
 
-    token: Tensor | None = None  # [B, 1], of a decode step whose trace is recorded
+    token: Tensor | None = None  # [B, Q], of a decode step whose trace is recorded
+    has_own_mask = False  # the caller says by a mask [B, 1, Q, N] what each query sees
     conversation: Conversation | None = None  # of a cache that the decoder makes itself
 
 
@@ -80,7 +82,9 @@ class Hooks:
                 self.positions.has_picture = None
         elif not is_step:
             self._read_prompt(ids, args, kwargs)
-        elif patched.recorder.record:
+            mask = self._base.get("attention_mask", args, kwargs)
+            self._forward.has_own_mask = isinstance(mask, Tensor) and mask.dim() > 2
+        if not patched.is_paused and patched.recorder.record:
             self._forward.token = ids
 
     def _read(self, ids: Tensor | None, args: Args, kwargs: Kwargs) -> None:
@@ -116,24 +120,38 @@ class Hooks:
                 "so no token is known; unpatch the model, or pause the session for this call"
             )
         cache = self._decoder.cache(args, kwargs)
-        if inputs.shape[1] == 1 and cache is not None:
+        if cache is not None and self._is_step(inputs):
             conversation = conversation_of(cache, self._layer)
             if conversation is not None and conversation.has_holes:
                 self.dense.add_step(DenseReason.HOLES, conversation, inputs.device)
                 return None
             if conversation is not None:
-                return args, {**kwargs, CONTEXT: self._step(conversation)}
+                return args, {**kwargs, CONTEXT: self._step(conversation, inputs.shape[1])}
         mask = self._decoder.get("attention_mask", args, kwargs)
         conversation = self._take_prefill(cache, inputs, mask)
         if conversation is not None:
             self._forward.conversation = conversation
         return None
 
-    def _step(self, conversation: Conversation) -> Step:
+    def _is_step(self, inputs: Tensor) -> bool:
+        """Whether a forward behind a cache decodes: one token, or several where they may be sparse.
+
+        A new picture is a prefill.
+        """
+        queries = inputs.shape[1]
+        if queries == 1:
+            return True
+        if self._patched.layer_roles.config.queries == "dense" or queries > MAX_QUERIES:
+            return False
+        positions = self.positions
+        has_picture = positions.has_features or positions.user_mask is not None
+        return positions.passed_base and not (has_picture or self._forward.has_own_mask)
+
+    def _step(self, conversation: Conversation, queries: int) -> Step:
         token = self._forward.token if self._patched.recorder.record else None
-        step = Step(self._patched, conversation, token)
+        step = Step(self._patched, conversation, token, queries)
         if not step.is_compiled:
-            conversation.steps += 1
+            conversation.steps += queries
         return step
 
     def _after_decoder(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> None:

@@ -18,6 +18,7 @@ class LayerRoles:
     on_refresh: tuple[Role, ...]  # in the first decode step, and in a refresh
     on_lookback: tuple[Role, ...]  # in the others; differs from a refresh under "lookback" only
     on_text: tuple[Role, ...]  # where no row has a visual token
+    on_queries: tuple[Role, ...]  # of several tokens; ours would read K again for each
     looks_back: bool
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "LayerRoles":
@@ -45,11 +46,13 @@ class LayerRoles:
                 return tuple(Role.MODEL if role is Role.DENSE else role for role in roles)
             return roles
 
+        on_refresh = allowed(schedule.roles(config, full, 0))
         return cls(
             config,
             anchors=schedule.anchors(config, full),
-            on_refresh=allowed(schedule.roles(config, full, 0)),
+            on_refresh=on_refresh,
             on_lookback=allowed(schedule.roles(config, full, 1)),
             on_text=allowed(tuple(Role.DENSE if is_full else Role.MODEL for is_full in full)),
+            on_queries=tuple(Role.MODEL if r is Role.DENSE else r for r in on_refresh),
             looks_back=config.schedule == "lookback",
         )

@@ -1,5 +1,7 @@
 """One decode step of a patched model: made by the hook on the decoder, used by every layer.
 
+Several tokens behind a cache are so many steps in one: each query has a selection of its own.
+
 It travels in the keyword arguments of one forward, so two threads never share one. Nothing in it
 reads the device.
 """
@@ -25,13 +27,18 @@ class Step:
     """The context of one forward; it has no `.to`, which dispatch hooks would call."""
 
     def __init__(
-        self, patched: PatchedModel, conversation: Conversation, token: Tensor | None
+        self,
+        patched: PatchedModel,
+        conversation: Conversation,
+        token: Tensor | None,
+        queries: int = 1,
     ) -> None:
         self.patched = patched
         self.layer_roles = patched.layer_roles
         self.config = patched.layer_roles.config
         self.conversation = conversation
-        self.token = token  # [B, 1], recorded with the selection
+        self.token = token  # [B, Q], recorded with the selection
+        self.queries = queries
         self.number = conversation.steps
         self.needs_mask = conversation.needs_mask
         self.is_compiled = torch.compiler.is_compiling()
@@ -50,6 +57,9 @@ class Step:
     def _roles_and_selection(self) -> tuple[tuple[Role, ...], Selection | None]:
         """The roles of this step, and the selection that layers before the anchor follow."""
         roles, conversation = self.layer_roles, self.conversation
+        if self.queries > 1:  # never of a schedule that looks back
+            is_text = conversation.visual is None
+            return (Role.MODEL,) * len(roles.on_text) if is_text else roles.on_queries, None
         if conversation.visual is None:
             return roles.on_text, None
         if not roles.looks_back:
@@ -73,10 +83,11 @@ class Step:
         scale: float | None,
         softcap: float | None,
     ) -> Tensor:
-        """Attend with one query per row: query [B, H, 1, D] to [B, 1, H, D]."""
+        """Attend with the queries of each row: query [B, H, Q, D] to [B, Q, H, D]."""
         if role is Role.FOLLOWER and self.selection is None:
             role = Role.DENSE  # the anchor was left to the model
-        q = query.squeeze(2)
+        several = query.shape[2] > 1
+        q = query.transpose(1, 2) if several else query.squeeze(2)
         if mask is not self.mask:
             self.starts, self.lengths = row_cuts(mask, key.shape[0])
             self.mask = mask
@@ -94,7 +105,7 @@ class Step:
             out = self.layer_ops.attend(q, kv, self.visual, self.selection, self.workspace)
         else:
             out = self.layer_ops.attend(q, kv, None, None, self.workspace)
-        return out.unsqueeze(1)
+        return out if several else out.unsqueeze(1)
 
     def _prepare(self, q: Tensor, key: Tensor, value: Tensor, shape: tuple[Any, ...]) -> None:
         """Check the first layer of a shape; move what crosses layers to its device."""
@@ -138,6 +149,9 @@ class Step:
                     conversation.lookback.keep(selection)
                 else:
                     conversation.lookback.restart()  # it has not seen this step
-        step = (self.number, layer, self.token)
-        self.patched.recorder.add(selection, conversation, not self.has_selected, step)
+        for i in range(self.queries):
+            token = None if self.token is None else self.token[:, i : i + 1]
+            step = (self.number + i, layer, token)
+            one = selection.query(i, self.queries)
+            self.patched.recorder.add(one, conversation, not self.has_selected, step)
         self.has_selected = True

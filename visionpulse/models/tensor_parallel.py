@@ -27,8 +27,8 @@ class HeadGroup:
         self.heads = heads  # of all ranks together
 
     def splits(self, q: Tensor) -> bool:
-        """Whether `q` [B, H, D] holds only a part of the heads."""
-        return q.shape[1] < self.heads
+        """Whether `q` [.., H, D] holds only a part of the heads."""
+        return q.shape[-2] < self.heads
 
     def decode(
         self,
@@ -42,11 +42,11 @@ class HeadGroup:
         """Decode as if this rank held all heads; the output is of its own heads."""
         numbers: dict[str, Any] = {"scale": scale, "softcap": softcap}
         scores, mass, mass_mean = ops.score(q, kv, visual, config, **numbers)
-        share = q.shape[1] / self.heads
-        width = min(visual.size, scores.shape[1])  # all candidates lie before it
-        shared = scores[:, :width] * share
+        share = q.shape[-2] / self.heads
+        width = min(visual.size, scores.shape[-1])  # all candidates lie before it
+        shared = scores[..., :width] * share
         dist.all_reduce(shared, dist.ReduceOp.SUM, self.group)
-        scores[:, :width] = shared
+        scores[..., :width] = shared
         mass_mean = mass_mean * share
         dist.all_reduce(mass_mean, dist.ReduceOp.SUM, self.group)
         dist.all_reduce(mass, dist.ReduceOp.MAX, self.group)

@@ -65,7 +65,7 @@ ALLOWED = {
     },
     "integrations": {"__init__", "models"},
     "serving": {
-        "backends.cpu", "budgets", "config", "cpu", "layer_ops", "models.tensor_parallel",
+        "backends.cpu", "budgets", "call", "config", "cpu", "layer_ops", "models.tensor_parallel",
         "schedule", "workspace", *RECORDS,
     },
     "__init__": {

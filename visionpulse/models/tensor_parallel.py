@@ -43,7 +43,9 @@ class HeadGroup:
         numbers: dict[str, Any] = {"scale": scale, "softcap": softcap}
         scores, mass, mass_mean = ops.score(q, kv, visual, config, **numbers)
         share = q.shape[-2] / self.heads
-        width = min(visual.size, scores.shape[-1])  # all candidates lie before it
+        # all candidates lie before it; of tables that an engine writes no size is known
+        size = scores.shape[-1]
+        width = size if visual.is_borrowed else min(visual.size, size)
         shared = scores[..., :width] * share
         dist.all_reduce(shared, dist.ReduceOp.SUM, self.group)
         scores[..., :width] = shared

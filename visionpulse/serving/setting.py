@@ -113,6 +113,11 @@ def _of_config(config: PulseConfig, engine: Engine) -> list[str]:
             "schedule='lookback' with speculative decoding: the tokens of one step run at once, so "
             "none can follow what the one before it kept; use schedule='paper' or 'per_layer'"
         )
+    if engine.device != "cpu" and config.schedule == "lookback":
+        found.append(
+            "schedule='lookback' needs what each request kept in its last step, and a graph's rows "
+            "are other requests in each; use schedule='paper' with several anchors, or 'per_layer'"
+        )
     if engine.has_graphs and runs_between_stages(config):
         found.append(
             f"budget {config.budget!r} runs on the host between score and select, which a captured "
@@ -157,6 +162,11 @@ def of_request(wish: Any, setting: Setting) -> PulseConfig | None:
         return config
     if wish is False or wish == OFF:
         return None
+    if setting.engine.device != "cpu":
+        raise ValueError(
+            f"a request's {KEY!r} must be {OFF!r} on a GPU, where all rows of a step share one "
+            f"budget, got {wish!r}; leave it out, or serve that budget by an engine of its own"
+        )
     if isinstance(wish, str) and wish in PRESETS:
         preset = PRESETS[wish]
         return config.updated(tau=preset.tau, ratio=preset.ratio, budget=preset.budget)

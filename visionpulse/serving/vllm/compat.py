@@ -31,6 +31,10 @@ def register() -> None:
 
         # The CPU platform takes CPU_ATTN whatever backend is asked for.
         register_backend(AttentionBackendEnum.CPU_ATTN, "visionpulse.serving.vllm.cpu.PulseBackend")
+        if _on_gpu():
+            for name, ours in facts.GPU_BACKENDS.items():
+                path = f"visionpulse.serving.vllm.cuda.{ours}"
+                register_backend(AttentionBackendEnum[name], path)
     if (arguments := sys.modules.get("vllm.engine.arg_utils")) is not None:  # the front process
         _wrap(arguments.EngineArgs, "create_engine_config", _checked)
 
@@ -170,6 +174,29 @@ def cache_bytes(given: int, layer_bytes: list[float], heads: int, longest: int) 
     return max(0, int((given - scratch) * token / (token + 4 * heads))) if token else given
 
 
+def refuse_layer(impl: Any) -> None:
+    """Refuse a layer whose attention the kernels do not compute."""
+    from vllm.v1.attention.backend import AttentionType
+
+    unserved = {
+        "attention that is not causal": impl.attn_type != AttentionType.DECODER,
+        "ALiBi": impl.alibi_slopes is not None,
+        "attention sinks": impl.sinks is not None,
+        "keys shared with another layer": impl.kv_sharing_target_layer_name is not None,
+    }
+    if wrong := [what for what, has in unserved.items() if has]:
+        raise ValueError(
+            f"visionpulse cannot serve {', '.join(wrong)}; leave visionpulse out of "
+            "--additional-config, or serve another model"
+        )
+
+
+def _on_gpu() -> bool:
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cuda())
+
+
 def current_rows() -> list[RequestRow] | None:
     """The requests of the step that is being built, row by row; None outside of one."""
     return _rows.get()
@@ -181,28 +208,64 @@ def watch_runner() -> None:
 
     requests = Requests()
 
-    def row_of(name: str, state: Any) -> RequestRow:
-        found = requests.get(name, state.mm_features)
+    def row_of(name: str, features: Any, params: Any) -> RequestRow:
+        found = requests.get(name, features)
         if found is not None:
             return found
-        extra = getattr(state.sampling_params, "extra_args", None) or {}
+        extra = getattr(params, "extra_args", None) or {}
         runs = (
             (begin, last + 1)  # vLLM's last is inclusive
-            for feature in state.mm_features
+            for feature in features
             if feature.modality in VISUAL
             for begin, last in feature.mm_position.extract_embeds_range()
         )
-        return requests.put(state.mm_features, RequestRow(name, spans_of(runs), extra.get(KEY)))
+        return requests.put(features, RequestRow(name, spans_of(runs), extra.get(KEY)))
 
     def build(original: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> Any:
-        names = [name for name in runner.input_batch.req_ids if name in runner.requests]
-        token = _rows.set([row_of(name, runner.requests[name]) for name in names])
+        states = runner.requests
+        names = [name for name in runner.input_batch.req_ids if name in states]
+        token = _rows.set(
+            [row_of(name, states[name].mm_features, states[name].sampling_params) for name in names]
+        )
         try:
             return original(runner, *args, **kwargs)
         finally:
             _rows.reset(token)
 
     _wrap(GPUModelRunner, "_build_attention_metadata", build)
+    if _on_gpu():
+        _watch_second_runner(row_of)
+
+
+def _watch_second_runner(row_of: Callable[[str, Any, Any], RequestRow]) -> None:
+    """The same for vLLM's second model runner, which is the default on a GPU."""
+    from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+
+    params: dict[str, Any] = {}  # of the requests in the batch; the runner keeps them elsewhere
+
+    def add(original: Callable[..., Any], state: Any, index: int, request: Any) -> Any:
+        params[request.req_id] = request.sampling_params
+        return original(state, index, request)
+
+    def remove(original: Callable[..., Any], state: Any, name: str) -> Any:
+        params.pop(name, None)
+        return original(state, name)
+
+    def prepare(
+        original: Callable[..., Any], state: Any, batch: Any, *args: Any, **more: Any
+    ) -> Any:
+        cache = state.encoder_cache if state.supports_mm_inputs else None
+        features = {} if cache is None else cache.mm_features
+        names = [name for name in batch.req_ids if name in features]  # none in a dummy run
+        token = _rows.set([row_of(name, features[name], params.get(name)) for name in names])
+        try:
+            return original(state, batch, *args, **more)
+        finally:
+            _rows.reset(token)
+
+    _wrap(DefaultModelState, "add_request", add)
+    _wrap(DefaultModelState, "remove_request", remove)
+    _wrap(DefaultModelState, "prepare_attn", prepare)
 
 
 def _checked(original: Callable[..., Any], arguments: Any, *args: Any, **kwargs: Any) -> Any:
@@ -213,6 +276,11 @@ def _checked(original: Callable[..., Any], arguments: Any, *args: Any, **kwargs:
 
         metrics.install()
         _watch_requests()
+        if _on_gpu() and vllm_config.attention_config.backend is None:
+            # of those that vLLM may choose by itself, some are not ours
+            from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+            vllm_config.attention_config.backend = AttentionBackendEnum.FLASH_ATTN
     return vllm_config
 
 

@@ -12,6 +12,8 @@ DRAFTS = {
 UNQUANTISED = ("auto", "float32", "bfloat16", "float16", "half", "float")
 # Config fields of language models whose logits have a bias that the kernels do not add.
 ALIBI = ("alibi", "use_alibi", "alibi_bias_max")
+# vLLM's attention backends of a GPU that ours stand over, and our classes in `cuda.py`.
+GPU_BACKENDS = {"FLASH_ATTN": "PulseFlashBackend", "TRITON_ATTN": "PulseTritonBackend"}
 SINKS = ("gpt_oss", "mimo_v2", "mimo_v2_flash", "openai_privacy_filter")  # model types
 
 
@@ -62,6 +64,8 @@ def _obstacles(vllm_config: Any, device: str) -> Iterable[Obstacle]:
         yield Obstacle("ALiBi: the kernels add no position bias", "serve a model with RoPE")
     if getattr(text, "model_type", None) in SINKS:
         yield Obstacle("attention sinks: the kernels have none", "serve a model without sinks")
+    if device != "cpu":
+        yield from _on_a_gpu(vllm_config, device)
     if device == "cpu" and vllm_config.kv_transfer_config is not None:
         yield Obstacle(
             "--kv-transfer-config: on the CPU our blocks hold plain rows, other engines' do not",
@@ -83,3 +87,25 @@ def _obstacles(vllm_config: Any, device: str) -> Iterable[Obstacle]:
             "--kv-sharing-fast-prefill: layers share keys past their own attention",
             "leave the flag out",
         )
+
+
+def _on_a_gpu(vllm_config: Any, device: str) -> Iterable[Obstacle]:
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    if device != "cuda":
+        yield Obstacle(f"a device {device}", "serve on a CPU or on an NVIDIA GPU")
+    backend = getattr(getattr(vllm_config, "attention_config", None), "backend", None)
+    if backend is not None and backend.name not in GPU_BACKENDS:
+        yield Obstacle(
+            f"--attention-backend {backend.name}: decode rows are ours over "
+            f"{' and '.join(GPU_BACKENDS)}",
+            f"set --attention-backend {next(iter(GPU_BACKENDS))}",
+        )
+    if getattr(parallel, "use_ubatching", False):
+        yield Obstacle("--enable-dbo: half a batch has not the rows of a step", "leave it out")
+    if getattr(model, "is_mm_prefix_lm", False):
+        yield Obstacle(
+            "pictures whose tokens see each other both ways: a batch in two parts loses which",
+            "serve a model with causal attention",
+        )
+    if getattr(model, "rswa_window", None) is not None:
+        yield Obstacle("reference sliding windows: the kernels have none", "serve another model")

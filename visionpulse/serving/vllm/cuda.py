@@ -1,0 +1,293 @@
+"""vLLM's GPU attention with our anchors and followers.
+
+Keys and values lie as vLLM's FlashAttention and Triton backends store them, and are read in place.
+Layers before the anchor, prefill, drafts and everything else stay on vLLM's own path: a layer of
+ours runs the rows of one token at the front of a batch, and hands the others on. A full CUDA graph
+holds rows of one token alone, so it is all ours from the anchor on.
+"""
+
+from typing import Any
+
+from torch import Tensor
+from vllm.config import get_current_vllm_config_or_none
+from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
+from vllm.v1.attention.backends import flash_attn, triton_attn
+
+from ...schedule import Role
+from ..graphs import GraphLayer, GraphStep, GraphSteps
+from ..rows import RequestRow
+from ..stats import Publisher
+from . import compat
+from .metrics import WorkerFiles
+
+SPARSE = (Role.ANCHOR, Role.FOLLOWER)
+
+
+class Shared:
+    """What the builders and layers of one engine share: the selection crosses them in it."""
+
+    def __init__(self, vllm_config: Any, device: Any) -> None:
+        setting = compat.setting(vllm_config)
+        assert setting is not None
+        self.vllm_config, self.setting = vllm_config, setting
+        self.steps = GraphSteps(
+            setting,
+            vllm_config.scheduler_config.max_num_seqs,
+            vllm_config.model_config.max_model_len,
+            device,
+        )
+        self.counts_steps: Any = None  # the builder that does
+        compat.watch_runner()
+
+    def role(self, name: str) -> Role:
+        """What a layer does; one beyond the model's is a drafter's."""
+        number, roles = compat.layer_number(name), self.setting.roles
+        return roles[number] if number < len(roles) else Role.MODEL
+
+
+_engines: list[Shared] = []  # of this process; in tests several, one after the other
+
+
+def engine_of(vllm_config: Any, device: Any) -> Shared:
+    """What is shared in an engine."""
+    for engine in _engines:
+        if engine.vllm_config is vllm_config:
+            return engine
+    _engines[:] = [Shared(vllm_config, device)]
+    return _engines[0]
+
+
+class Ours:
+    """What the builder adds to vLLM's metadata of a step."""
+
+    def __init__(self, engine: Shared, step: GraphStep, rest: Any, begin: int) -> None:
+        self.engine, self.step = engine, step
+        self.rest = rest  # vLLM's metadata of the rows behind ours; None where there are none
+        self.begin = begin  # their first query token
+
+
+def _is_asked(vllm_config: Any) -> bool:
+    return vllm_config is not None and compat.setting(vllm_config) is not None
+
+
+class Builder:
+    """Splits a step into rows of one token, which are ours from the anchor on, and the rest."""
+
+    supports_update_block_table = False  # a copy would carry the step of another table
+    own: Any  # vLLM's builder
+
+    def __new__(
+        cls, spec: Any, names: list[str], vllm_config: Any, device: Any, **more: Any
+    ) -> Any:
+        """Give vLLM's own builder to an engine that did not ask for us."""
+        if not _is_asked(vllm_config):
+            return cls.own(spec, names, vllm_config, device, **more)
+        return super().__new__(cls)
+
+    def __init__(
+        self, spec: Any, names: list[str], vllm_config: Any, device: Any, **more: Any
+    ) -> None:
+        super().__init__(spec, names, vllm_config, device, **more)  # type: ignore[call-arg]
+        self.reorder_batch_threshold = 1  # vLLM then puts rows of one token first
+        self.engine = engine_of(vllm_config, device)
+        self.is_sparse = any(self.engine.role(name) in SPARSE for name in names)
+        if self.is_sparse and self.engine.counts_steps is None:
+            self.engine.counts_steps = self
+            counters = self.engine.steps.counters
+            self.publisher = Publisher(counters, WorkerFiles(vllm_config).write)
+        self._captures = False
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> Any:
+        """Full graphs of rows with one token: what runs on the host is no part of them."""
+        if not _is_asked(vllm_config):
+            return cls.own.get_cudagraph_support(vllm_config, kv_cache_spec)
+        return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
+        """The metadata that a graph is captured with: empty rows, the grid of all K_max."""
+        self._captures = True
+        try:
+            return super().build_for_cudagraph_capture(common_attn_metadata)  # type: ignore[misc]
+        finally:
+            self._captures = False
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+        **more: Any,
+    ) -> Any:
+        """vLLM's metadata of one step, with what is ours of it."""  # noqa: D403
+        common = common_attn_metadata
+        made = super().build(common_prefix_len, common, fast_build, **more)  # type: ignore[misc]
+        made.visionpulse = self._ours(common) if self.is_sparse else None
+        return made
+
+    def _ours(self, common: CommonAttentionMetadata) -> Ours | None:
+        known = [] if self._captures else compat.current_rows() or []
+        count = _single(common)
+        if not count:
+            return None
+        step = self.engine.steps.make(
+            _decoding(known, common), count, common.block_table_tensor, common.seq_lens,
+            counts=self.engine.counts_steps is self,
+        )  # fmt: skip
+        if step is None:
+            return None
+        begin = count  # a token each
+        if count == common.num_reqs:
+            return Ours(self.engine, step, None, begin)
+        # without a schedule made ahead: that one lies in a buffer which the whole step reads
+        rest = super().build(0, _rest(common, count), True)  # type: ignore[misc]
+        return Ours(self.engine, step, rest, begin)
+
+
+def _single(common: CommonAttentionMetadata) -> int:
+    """Rows of one token at the front of a batch; the padding of a graph has none or one."""
+    if common.max_query_len == 1:
+        return int(common.num_reqs)
+    lengths = common.query_start_loc_cpu.diff().tolist()
+    return next((i for i, length in enumerate(lengths) if length != 1), len(lengths))
+
+
+def _decoding(known: list[RequestRow], common: CommonAttentionMetadata) -> list[RequestRow | None]:
+    """The known rows, None where one token is the last of a prefill, which is dense."""
+    if common.is_prefilling is None:
+        return list(known)
+    prefills = common.is_prefilling.tolist()
+    return [None if is_prefill else row for row, is_prefill in zip(known, prefills, strict=False)]
+
+
+def _rest(common: CommonAttentionMetadata, first: int) -> Any:
+    """The rows from `first` on, as a batch of their own."""
+    begin = first
+    bound = common.seq_lens_cpu_upper_bound
+    return common.replace(
+        num_reqs=common.num_reqs - first,
+        num_actual_tokens=common.num_actual_tokens - begin,
+        query_start_loc=common.query_start_loc[first:] - begin,
+        query_start_loc_cpu=common.query_start_loc_cpu[first:] - begin,
+        seq_lens=common.seq_lens[first:],
+        seq_lens_cpu_upper_bound=None if bound is None else bound[first:],
+        block_table_tensor=common.block_table_tensor[first:],
+        slot_mapping=common.slot_mapping[begin:],
+        is_prefilling=None if common.is_prefilling is None else common.is_prefilling[first:],
+    )
+
+
+class Impl:
+    """One layer: ours on rows of one token at an anchor and its followers, else vLLM's."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        compat.refuse_layer(self)
+        self.ours: GraphLayer | None = None
+        self.is_sparse: bool | None = None  # known with the first step
+        self.pages: tuple[Tensor, Tensor] | None = None
+
+    def fused_output_quant_supported(self, quant_key: Any) -> bool:
+        """No: the kernels write the dtype of the query."""
+        return False
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: Any,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Attend as the layer's role says."""
+        ours: Ours | None = getattr(attn_metadata, "visionpulse", None)
+        scales = (output_scale, output_block_scale)
+        theirs: Any = super().forward  # type: ignore[misc]
+        if ours is None or not self._begin(layer, kv_cache, ours.engine):
+            made: Tensor = theirs(
+                layer, query, key, value, kv_cache, attn_metadata, output, *scales
+            )
+            return made
+        assert self.ours is not None and self.pages is not None
+        n = ours.step.rows
+        self.ours.run(ours.step, query[:n], *self.pages, output[:n])
+        if ours.rest is not None:
+            begin = ours.begin
+            rest = (key[begin:], value[begin:], kv_cache, ours.rest, output[begin:])
+            theirs(layer, query[begin:], *rest, *scales)
+        return output
+
+    def _begin(self, layer: Any, kv_cache: Tensor, engine: Shared) -> bool:
+        """Whether the layer is ours; what it reads is found out once, and anew with the cache."""
+        if self.is_sparse is None:
+            role = engine.role(layer.layer_name)
+            self.is_sparse = role in SPARSE
+            if self.is_sparse:
+                heads = compat.head_group(engine.setting.engine.heads)
+                softcap = getattr(self, "logits_soft_cap", None) or None
+                scale: float = self.scale  # type: ignore[attr-defined]
+                self.ours = GraphLayer(engine.steps, role, scale, softcap, heads)
+        if self.is_sparse and (self.pages is None or self._of_another(kv_cache)):
+            keys, values = kv_cache.chunk(2, dim=3)  # [blocks, G, block, D], any strides
+            self.pages = keys, values
+        return self.is_sparse
+
+    def _of_another(self, kv_cache: Tensor) -> bool:
+        """Whether the pages are those of another cache: the one of profiling is let go."""
+        assert self.pages is not None
+        keys = self.pages[0]
+        return keys.data_ptr() != kv_cache.data_ptr() or keys.shape[0] != kv_cache.shape[0]
+
+
+class PulseFlashBuilder(Builder, flash_attn.FlashAttentionMetadataBuilder):  # type: ignore[misc]
+    """Over FlashAttention."""
+
+    own = flash_attn.FlashAttentionMetadataBuilder
+
+
+class PulseFlashImpl(Impl, flash_attn.FlashAttentionImpl):  # type: ignore[misc]
+    """Over FlashAttention."""
+
+
+class PulseFlashBackend(flash_attn.FlashAttentionBackend):  # type: ignore[misc]
+    """Stands where FLASH_ATTN stood; an engine that did not ask for us gets vLLM's own classes."""
+
+    @staticmethod
+    def get_impl_cls() -> Any:
+        """The class of a layer."""
+        is_ours = _is_asked(get_current_vllm_config_or_none())
+        return PulseFlashImpl if is_ours else flash_attn.FlashAttentionImpl
+
+    @staticmethod
+    def get_builder_cls() -> Any:
+        """No config is at hand where vLLM asks: `Builder.__new__` has one."""
+        return PulseFlashBuilder
+
+
+class PulseTritonBuilder(Builder, triton_attn.TritonAttentionMetadataBuilder):  # type: ignore[misc]
+    """Over Triton."""
+
+    own = triton_attn.TritonAttentionMetadataBuilder
+
+
+class PulseTritonImpl(Impl, triton_attn.TritonAttentionImpl):  # type: ignore[misc]
+    """Over Triton."""
+
+
+class PulseTritonBackend(triton_attn.TritonAttentionBackend):  # type: ignore[misc]
+    """Stands where TRITON_ATTN stood; see `PulseFlashBackend`."""
+
+    @staticmethod
+    def get_impl_cls() -> Any:
+        """The class of a layer."""
+        is_ours = _is_asked(get_current_vllm_config_or_none())
+        return PulseTritonImpl if is_ours else triton_attn.TritonAttentionImpl
+
+    @staticmethod
+    def get_builder_cls() -> Any:
+        """No config is at hand where vLLM asks: `Builder.__new__` has one."""
+        return PulseTritonBuilder

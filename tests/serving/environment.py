@@ -4,6 +4,7 @@ python tests/serving/environment.py        # prints its Python
 VLLM_PYTHON names another one that has both.
 """
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -24,6 +25,8 @@ def python() -> Path:
     """The Python that has vLLM and this checkout; installs both where they are not yet."""
     if named := os.environ.get("VLLM_PYTHON"):
         return Path(named)
+    if importlib.util.find_spec("vllm"):
+        return Path(sys.executable)
     found = FOLDER / "bin" / "python"
     if not (FOLDER / ".ready").exists():
         _install(found)

@@ -21,13 +21,12 @@ def inputs_of(ask: Ask) -> dict:
 def tokens(asks: list[Ask], config: vp.PulseConfig | None, count: int) -> list[list[int]]:
     """Greedy tokens, END no reason to stop, as an engine makes them with `ignore_eos`."""
     model = tiny.load()
+    model.generation_config.eos_token_id = None
     if config is not None:
         vp.patch(model, config)
     made = []
     for ask in asks:
         inputs = inputs_of(ask)
-        out = model.generate(
-            **inputs, max_new_tokens=count, do_sample=False, eos_token_id=[-1], pad_token_id=0
-        )
+        out = model.generate(**inputs, max_new_tokens=count, do_sample=False, pad_token_id=0)
         made.append(out[0, inputs["input_ids"].shape[1] :].tolist())
     return made

@@ -4,6 +4,7 @@ A step adds to tensors in place, so a CUDA graph may hold it. Nothing in a step 
 """
 
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -95,12 +96,15 @@ class Counters:
 
 
 class Publisher:
-    """A thread that hands the totals on, once a period and only where a step has run."""
+    """A thread that hands the totals on, once a period and only where a step has run.
+
+    It ends with the counters.
+    """
 
     def __init__(
         self, counters: Counters, publish: Callable[[Totals], bool], period: float = 1.0
     ) -> None:
-        self._counters, self._publish, self._period = counters, publish, period
+        self._counters, self._publish, self._period = weakref.ref(counters), publish, period
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="visionpulse-stats", daemon=True)
         self._thread.start()
@@ -111,15 +115,17 @@ class Publisher:
         self._thread.join()
 
     def _run(self) -> None:
-        seen = 0
-        while True:
+        seen, stopped = 0, False
+        while not stopped:
             stopped = self._stop.wait(self._period)
-            steps = self._counters.steps
-            # what is not taken now (`False`) is offered again
-            if steps != seen and self._publish(self._counters.totals()):
-                seen = steps
-            if stopped:
+            counters = self._counters()
+            if counters is None:
                 return
+            steps = counters.steps
+            # what is not taken now (`False`) is offered again
+            if steps != seen and self._publish(counters.totals()):
+                seen = steps
+            del counters
 
 
 def _copied(sums: Tensor) -> Tensor:

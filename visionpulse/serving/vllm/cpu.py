@@ -20,10 +20,10 @@ from ...backends.cpu import write_pages
 from ...workspace import default as workspace
 from ..cores import spread_pool
 from ..rows import RequestRow
-from ..stats import Counters, Publisher
+from ..stats import Counters
 from ..step import PREFILL, DecodeRows, Layer, Steps
 from . import compat
-from .metrics import WorkerFiles
+from .metrics import publish
 
 FEW = 8  # query tokens of a row; more are run by vLLM's kernel, which reads their keys once
 DENSE = RequestRow(PREFILL, ())
@@ -85,7 +85,7 @@ class PulseBuilder(cpu_attn.CPUAttentionMetadataBuilder):  # type: ignore[misc]
         rows = vllm_config.scheduler_config.max_num_seqs
         self.steps = Steps(setting, rows, Counters())
         if compat.has_sparse_layers(vllm_config, names, setting):
-            self.publisher = Publisher(self.steps.counters, WorkerFiles(vllm_config).write)
+            publish(vllm_config, self.steps.counters)
         compat.watch_runner()
         spread_pool()
 

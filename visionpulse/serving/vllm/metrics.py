@@ -21,14 +21,15 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.mmap_dict import MmapedDict, mmap_key
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.utils import floatToGoString
+from vllm.distributed import get_tp_group
 from vllm.logger import init_logger
 from vllm.v1.metrics.loggers import PerEngineStatLoggerAdapter, StatLoggerBase, StatLoggerManager
 
-from ..stats import Histogram, Totals
+from ..stats import Counters, Histogram, Publisher, Totals
+from . import facts
 
 # vLLM's own logger prints INFO; those of other packages are silent by default.
 logger = init_logger("vllm.visionpulse")
-KEY = "visionpulse"
 SHARED = "PROMETHEUS_MULTIPROC_DIR"  # set by vLLM where it has several API servers
 HELP = {
     "visionpulse:decode_rows": "Rows of decode steps that attended to chosen visual tokens.",
@@ -84,6 +85,12 @@ def labels_of(vllm_config: Any, engine: int) -> dict[str, str]:
     """The labels that vLLM's own series have."""
     name = vllm_config.model_config.served_model_name
     return {"model_name": name if isinstance(name, str) else name[0], "engine": str(engine)}
+
+
+def publish(vllm_config: Any, counters: Counters) -> None:
+    """Show the counters of a worker; ranks of one tensor-parallel group count the same, so one."""
+    if get_tp_group().rank_in_group == 0:
+        Publisher(counters, WorkerFiles(vllm_config).write)
 
 
 class WorkerFiles:
@@ -142,7 +149,7 @@ def install() -> None:
     @functools.wraps(original)
     def made(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         original(self, vllm_config, *args, **kwargs)
-        if (vllm_config.additional_config or {}).get(KEY):
+        if facts.asked(vllm_config) is not None:
             adapter = PerEngineStatLoggerAdapter(vllm_config, self.engine_indexes, PulseStatLogger)
             self.stat_loggers.append(adapter)
 

@@ -243,7 +243,8 @@ def test_changing_a_row_the_readme_shows_fails_its_check(run, tmp_path):
         for row in found
     ]
     rows.write(tmp_path / "cpu.jsonl", slower)
-    said = run("readme_numbers.py", "--check", "--results", tmp_path, ok=False)
+    page = RESULTS.parents[2] / "README.md"
+    said = run("readme_numbers.py", "--check", "--readme", page, "--results", tmp_path, ok=False)
     assert "does not show the committed rows" in said
 
 

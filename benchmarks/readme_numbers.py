@@ -155,7 +155,7 @@ SERVED = {
 
 def serving(results: Path) -> str:
     """The attention of one decode step against stock vLLM."""
-    found = Results(results / "serving.jsonl")
+    found = Results.by_machine(results / "serving.jsonl", "serving")[-1]
     shapes = ("b1-16k", "b1-32k")
     lines = ["| attention of one step, 36 layers | 16k, bf16 | 32k, bf16 |", "|---|---:|---:|"]
     for title, backend in SERVED.items():
@@ -166,10 +166,9 @@ def serving(results: Path) -> str:
     note = (
         f"Batch 1, 256 text tokens, {100 * shown.facts['retention']:g} % of the visual tokens "
         f"kept, blocks of {shown.facts['block']}, vLLM's kernels for `{shown.facts['vllm_isa']}`;\n"
-        "each layer's kind timed alone, cold, and multiplied.\n"
+        "each layer's kind timed alone, cold, and multiplied: `bench_serving.py`.\n"
     )
-    command = "bench_serving.py --shapes b1-16k,b1-32k"
-    return "\n".join(lines) + "\n\n" + note + source(shown, command)
+    return "\n".join(lines) + "\n\n" + note + source(shown)
 
 
 BLOCKS: dict[str, Callable[[Path], str]] = {

@@ -29,6 +29,10 @@ class Arguments:
         place = self._places.get(name)
         return args[place] if place is not None and place < len(args) else None
 
+    def named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """All arguments by name."""
+        return {**dict(zip(self._places, args, strict=False)), **kwargs}
+
     def cache(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The cache: the argument of its name or type, else one that has layers; or None."""
         for name in self._cache_names:

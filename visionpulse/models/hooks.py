@@ -80,6 +80,8 @@ class Hooks:
         if patched.is_paused:
             if is_eager:
                 self.positions.has_picture = None
+        elif is_eager and patched.is_checking:
+            pass  # the tokens of a draft are no prompt
         elif not is_step:
             self._read_prompt(ids, args, kwargs)
             mask = self._base.get("attention_mask", args, kwargs)
@@ -120,8 +122,13 @@ class Hooks:
                 "so no token is known; unpatch the model, or pause the session for this call"
             )
         cache = self._decoder.cache(args, kwargs)
+        if is_eager and patched.is_checking:
+            return None
         if cache is not None and self._is_step(inputs):
             conversation = conversation_of(cache, self._layer)
+            if conversation is not None and patched.stays_dense:
+                self._add_lossless(conversation, inputs)
+                return None
             if conversation is not None and conversation.has_holes:
                 self.dense.add_step(DenseReason.HOLES, conversation, inputs.device)
                 return None
@@ -132,6 +139,14 @@ class Hooks:
         if conversation is not None:
             self._forward.conversation = conversation
         return None
+
+    def _add_lossless(self, conversation: Conversation, inputs: Tensor) -> None:
+        """Count a dense step of a lossless model, which did not run ahead."""
+        mode = self._patched.mode
+        detail = "a compiled step" if torch.compiler.is_compiling() else mode.refusal
+        text = conversation.visual is None and conversation.unknown_because is None
+        reason = DenseReason.TEXT if text else DenseReason.LOSSLESS
+        self.dense.add_step(reason, conversation, inputs.device, detail)
 
     def _is_step(self, inputs: Tensor) -> bool:
         """Whether a forward behind a cache decodes: one token, or several where they may be sparse.
@@ -171,5 +186,6 @@ class Hooks:
             attach(cache, self._layer, conversation)
 
     def _after_model(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> None:
-        if not torch.compiler.is_compiling():
+        # a lossless model answers from a check without its base
+        if not torch.compiler.is_compiling() and self._patched.mode is None:
             self._bypass.model_ends(args, kwargs)

@@ -64,6 +64,24 @@ class Growing:
         self.keys, self.values = views
         return views
 
+    @property
+    def is_as_left(self: Any) -> bool:
+        """Whether nobody has replaced keys and values since the last update or `set_length`."""
+        views = self._views
+        return views is not None and self.keys is views[0] and self.values is views[1]
+
+    def set_length(self: Any, length: int) -> None:
+        """Let the cache end at `length`: shorter, or longer over entries that were written before.
+
+        Not a crop: the conversation stays, because drafted tokens change nothing in its picture.
+        """
+        if not self.is_initialized or self.keys.dim() != 4 or self.keys.shape[2] == length:
+            return
+        owned = self._buffers is not None and self.is_as_left
+        whole = self._buffers if owned else (self.keys, self.values)
+        self.keys, self.values = views = tuple(part.narrow(2, 0, length) for part in whole)
+        self._views = views if owned else None  # else the next update takes them over
+
     def _take_over(self: Any, key_states: Tensor, value_states: Tensor) -> None:
         """Keep the buffers if keys and values still lie at their front, else let them go."""
         buffers, self._views = self._buffers, None

@@ -27,6 +27,7 @@ class DenseReason(Enum):
     DECODER = "decoder not called"
     ATTENTION = "attention not called"
     INPUTS = "attention inputs"
+    LOSSLESS = "lossless, not run ahead"
 
 
 SILENT = (DenseReason.TEXT, DenseReason.PAUSED)
@@ -53,6 +54,8 @@ _TEXTS = {
     "replaced, or the forward goes another way; unpatch the model and patch it again",
     DenseReason.ATTENTION: "no layer called the attention function of visionpulse (the config says "
     "{detail}); unpatch, set the attention implementation, patch again",
+    DenseReason.LOSSLESS: "lossless decoding runs ahead for one row on a dynamic cache; this is "
+    "{detail}",
     DenseReason.INPUTS: "the anchor was left to the model's own attention: {detail}",
 }
 

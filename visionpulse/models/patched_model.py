@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from ..layer_ops import LayerOps
 from .conversation import Conversation
 from .families import Anatomy
@@ -25,7 +27,20 @@ class PatchedModel:
     notices: Notices = field(default_factory=Notices)
     ops_by_shape: dict[Any, LayerOps] = field(default_factory=dict)  # each checked once
     is_paused: bool = False
+    mode: Any = None  # of lossless decoding: which part a thread's forward plays
     _numbers: Iterator[int] = field(default_factory=itertools.count)
+
+    @property
+    def is_checking(self) -> bool:
+        """Whether this thread's forward checks drafted tokens, densely."""
+        return self.mode is not None and self.mode.checks
+
+    @property
+    def stays_dense(self) -> bool:
+        """Whether steps are dense: always in a lossless model, but in its drafts."""
+        if self.mode is None:
+            return False
+        return torch.compiler.is_compiling() or not self.mode.drafts
 
     def set_roles(self, layer_roles: LayerRoles) -> None:
         """Let the forwards that start from now on follow other roles."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cache import MAX_QUERIES
 from ..config import PulseConfig, config_data
 from ..config import resolve as resolve_config
 from ..trace.record import Trace, trace_of
@@ -19,6 +20,7 @@ from .families import Anatomy, UnsupportedModelError, anatomy
 from .hooks import Hooks
 from .kv_layers import release
 from .layer_roles import LayerRoles
+from .lossless import Mode, RunAhead, refuse
 from .patched_model import PatchedModel
 from .stats import Recorder, Stats
 from .tensor_parallel import head_group
@@ -32,7 +34,7 @@ class Session:
     As a context manager it unpatches at the end.
     """
 
-    def __init__(self, anatomy: Anatomy, config: PulseConfig, record: bool) -> None:
+    def __init__(self, anatomy: Anatomy, config: PulseConfig, record: bool, draft: int = 0) -> None:
         self.anatomy = anatomy
         self.recorder = Recorder(record)
         roles, heads = LayerRoles.of(config, anatomy), head_group(anatomy.decoder)
@@ -41,11 +43,21 @@ class Session:
         registry.enter(anatomy.decoder, attention)
         self._finalizer = weakref.finalize(anatomy.decoder, registry.leave, id(anatomy.config))
         self._hooks = _SessionHooks(self)
+        self._draft = draft
+        self._ahead: RunAhead | None = None
+        if draft:
+            self.patched.mode = Mode()
+            self._ahead = RunAhead(self.patched, self.patched.mode, draft)
 
     @property
     def config(self) -> PulseConfig:
         """The setting in force, as it was given."""
         return self._config
+
+    @property
+    def draft(self) -> int:
+        """Tokens that a round of lossless decoding drafts; 0 without it."""
+        return self._draft
 
     @property
     def anchors(self) -> tuple[int, ...]:
@@ -126,6 +138,8 @@ class Session:
                 return
             self._hooks.dense.warn_held()
             self._hooks.remove()
+            if self._ahead is not None:
+                self._ahead.remove()
             self._finalizer()
             # generate() keeps a static cache on the model for its next call
             release(getattr(self.anatomy.model, "_cache", None))
@@ -175,12 +189,21 @@ def _session_on(decoder: Any) -> Session | None:
 
 
 def patch(
-    model: Any, config: PulseConfig | str = "10pct", *, record: bool = False, **changes: Any
+    model: Any,
+    config: PulseConfig | str = "10pct",
+    *,
+    record: bool = False,
+    lossless: bool = False,
+    draft: int = 4,
+    **changes: Any,
 ) -> Session:
     """Make single-token decode steps of a model of transformers sparse in its visual tokens.
 
     `config` is a PulseConfig, the name of a preset, or a .json file of `visionpulse calibrate`;
     keywords change fields of it. The model keeps its `generate()`, its prefill and its training.
+    With `lossless=True` the tokens are the dense model's: sparse steps draft `draft` tokens, 1 to
+    15, and one dense forward checks them, for one row on a dynamic cache; others decode dense. What
+    differs is the rounding of a forward of several tokens.
     Patching twice with the same setting returns the same session; as a context manager the session
     unpatches at the end.
     """
@@ -188,9 +211,17 @@ def patch(
     config = config.updated(**changes) if changes else config
     with _lock:
         parts = anatomy(model)
+        drafted = _draft_of(lossless, draft, record)
+        if drafted:
+            refuse(parts)
         session = _session_on(parts.decoder)
         if session is None:
-            return Session(parts, config, record)  # refuses before any change
+            return Session(parts, config, record, drafted)  # refuses before any change
+        if session.draft != drafted:
+            raise ValueError(
+                f"the model is patched with draft={session.draft} (0 is not lossless), "
+                f"got {drafted}; unpatch it first"
+            )
         if session.config != config:
             raise ValueError(
                 f"the model is patched with {session.config}, got {config}; "
@@ -198,6 +229,23 @@ def patch(
             )
         session.recorder.record = session.recorder.record or record
         return session
+
+
+def _draft_of(lossless: bool, draft: int, record: bool) -> int:
+    """Tokens that a round drafts, checked; 0 where decoding is not lossless."""
+    if not lossless:
+        return 0
+    if isinstance(draft, bool) or not isinstance(draft, int) or not 1 <= draft < MAX_QUERIES:
+        raise ValueError(
+            f"draft must be a number of tokens from 1 to {MAX_QUERIES - 1}, got {draft!r}; "
+            "a round checks them and one more"
+        )
+    if record:
+        raise ValueError(
+            "record=True with lossless=True: drafted steps may be rejected, so a trace would tell "
+            "of tokens that are not in the answer; record without lossless=True"
+        )
+    return draft
 
 
 def set_visual_mask(model: Any, mask: Tensor) -> None:

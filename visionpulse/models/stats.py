@@ -3,6 +3,7 @@
 import threading
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +43,19 @@ class Stats:
     mass: Summary = _NONE  # of the head with the largest
     mass_mean: Summary = _NONE  # of all heads
     dense: dict[str, int] = field(default_factory=dict)  # other decode steps, by reason
+    checks: int = 0  # of lossless decoding, each gives one token and those that it accepts
+    drafted: int = 0  # tokens
+    accepted: int = 0  # of the drafted tokens
+
+    @property
+    def rejected(self) -> int:
+        """Drafted tokens that were not used."""
+        return self.drafted - self.accepted
+
+    @property
+    def tokens_per_check(self) -> float:
+        """Tokens that one dense forward gave on average."""
+        return (self.checks + self.accepted) / self.checks if self.checks else float("nan")
 
     @property
     def ran(self) -> str:
@@ -57,6 +71,9 @@ class Stats:
         text = f"{self.steps} sparse decode steps"
         if self.rows:
             text += f", retention {self.retention}, K {self.kept}, mass {self.mass}"
+        if self.checks:
+            text += f", {self.accepted} of {self.drafted} drafted tokens accepted"
+            text += f", {self.tokens_per_check:.3g} tokens a check"
         return text + "".join(f", {count} dense: {why}" for why, count in self.dense.items())
 
 
@@ -112,6 +129,7 @@ class Recorder:
         self._sums: dict[torch.device, _Sums] = {}
         self._pending: list[tuple[Tensor, Tensor, Tensor, Tensor, bool]] = []
         self._dense: Counter[DenseReason] = Counter()
+        self._rounds = [0, 0, 0]  # checks, drafted and accepted tokens
         self._lock = threading.Lock()
 
     def prepare(self, device: torch.device) -> None:
@@ -151,6 +169,17 @@ class Recorder:
         with self._lock:
             self._dense[reason] += 1
 
+    def add_round(self, drafted: int) -> None:
+        """Count a check of so many drafted tokens."""
+        with self._lock:
+            self._rounds[0] += 1
+            self._rounds[1] += drafted
+
+    def add_accepted(self) -> None:
+        """Count a drafted token that was used."""
+        with self._lock:
+            self._rounds[2] += 1
+
     def _fold(self) -> None:
         with self._lock:
             pending, self._pending = self._pending, []
@@ -171,19 +200,22 @@ class Recorder:
         self._fold()
         parts = list(self._sums.values())
         dense = self._dense_steps(parts)
+        rounds: dict[str, Any] = dict(
+            zip(("checks", "drafted", "accepted"), self._rounds, strict=True)
+        )
         if not parts:
-            return Stats(0, 0, dense=dense)
+            return Stats(0, 0, dense=dense, **rounds)
         steps, rows = (int(n) for n in torch.stack([s.tally.cpu() for s in parts]).sum(0))
         if not rows:
-            return Stats(steps, 0, dense=dense)
+            return Stats(steps, 0, dense=dense, **rounds)
         mean = torch.stack([s.total.cpu() for s in parts]).sum(0) / rows
         low = torch.stack([s.low.cpu() for s in parts]).amin(0)
         high = torch.stack([s.high.cpu() for s in parts]).amax(0)
-        summaries = {
+        summaries: dict[str, Any] = {
             name: Summary(float(mean[i]), float(low[i]), float(high[i]))
             for i, name in enumerate(QUANTITIES)
         }
-        return Stats(steps, rows, **summaries, dense=dense)
+        return Stats(steps, rows, **summaries, dense=dense, **rounds)
 
     def _dense_steps(self, parts: list[_Sums]) -> dict[str, int]:
         with self._lock:
@@ -197,5 +229,6 @@ class Recorder:
         """Start counting anew."""
         with self._lock:
             self._pending, self.entries, self._dense = [], [], Counter()
+            self._rounds = [0, 0, 0]
             for sums in self._sums.values():
                 sums.reset()

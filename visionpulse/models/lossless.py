@@ -1,0 +1,221 @@
+"""Lossless decoding: sparse steps draft tokens, one dense forward checks them.
+
+The forward of a patched model runs ahead of its caller. Asked for one token it drafts some more,
+checks all of them at once, and returns the dense logits of the first; the next calls are answered
+from the check, as long as they bring the tokens that were drafted. So `generate()`, its streamers,
+processors and stopping criteria see the logits of the dense model alone, one call at a time, and
+draw their own dice. Nothing here draws any, and nothing in a round reads the device.
+"""
+
+import dataclasses
+import functools
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .arguments import Arguments
+from .conversation import Conversation
+from .families import Anatomy, UnsupportedModelError
+from .kv_layers import Growing, conversation_of
+from .patched_model import PatchedModel
+from .rounds import Request, request_of
+
+
+class Part(Enum):
+    """What a forward of a lossless model does."""
+
+    NEITHER = "neither"  # dense, one token at a time
+    DRAFT = "draft"  # sparse
+    CHECK = "check"  # dense, all tokens of a round
+
+
+class Mode(threading.local):
+    """The part that a thread's forward plays, and why it does not run ahead."""
+
+    part = Part.NEITHER
+    refusal = ""
+
+    @property
+    def drafts(self) -> bool:
+        """Whether it drafts."""
+        return self.part is Part.DRAFT
+
+    @property
+    def checks(self) -> bool:
+        """Whether it checks."""
+        return self.part is Part.CHECK
+
+    @contextmanager
+    def of(self, part: Part) -> Iterator[None]:
+        """Play a part."""
+        before, self.part = self.part, part
+        try:
+            yield
+        finally:
+            self.part = before
+
+
+class _Ahead(threading.local):
+    """The checked tokens that nobody has asked for yet; of one cache at a time."""
+
+    cache: "weakref.ref[Any] | None" = None
+    checked: Any = None  # the output of the check
+    drafted: list[int] | Tensor = ()  # type: ignore[assignment]  # behind the first token
+    selections: list[Any] = ()  # type: ignore[assignment]  # of each draft step, with its roles
+    length = 0  # entries of the cache that the caller knows of
+    served = 0  # drafted tokens that were asked for
+
+    def drop(self) -> None:
+        """Forget them."""
+        self.cache = self.checked = None
+        self.drafted, self.selections = [], []
+
+
+class RunAhead:
+    """Stands before the forward of one model."""
+
+    def __init__(self, patched: PatchedModel, mode: Mode, draft: int) -> None:
+        model = patched.anatomy.model
+        self._patched = patched
+        self._mode = mode
+        self._draft = draft
+        self._ahead = _Ahead()
+        self._arguments = Arguments(model)
+        self._own = model.__dict__.get("forward")  # of accelerate, if any
+        self._plain: Callable[..., Any] = model.forward
+        model.forward = functools.wraps(self._plain)(lambda *a, **k: self.forward(*a, **k))
+
+    def remove(self) -> None:
+        """Give the model its own forward back."""
+        model = self._patched.anatomy.model
+        if self._own is None:
+            model.__dict__.pop("forward", None)
+        else:
+            model.forward = self._own
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Answer one call of the model."""
+        if torch.compiler.is_compiling() or self._patched.is_paused:
+            return self._plain(*args, **kwargs)
+        named = self._arguments.named(args, kwargs)
+        request = self._request(named)
+        if isinstance(request, str):
+            self._ahead.drop()
+            self._mode.refusal = request
+            return self._plain(*args, **kwargs)
+        self._mode.refusal = ""
+        if self._is_ahead(request):
+            return self._serve(request)
+        self._ahead.drop()
+        return self._round(request)
+
+    def _request(self, named: dict[str, Any]) -> Request | str:
+        """The call as a step to run ahead of, or why it is none."""
+        cache = self._arguments.cache((), named)
+        conversation = conversation_of(cache, self._patched.anatomy.first_full)
+        if cache is None or conversation is None or conversation.visual is None:
+            return "no picture"
+        if conversation.has_holes:
+            return "a mask with holes"
+        layers: list[Any] = cache.layers
+        if not all(isinstance(layer, Growing) for layer in layers):
+            return "a cache that cannot be rolled back"
+        return request_of(named, cache, conversation)
+
+    def _is_ahead(self, request: Request) -> bool:
+        """Whether this call's token was drafted, checked, and its entry of the cache is there."""
+        ahead = self._ahead
+        known: Any = None if ahead.cache is None else ahead.cache()
+        if known is not request.cache:
+            return False
+        if isinstance(ahead.drafted, Tensor):
+            ahead.drafted = ahead.drafted.tolist()
+        if ahead.served >= len(ahead.drafted) or request.length != ahead.length:
+            return False
+        if not all(layer.is_as_left for layer in request.cache.layers):
+            return False  # cropped or reordered by its owner
+        return int(request.token) == ahead.drafted[ahead.served]
+
+    def _serve(self, request: Request) -> Any:
+        ahead = self._ahead
+        ahead.served += 1
+        ahead.length += 1
+        for layer in request.cache.layers:
+            layer.set_length(ahead.length)
+        _go_on(request.conversation, ahead.selections, ahead.served)
+        self._patched.recorder.add_accepted()
+        return _answer(ahead.checked, ahead.served)
+
+    def _round(self, request: Request) -> Any:
+        """Draft and check; leave the cache as after the one token that was asked for."""
+        conversation, length = request.conversation, request.length
+        before = conversation.steps, conversation.selection, conversation.selection_roles
+        tokens, selections = [request.token], []
+        try:
+            with self._mode.of(Part.DRAFT):
+                for i in range(self._draft):
+                    logits = self._plain(**request.step(i, tokens[-1])).logits
+                    selections.append((conversation.selection, conversation.selection_roles))
+                    tokens.append(logits[:, -1].argmax(-1, keepdim=True))
+            _set_length(request.cache, length)
+            ids = torch.cat(tokens, dim=1)  # [1, draft + 1]
+            with self._mode.of(Part.CHECK):
+                checked = self._plain(**request.whole(ids))
+            _set_length(request.cache, length + 1)
+        except BaseException:  # Ctrl-C too: as after the last token that the caller knows of
+            _set_length(request.cache, length)
+            conversation.steps, conversation.selection, conversation.selection_roles = before
+            self._ahead.drop()
+            raise
+        conversation.steps = before[0]
+        _go_on(conversation, selections, 0)
+        ahead = self._ahead
+        ahead.cache, ahead.checked = weakref.ref(request.cache), checked
+        ahead.drafted, ahead.selections = ids[0, 1:], selections
+        ahead.length, ahead.served = length + 1, 0
+        self._patched.recorder.add_round(self._draft)
+        return _answer(checked, 0)
+
+
+def _go_on(conversation: Conversation, selections: list[Any], served: int) -> None:
+    """Let the next draft start from the selection of the last accepted token."""
+    conversation.steps += 1
+    last = selections[min(served, len(selections) - 1)]
+    conversation.selection, conversation.selection_roles = last
+
+
+def _set_length(cache: Any, length: int) -> None:
+    for layer in cache.layers:
+        layer.set_length(length)
+
+
+def _answer(checked: Any, number: int) -> Any:
+    """What the dense model says behind one token of a check."""
+    return dataclasses.replace(checked, logits=checked.logits[:, number : number + 1])
+
+
+def refuse(anatomy: Anatomy) -> None:
+    """Refuse a model whose rejected tokens could not be rolled back, or that drafts nothing."""
+    if anatomy.dense_because:
+        reason = anatomy.dense_because
+    elif not all(anatomy.full):
+        kinds = getattr(anatomy.config, "layer_types", None) or ["sliding_attention"]
+        others = sorted({kind for kind in kinds if kind != "full_attention"})
+        reason = (
+            f"it has layers of {', '.join(others)}, whose state cannot be rolled back "
+            "behind a rejected token"
+        )
+    elif not hasattr(anatomy.model, "lm_head") and anatomy.model.get_output_embeddings() is None:
+        reason = "it has no head that gives logits; patch the whole model"
+    else:
+        return
+    raise UnsupportedModelError(
+        f"{type(anatomy.model).__name__} cannot decode losslessly: {reason}. "
+        "Without lossless=True it can be patched"
+    )

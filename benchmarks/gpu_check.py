@@ -6,11 +6,11 @@
 
 Parts: `build` (in place, for the GPUs present), `tests` (the shared suite on each GPU backend, then
 graphs, streams, hammer and dirty workspaces), `bench` (tables, whose rows go to RESULTS/gpu.jsonl),
-`sanitize` (compute-sanitizer's memcheck, racecheck and synccheck on small cases); without --parts
-all, in this order. A run ends within --minutes: what did not fit is named, and wants a run of its
-own. Each part has its log in RESULTS, and RESULTS/summary.txt says how each command ended. One that
-fails or takes too long leaves the rest; a bench that fails with several backends is run again with
-each alone. The exit code is the number of commands that failed or were left out.
+`sanitize` (compute-sanitizer's memcheck, racecheck and synccheck on small cases), `serve` (the tiny
+model in vLLM, which must be installed); without --parts all, in this order. A run ends within
+--minutes: what did not fit is named, and wants a run of its own. Each part has its log in RESULTS,
+and RESULTS/summary.txt says how each command ended. One that fails or takes too long leaves the
+rest; a bench that fails with several backends is run again with each alone. The exit code is the number of commands that failed or were left out.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("build", "tests", "bench", "sanitize")
+PARTS = ("build", "tests", "bench", "sanitize", "serve")
 BACKENDS = "cuda,triton"
 SMALL = (
     "decode_is_the_contract and (grouped or group7 or group32 or paged-hnd or long) and bfloat16"
@@ -95,6 +95,19 @@ def sanitize(backends: list[str]) -> list[Command]:
         )
         for one in backends
         for check in ("memcheck", "racecheck", "synccheck")
+    ]  # fmt: skip
+
+
+def serve() -> list[Command]:
+    """Eager steps against full graphs, over both attention backends and both model runners."""
+    missing = "" if find_spec("vllm") else "vllm is not installed; pip install vllm"
+    return [
+        Command(
+            python("tests/serving/gpu_serve.py", backend), 400,
+            {"VLLM_USE_V2_MODEL_RUNNER": runner}, missing,
+        )
+        for backend in ("TRITON_ATTN", "FLASH_ATTN")
+        for runner in ("0", "1")
     ]  # fmt: skip
 
 
@@ -201,6 +214,7 @@ def main() -> int:
             "tests": lambda: tests(backends),
             "sanitize": lambda: sanitize(backends),
             "bench": lambda: bench(rows, backends),
+            "serve": serve,
         }[part]()
         for command in commands:
             check.run(part, command)

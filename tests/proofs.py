@@ -177,6 +177,9 @@ PROOFS = {
     "serving-engine": Proof(
         ("tests/serving/test_engine.py",), SERVING, ("torch", "transformers"), engine=True,
     ),
+    "serving-gpu-classes": Proof(
+        ("tests/serving/test_gpu_engine.py",), SERVING, ("torch", "transformers"), engine=True,
+    ),
     "serving-clients": Proof(
         ("tests/serving/test_server.py",), SERVING, ("torch",), engine=True, optional=True,
     ),

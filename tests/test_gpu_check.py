@@ -72,7 +72,7 @@ def test_a_machine_without_the_sanitizer_says_so(gpu_check, check, monkeypatch):
 def test_every_command_names_a_file_that_is_there(gpu_check, tmp_path):
     backends = ["cuda", "triton"]
     commands = gpu_check.tests(backends) + gpu_check.bench(tmp_path / "rows", backends)
-    for command in [*commands, *gpu_check.sanitize(backends)]:
+    for command in [*commands, *gpu_check.sanitize(backends), *gpu_check.serve()]:
         for word in command.words:
             if word.startswith(("tests/", "benchmarks/")):
                 assert (gpu_check.ROOT / word).is_file(), word

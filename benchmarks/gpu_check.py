@@ -10,7 +10,8 @@ graphs, streams, hammer and dirty workspaces), `bench` (tables, whose rows go to
 model in vLLM, which must be installed); without --parts all, in this order. A run ends within
 --minutes: what did not fit is named, and wants a run of its own. Each part has its log in RESULTS,
 and RESULTS/summary.txt says how each command ended. One that fails or takes too long leaves the
-rest; a bench that fails with several backends is run again with each alone. The exit code is the number of commands that failed or were left out.
+rest; a bench that fails with several backends is run again with each alone. The exit code is the
+number of commands that failed or were left out.
 """
 
 import argparse

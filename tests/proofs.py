@@ -163,7 +163,7 @@ PROOFS = {
     "models-on-a-device": Proof(
         ("tests/test_fake_gpu.py", "-k", "patched_models"),
         (*MODELS, "tests/fakegpu/", "tests/test_fake_gpu.py", "visionpulse/bench/",
-         "visionpulse/testing/", "visionpulse/calibration/", "benchmarks/*.py",
+         "visionpulse/testing/", "visionpulse/serving/", "visionpulse/calibration/", "benchmarks/*.py",
          "benchmarks/methods/"),
         ("torch", "transformers"),
     ),

@@ -13,6 +13,10 @@ import visionpulse as vp
 from visionpulse import torch_ops, workspace
 from visionpulse.bench import ceilings, layers, rows, timing
 from visionpulse.call import Call, Params
+from visionpulse.schedule import Role
+from visionpulse.serving.graphs import GraphLayer, GraphSteps
+from visionpulse.serving.rows import RequestRow
+from visionpulse.serving.setting import Engine, setting_of
 from visionpulse.testing import CASES
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -128,6 +132,47 @@ def test_a_step_of_a_patched_model_reads_nothing_back(benchmarks, setting, stati
             with torch.cuda.graph(torch.cuda.CUDAGraph()):
                 step(43)
         assert session.stats.steps == 2 + static
+
+
+SPANS = (((2, 30), (40, 60)), ((10, 90),))
+
+
+def test_a_graph_of_a_serving_engine_follows_its_requests():
+    """The steps between two replays wait for nothing, and the graph reads what they wrote."""
+    q, kv = CASES["grouped"].build(torch.bfloat16, "cuda")[1:3]
+    pages = [t.transpose(0, 1).flatten(1, 2).unflatten(1, (-1, 16)) for t in (kv.k, kv.v)]
+    pages = [t.transpose(0, 1).contiguous() for t in pages]  # [P, G, page, D]
+    table = torch.arange(12, dtype=torch.int32, device="cuda").view(2, 6)
+    lengths = torch.full((2,), 96, dtype=torch.int32, device="cuda")
+    facts = Engine(full=(True,) * 2, heads=8, device="cuda", has_graphs=True)
+    asked = {"anchor": 0, "ratio": [0.1, 0.5], "backend": "reference", "budget": "random:3"}
+    steps = GraphSteps(setting_of(asked, facts), 2, 96, "cuda", max_runs=4)
+    layers = [GraphLayer(steps, role, 0.125) for role in (Role.ANCHOR, Role.FOLLOWER)]
+    outs = [torch.zeros_like(q) for _ in layers]
+
+    def run(step):
+        for layer, out in zip(layers, outs, strict=True):
+            layer.run(step, q, *pages, out)
+
+    run(steps.make([], 2, table, lengths))  # warms up
+    held, graph = steps.make([], 2, table, lengths), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run(held)
+    for spans in (SPANS, SPANS[::-1], (SPANS[0], ()), ((), ())):
+        rows = [RequestRow(f"{spans}{i}", own) for i, own in enumerate(spans)]
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            steps.make(rows, 2, table, lengths)
+            graph.replay()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        counts = held.buffers.selection.counts.tolist()
+        assert [count > 0 for count in counts] == [bool(own) for own in spans]
+        visual = vp.VisualTokens.from_spans(spans, device="cuda")
+        paged = vp.PagedKVCache(*pages, table, lengths, layout="HND")
+        kept = held.buffers.selection
+        wanted = vp.attend(q, paged, visual, kept, scale=0.125, backend="reference")
+        assert all(torch.equal(out.cpu(), wanted.cpu()) for out in outs)
 
 
 def test_a_compiled_op_holds_no_memory_after_it(monkeypatch):

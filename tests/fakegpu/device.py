@@ -146,6 +146,16 @@ def _is_large(value):
     return isinstance(value, torch.Tensor) and not isinstance(value, CudaTensor) and value.dim() > 0
 
 
+def _is_pinned(value):
+    return isinstance(value, torch.Tensor) and getattr(value, "pinned", False)
+
+
+def _pin_memory(self, device=None):
+    made = self.clone()
+    made.pinned = True
+    return made
+
+
 def _held(value):
     if isinstance(value, CudaTensor):
         return value.held
@@ -164,7 +174,9 @@ def dispatch(func, args, kwargs):
     on_gpu = target is not None and torch.device(target).type == "cuda"
     if func is aten.copy_.default:
         on_gpu = isinstance(args[0], CudaTensor)
-        if here and len(here) == 1 and _is_large(args[0] if not on_gpu else args[1]):
+        is_staged = on_gpu and _is_pinned(args[1]) and (*args[2:], kwargs.get("non_blocking"))[0]
+        crosses = len(here) == 1 and _is_large(args[0] if not on_gpu else args[1])
+        if crosses and (gpu.capturing is not None or not is_staged):
             gpu.reads("copy_ between devices")
     elif func.__name__.startswith(("_to_copy", "to.")):
         if on_gpu and not here:
@@ -312,7 +324,7 @@ def plug_in():
             args = (CUDA, args[0].dtype)
         return to(self, *map(indexed, args), **{k: indexed(v) for k, v in options.items()})
 
-    torch.Tensor.to = to_indexed
+    torch.Tensor.to, torch.Tensor.pin_memory = to_indexed, _pin_memory
     attention = torch.nn.functional.scaled_dot_product_attention
 
     def on_either(*args, **kwargs):

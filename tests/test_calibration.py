@@ -207,7 +207,11 @@ def test_it_finds_a_good_setting_from_a_bad_start(model, pictures, others):
     assert right(model, found.config, other) >= dense - 2
     assert found.chosen.retention < 0.2
     assert [t.steps for t in found.schedules] == [found.chosen.steps] * len(found.schedules)
-    assert found.schedules and not found.breaking  # this model bears them
+    # such a late anchor leaves the look-ups of a step with what the last one kept
+    late = [
+        t for t in found.schedules if t.config.schedule == "lookback" and found.config.anchor == 4
+    ]
+    assert found.schedules and all(t in found.breaking for t in late)
 
 
 def test_the_dense_setting_is_no_distance_away(model):

@@ -192,7 +192,7 @@ def test_two_python_threads_work_at_once(threads):
 
 
 FORKED = """
-import os, torch, visionpulse as vp
+import os, time, torch, visionpulse as vp
 from visionpulse.testing.draw import Draws
 torch.set_num_threads(4)
 draws = Draws(0)
@@ -226,7 +226,7 @@ def test_scratch_memory_serves_calls_of_any_size():
 
 
 PLACED = """
-import os, torch, visionpulse as vp
+import os, time, torch, visionpulse as vp
 from pathlib import Path
 from visionpulse.testing.draw import Draws
 
@@ -237,6 +237,14 @@ def cores_of_pool():
             found.append(sorted(os.sched_getaffinity(int(thread.name))))
     return sorted(found)
 
+def settle(wanted):
+    for _ in range(1000):
+        if cores_of_pool() == wanted:
+            return
+        time.sleep(0.01)
+        call()
+    raise AssertionError((wanted, cores_of_pool()))
+
 all_cores = sorted(os.sched_getaffinity(0))
 first, last = all_cores[0], all_cores[-1]
 torch.set_num_threads(3)
@@ -244,7 +252,7 @@ os.sched_setaffinity(0, {first})  # as a worker of an engine binds its main thre
 k = Draws(0).normal(1, 2, 9000, 64)
 call = lambda: vp.attend(k[:, :, 0], vp.KVCache(k, k), backend="cpu")
 before = call()
-assert cores_of_pool() == [[first]] * 2, cores_of_pool()
+settle([[first]] * 2)  # a new thread takes its name when it first runs
 for cores, pin, wanted in (
     (all_cores, False, [all_cores] * 2),
     ([last], True, [[last]] * 2),
@@ -252,11 +260,7 @@ for cores, pin, wanted in (
 ):
     vp.cpu.set_affinity(cores, pin=pin)
     assert torch.equal(before, call())
-    for _ in range(100):  # a thread moves when it next wakes
-        call()
-        if cores_of_pool() == wanted:
-            break
-    assert cores_of_pool() == wanted, (cores, cores_of_pool())
+    settle(wanted)  # a thread moves when it next wakes
 assert os.sched_getaffinity(0) == {first}
 print("done")
 """

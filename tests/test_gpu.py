@@ -159,7 +159,7 @@ class Engine(Step):
             table.copy_(torch.tensor(new, dtype=torch.int32))
 
     def __call__(self):
-        q, kv, visual, config = self.problem[1:]
+        q, kv, visual, config = self.problem[1:5]
         shared = {"workspace": self.workspace, "backend": self.backend}
         given = {"out": self.outs[0], "selection": self.kept}
         _, self.selection = vp.decode(q, kv, visual, config, **given, **shared)

@@ -163,8 +163,8 @@ PROOFS = {
     "models-on-a-device": Proof(
         ("tests/test_fake_gpu.py", "-k", "patched_models"),
         (*MODELS, "tests/fakegpu/", "tests/test_fake_gpu.py", "visionpulse/bench/",
-         "visionpulse/testing/", "visionpulse/serving/", "visionpulse/calibration/", "benchmarks/*.py",
-         "benchmarks/methods/"),
+         "visionpulse/testing/", "visionpulse/serving/", "visionpulse/calibration/",
+         "benchmarks/*.py", "benchmarks/methods/"),
         ("torch", "transformers"),
     ),
     "answers": Proof(

@@ -47,8 +47,9 @@ def range_of_row(
 ):  # fmt: skip
     """The row of the cache, the query in it, and the visible range, of a row of queries."""
     if SEVERAL:
-        query = row % n_queries
-        b = row // n_queries
+        narrow = row.to(tl.int32)  # a division of 64 bits is slow
+        query = narrow % n_queries
+        b = (narrow // n_queries).to(tl.int64)
         begin, end = visible_to(
             query, starts_ptr, lengths_ptr, q_counts_ptr, b, n_slots, window, n_queries
         )
@@ -57,7 +58,7 @@ def range_of_row(
         query = 0
         b = row
         begin, end = visible_range(starts_ptr, lengths_ptr, b, n_slots, window)
-    return b.to(tl.int64), query, begin, end
+    return b, query, begin, end
 
 
 @triton.jit

@@ -68,7 +68,7 @@ def _attend_kernel(
     split, g = tl.program_id(0), tl.program_id(1).to(tl.int64)
     row = tl.program_id(2).to(tl.int64)  # of the selection: each query is one
     b, query, begin, end = range_of_row(
-        tl.program_id(2), starts_ptr, lengths_ptr, q_counts_ptr, n_slots, window, n_queries, SEVERAL
+        row, starts_ptr, lengths_ptr, q_counts_ptr, n_slots, window, n_queries, SEVERAL
     )
     spans_ptr += b * n_spans * 2
     offsets_ptr += b * (n_spans + 1)
@@ -160,8 +160,8 @@ def _attend_kernel(
         acc = merge_values(
             split_stats_ptr, split_values_ptr, m, n_splits, STRIDE, is_head, BLOCK_H, BLOCK_D
         )
-        at_head = b * stride_ob + query * stride_oq + head * stride_oh
-        store_out(out_ptr, at_head, acc, total, is_head, D, BLOCK_D)
+        out_ptr += b * stride_ob + query * stride_oq
+        store_out(out_ptr, head * stride_oh, acc, total, is_head, D, BLOCK_D)
 
 
 def attend(

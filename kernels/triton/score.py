@@ -205,8 +205,10 @@ def _score_kernel(
             acc = merge_values(
                 split_stats_ptr, split_values_ptr, m, n_splits, STRIDE, is_head, BLOCK_H, BLOCK_D
             )
-            at_out = b * stride_ob + _at(query, head, stride_oq, stride_oh)
-            store_out(out_ptr, at_out, acc, total, is_head, D, BLOCK_D)
+            out_ptr += b * stride_ob
+            store_out(
+                out_ptr, _at(query, head, stride_oq, stride_oh), acc, total, is_head, D, BLOCK_D
+            )
 
 
 def _launch(

@@ -93,7 +93,7 @@ def _select_kernel(
     chunk, b = tl.program_id(0), tl.program_id(1).to(tl.int64)  # each query is a row
     padded_slots = n_tiles * TILE
     in_cache, _, begin, end = range_of_row(
-        tl.program_id(1), starts_ptr, lengths_ptr, q_counts_ptr, n_slots, window, n_queries, SEVERAL
+        b, starts_ptr, lengths_ptr, q_counts_ptr, n_slots, window, n_queries, SEVERAL
     )
     first, last = _chunks_of(begin, end, CHUNK)
     takes_part = (chunk >= first) & (chunk < last)

@@ -9,7 +9,7 @@ import visionpulse._triton as kernels
 from visionpulse._triton import tuning
 
 from visionpulse.cache import KVCache, PagedKVCache
-from visionpulse.call import Call, Params
+from visionpulse.call import Call, Params, new_selection
 from visionpulse.visual import VisualTokens
 from visionpulse.workspace import Workspace
 
@@ -135,12 +135,13 @@ def follow(shape):
 
 def select(shape):
     scores = torch.empty(2, shape.capacity, device="meta")
-    mass = torch.empty(2, device="meta")
+    masses = torch.empty(2, device="meta"), torch.empty(2, device="meta")
     visual = _inputs(shape)[2]
     params = Params(scale=1.0, k_max=400)
     kernels.select(
-        scores, mass, mass, visual, params, starts=None, lengths=None, workspace=Workspace()
-    )
+        scores, new_selection(params.k_max, *masses), visual, params,
+        starts=None, lengths=None, workspace=Workspace(),
+    )  # fmt: skip
 
 
 def score(shape):

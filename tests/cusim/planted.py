@@ -218,7 +218,7 @@ BUGS = {
               "  return scratch.row_histogram;"),), ""
     ),
     "candidates-past-their-span": Bug(
-        (Edit(CANDIDATES, "(reach < end ? reach : end - 1)", "(reach < end ? index : index)"),),
+        (Edit(CANDIDATES, "(reach < end ? reach : end - 1) < at.next", "reach + end > end"),),
         "",
         what="choices",
     ),

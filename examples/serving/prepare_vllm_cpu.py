@@ -15,15 +15,13 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+# Written before the first decorated function: further down their Python forms are registered.
 DECLARED = """
-_declared = torch.library.Library("torchvision", "FRAGMENT")
-for _op in ("nms", "qnms"):
-    if not hasattr(torch.ops.torchvision, _op):
-        _declared.define(f"{_op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+for operator in ("torchvision::nms", "torchvision::qnms"):
+    torch.library.define(operator, "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 """
-BEFORE = '@torch.library.register_fake("torchvision::nms")'
 
 
 def site_of(package):
@@ -53,9 +51,11 @@ def declare_the_operators():
     if imports("torchvision"):
         return "torchvision imports"
     path = site_of("torchvision") / "torchvision" / "_meta_registrations.py"
-    before, found, after = path.read_text().partition(BEFORE)
-    path.write_text(before + DECLARED.lstrip() + found + after)
-    if not found or "_declared" in before or not imports("torchvision"):
+    text = path.read_text()
+    if DECLARED not in text:
+        head, mark, tail = text.partition("\n@")
+        path.write_text(head.rstrip() + "\n\n" + DECLARED + mark.lstrip() + tail)
+    if not imports("torchvision"):
         raise SystemExit(f"torchvision fails: {sys.executable} -c 'import torchvision' says why")
     return f"declared two operators in {path}"
 

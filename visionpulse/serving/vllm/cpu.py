@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.config import get_current_vllm_config
-from vllm.v1.attention.backend import AttentionType, CommonAttentionMetadata
+from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends import cpu_attn
 
 from ...backends.cpu import write_pages
@@ -155,17 +155,7 @@ class PulseImpl(cpu_attn.CPUAttentionBackendImpl):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        unserved = {
-            "attention that is not causal": self.attn_type != AttentionType.DECODER,
-            "ALiBi": self.alibi_slopes is not None,
-            "attention sinks": self.sinks is not None,
-            "keys shared with another layer": self.kv_sharing_target_layer_name is not None,
-        }
-        if wrong := [what for what, has in unserved.items() if has]:
-            raise ValueError(
-                f"visionpulse cannot serve {', '.join(wrong)}; leave visionpulse out of "
-                "--additional-config, or serve another model"
-            )
+        compat.refuse_layer(self)
         self.ours: Layer | None = None
         self.pages: tuple[Tensor, Tensor, Tensor] | None = None  # the cache, keys, values
 

@@ -1,12 +1,12 @@
 """Whole decode steps of a patched model against the unpatched one, and what patching costs.
 
     python benchmarks/bench_model.py --shapes b1-8k --dtypes bf16 --out rows.jsonl
-    python benchmarks/bench_model.py --model full --layers 4 --shapes b1-8k      # with its weights
+    python benchmarks/bench_model.py --model full --weights int8 --shapes b1-8k  # with its weights
 
 The model has the attention of Qwen3-VL-4B (32 heads, 8 KV heads, head dim 128), random weights, and
 a cache filled with random keys. `--model thin` has thin projections: a step is attention and
-Python. `--model full` has the real widths, but a vocabulary of 256; with fewer than 36 layers its
-times are scaled to 36, which `scaled` and `facts.stands_for` say.
+Python. `--model full` has the real widths and vocabulary; `--distinct` layers have weights of their
+own, which the others share in turn. `--weights` packs them for torch's 8-bit or 4-bit CPU kernels.
 
 `model-step` rows time a whole step, with the tokens per second that follow, `model-attention` rows
 the sum of its attention calls (on a CPU: a GPU runs behind the host), `model-prefill` a prompt of
@@ -22,6 +22,7 @@ from dataclasses import replace
 
 import torch
 from harness import Bench
+from model_weights import PACKINGS, pack, repeat_layers
 from shapes import SHAPES, Shape
 from transformers import (
     AttentionInterface,
@@ -48,20 +49,23 @@ OURS = {
     "ours:lookback-refresh-8": {"schedule": "lookback", "refresh": REFRESH},
 }
 THEIRS = ("transformers:sdpa", "transformers:eager")
+AS_DTYPE = "unpacked"
 LAYERS = 36  # of the models that the paper publishes
-WIDTHS = {"thin": (256, 256), "full": (2560, 9728)}  # hidden and feed-forward width
+WIDTHS = {"thin": (256, 256, 256), "full": (2560, 9728, 151936)}  # hidden, feed-forward, vocabulary
 
 
 def model_of(
     layers: int, dtype: torch.dtype, *, heads: int = 32, dim: int = 128,
-    widths: tuple[int, int] = WIDTHS["thin"], device: torch.device | str = "cpu",
+    widths: tuple[int, int, int] = WIDTHS["thin"], device: torch.device | str = "cpu",
+    distinct: int = 0,
 ):  # fmt: skip
     """Qwen3-VL with these widths, a minimal vision tower, and random weights."""
-    width, inner = widths
+    width, inner, vocabulary = widths
     text = {
-        "hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers,
+        "hidden_size": width, "intermediate_size": inner,
+        "num_hidden_layers": min(layers, distinct or layers),
         "num_attention_heads": heads, "num_key_value_heads": heads // 4, "head_dim": dim,
-        "vocab_size": 256, "max_position_embeddings": 1 << 20,
+        "vocab_size": vocabulary, "max_position_embeddings": 1 << 20,
         "rope_parameters": {
             "rope_type": "default", "rope_theta": 1e6,
             "mrope_section": [dim // 8, dim // 8 * 3 // 2, dim // 8 * 3 // 2],
@@ -76,7 +80,9 @@ def model_of(
     )
     torch.manual_seed(0)
     with torch.device(device):
-        return AutoModelForImageTextToText.from_config(config, dtype=dtype).eval()
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype).eval()
+    repeat_layers(model, layers)
+    return model
 
 
 class Timed:
@@ -96,14 +102,18 @@ class Run:
     """The variants of one shape: two models with the same weights, caches with the same keys."""
 
     def __init__(
-        self, shape: Shape, dtype: torch.dtype, device: torch.device, layers: int, steps: int,
-        budget: int, model: str, backend: str = "auto",
+        self, shape: Shape, dtype: torch.dtype, device: torch.device, steps: int, backend: str,
+        options: argparse.Namespace,
     ) -> None:  # fmt: skip
-        self.shape, self.device = shape, device
+        self.shape, self.device, layers = shape, device, options.layers
+        widths, budget = WIDTHS[options.model], options.budget << 20
         self.ours, self.theirs = (
-            model_of(layers, dtype, widths=WIDTHS[model], device=device) for _ in range(2)
+            model_of(layers, dtype, widths=widths, device=device, distinct=options.distinct)
+            for _ in range(2)
         )
         self.theirs.load_state_dict(self.ours.state_dict(), assign=True)  # one copy of the weights
+        if options.weights != AS_DTYPE:
+            pack((self.ours, self.theirs), options.weights)
         self.session = vp.patch(self.ours, shape.config(backend=backend))
         self.token = torch.full((shape.rows, 1), 7, device=device)
         slots = shape.keys + steps
@@ -239,21 +249,17 @@ def run(bench: Bench, shape: Shape, dtype: torch.dtype, options: argparse.Namesp
     # one that is named is obeyed; of several the model takes what it would by itself
     backend = "auto" if "," in options.backends else options.backends or "auto"
     with torch.inference_mode():
-        made = Run(
-            shape, dtype, bench.device, options.layers, steps, options.budget << 20,
-            options.model, backend,
-        )  # fmt: skip
+        made = Run(shape, dtype, bench.device, steps, backend, options)
         if len(names) > len(OURS):
             made.check()
         spent: dict[str, list[float]] = {}
         variants = {name: made.variant(name, spent) for name in names}
         times, ceilings = bench.time(variants, dtype, row_bytes)
-    to_all = LAYERS / options.layers if options.model == "full" else 1
-    scaled = {name: to_all / turns(name) for name in names}
+    scaled = {name: 1 / turns(name) for name in names}
     facts = {
         name: {
             "model": options.model, "layers": options.layers, "visual": shape.visual,
-            "stands_for": round(options.layers * to_all),
+            "distinct_layers": options.distinct or options.layers, "weights": options.weights,
             "retention": OURS.get(name, {}).get("retention", shape.retention),
             "tokens_s": round(shape.rows / (times[name].best * scaled[name]), 2),
         }
@@ -262,7 +268,7 @@ def run(bench: Bench, shape: Shape, dtype: torch.dtype, options: argparse.Namesp
     whole = {name: times[name] for name in names}
     theirs = [name for name in names if name in THEIRS]
     best = min(theirs, key=lambda name: whole[name].best, default="ours:dense")
-    kind = "" if options.model == "thin" else f"-{options.model}"
+    kind = kind_of(options)
     shared = {"scaled": scaled, "facts": facts}
     bench.add(f"model-step{kind}", shape.name, dtype, whole, ceilings, baseline=best, **shared)
     if bench.device.type == "cpu":
@@ -272,14 +278,18 @@ def run(bench: Bench, shape: Shape, dtype: torch.dtype, options: argparse.Namesp
             **shared,
         )  # fmt: skip
     if options.prefill:
-        prefill(bench, made, dtype, options, to_all, kind)
+        prefill(bench, made, dtype, options)
     made.session.unpatch()
 
 
-def prefill(
-    bench: Bench, made: Run, dtype: torch.dtype, options: argparse.Namespace, to_all: float,
-    kind: str,
-) -> None:  # fmt: skip
+def kind_of(options: argparse.Namespace) -> str:
+    """What the rows of another model or other weights are called by."""
+    parts = (options.model if options.model != "thin" else "",
+             options.weights if options.weights != AS_DTYPE else "")  # fmt: skip
+    return "".join(f"-{part}" for part in parts if part)
+
+
+def prefill(bench: Bench, made: Run, dtype: torch.dtype, options: argparse.Namespace) -> None:
     """A prompt, apart from the steps: patching must not cost anything there."""
     with torch.inference_mode():
         variants = made.prefills(options.prefill)
@@ -290,15 +300,15 @@ def prefill(
     facts = {
         name: {
             "model": options.model, "layers": options.layers, "visual": options.prefill,
-            "stands_for": round(options.layers * to_all),
-            "tokens_s": round(tokens / (times[name].best * to_all), 1),
+            "distinct_layers": options.distinct or options.layers, "weights": options.weights,
+            "tokens_s": round(tokens / times[name].best, 1),
         }
         for name in times
     }  # fmt: skip
     shape = f"b{made.shape.rows}-{options.prefill}"
     bench.add(
-        f"model-prefill{kind}", shape, dtype, times, ceilings, baseline=THEIRS[0],
-        scaled=dict.fromkeys(times, to_all), facts=facts,
+        f"model-prefill{kind_of(options)}", shape, dtype, times, ceilings, baseline=THEIRS[0],
+        facts=facts,
     )  # fmt: skip
 
 
@@ -306,7 +316,8 @@ def overhead(bench: Bench, layers: int, rounds: int = 300) -> None:
     """CPU time that patching adds to a step, per layer; paired, so that the machine cancels."""
     names = ["unpatched", *OURS]
     models = {
-        name: model_of(layers, torch.float32, heads=4, widths=(32, 32), dim=16) for name in names
+        name: model_of(layers, torch.float32, heads=4, widths=(32, 32, 256), dim=16)
+        for name in names
     }
     caches, spent = {}, {name: [] for name in names}
     prompt = torch.full((1, 40), 5)
@@ -349,6 +360,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=LAYERS)
     parser.add_argument("--model", choices=WIDTHS, default="thin")
+    parser.add_argument("--distinct", type=int, default=0, help="layers with weights of their own")
+    parser.add_argument("--weights", choices=(AS_DTYPE, *PACKINGS), default=AS_DTYPE)
     parser.add_argument("--prefill", type=int, default=0, help="visual tokens of a prompt to time")
     parser.add_argument("--no-overhead", action="store_true", help="leave the overhead rows out")
     parser.add_argument(

@@ -82,7 +82,7 @@ def test_a_decode_step_is_timed_under_every_schedule(run, tmp_path):
 
 def test_a_patched_model_is_timed_against_the_unpatched_one(run, tmp_path):
     out = tmp_path / "rows.jsonl"
-    more = ("--dtypes", "fp32", "--prefill", "64", "--no-overhead")
+    more = ("--dtypes", "fp32", "--prefill", "64", "--no-overhead", "--distinct", "2")
     run("bench_model.py", "--shapes", "b1-1k", *SMALL, *more, "--out", out)
     found = {(row.bench, row.backend): row for row in rows.read(out)}
     theirs = {"transformers:sdpa", "transformers:eager"}
@@ -90,10 +90,29 @@ def test_a_patched_model_is_timed_against_the_unpatched_one(run, tmp_path):
         assert theirs < {name for kind, name in found if kind == bench}
     assert {name for kind, name in found if kind == "model-prefill"} == theirs | {"ours:paper"}
     step = found["model-step", "ours:paper"]
-    assert step.baseline in theirs and step.facts["stands_for"] == 3
+    assert step.baseline in theirs and step.facts["layers"] == 3
+    assert step.facts["distinct_layers"] == 2 and step.facts["weights"] == "unpacked"
     assert step.facts["tokens_s"] == pytest.approx(1e6 / step.us_best, rel=1e-2)
     rare = found["model-step", "ours:paper-1%"]
     assert (step.facts["retention"], rare.facts["retention"]) == (0.05, 0.01)
+
+
+@pytest.mark.parametrize(("packing", "steps"), [("int8", 254), ("int4", 15)])
+def test_packed_weights_are_the_layers_within_half_a_step(monkeypatch, packing, steps):
+    import torch
+
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import model_weights
+
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(256, 64, bias=False, dtype=torch.bfloat16)
+    packed = model_weights.PACKINGS[packing](layer.weight.detach())
+    inputs = torch.eye(256, dtype=torch.bfloat16)  # so that the outputs are the weights
+    found, expected = packed(inputs[None])[0].float(), layer(inputs).float()
+    step = 2 * layer.weight.abs().max() / steps
+    # the scales are bfloat16 too
+    assert (found - expected).abs().max() <= step / 2 + 2**-8 * expected.abs().max()
+    assert packed.packed_bytes == 64 * 256 * (1 if packing == "int8" else 0.5)
 
 
 def test_every_stage_is_timed_against_a_baseline_of_its_own(run, tmp_path):

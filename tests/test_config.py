@@ -12,7 +12,9 @@ from visionpulse.testing.draw import Draws
 
 
 def test_presets_are_the_published_settings():
-    assert {name: (c.tau, c.ratio) for name, c in vp.PRESETS.items()} == {
+    pruning = {name: c for name, c in vp.PRESETS.items() if c.schedule == "paper"}
+    assert set(vp.PRESETS) - set(pruning) == {"dense"}
+    assert {name: (c.tau, c.ratio) for name, c in pruning.items()} == {
         "10pct": (0.4, (0.05, 0.10)),
         "5pct": (0.1, (0.01, 0.05)),
     }
@@ -85,6 +87,16 @@ TABLE = {
         lambda: vp.PulseConfig(schedule="lookback", anchor=(3, 9)),
         ValueError,
         ["lookback", "(3, 9)", "paper"],
+    ),
+    "dense with an anchor": (
+        lambda: vp.PulseConfig(schedule="dense", anchor=3),
+        ValueError,
+        ["no anchor", "3", "paper"],
+    ),
+    "dense by the model": (
+        lambda: vp.PulseConfig(schedule="dense", dense="model"),
+        ValueError,
+        ["unpatched", "leave out dense"],
     ),
     "unknown field": (
         lambda: vp.PulseConfig().updated(temperature=1),

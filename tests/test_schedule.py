@@ -38,6 +38,12 @@ def test_per_layer():
     assert roles(vp.PulseConfig(schedule="per_layer"), ALL, step=3) == (A,) * 6
 
 
+def test_dense():
+    assert roles(vp.PRESETS["dense"], ALL, step=3) == (D,) * 6
+    assert roles(vp.PRESETS["dense"], (False, True) * 3, step=0) == (M, D) * 3
+    assert anchors(vp.PRESETS["dense"], ALL) == ()
+
+
 def test_layers_of_other_kinds_stay_with_the_model():
     full = (False, True, False, True, False, True)
     assert roles(vp.PulseConfig(anchor=3), full, step=0) == (M, D, M, A, M, F)

@@ -12,7 +12,7 @@ from .files import one_line, read_json
 MASSES = ("max", "mean")
 SCORES = ("prob", "logit", "prob_tau")
 ANCHOR_OUTPUTS = ("pruned", "dense")
-SCHEDULES = ("paper", "lookback", "per_layer")
+SCHEDULES = ("paper", "lookback", "per_layer", "dense")
 DENSE = ("ours", "model")
 QUERIES = ("dense", "sparse")
 
@@ -76,6 +76,15 @@ class PulseConfig:
                     "schedule='per_layer' with anchor_output='dense' would prune nothing; "
                     "use anchor_output='pruned'"
                 )
+        if self.schedule == "dense" and self.anchor is not None:
+            raise ValueError(
+                f"schedule='dense' selects nothing, so it has no anchor, got {self.anchor!r}; "
+                "leave anchor=None or use schedule='paper'"
+            )
+        if self.schedule == "dense" and self.dense == "model":
+            raise ValueError(
+                "schedule='dense' with dense='model' would be the unpatched model; leave out dense"
+            )
         if self.schedule == "lookback" and self.queries == "sparse":
             raise ValueError(
                 "queries='sparse' with schedule='lookback': the early layers of a query follow the "
@@ -210,8 +219,10 @@ def _budget(value: budgets.Budget, score: str) -> None:
         )
 
 
-# tau and both bounds belong together: a preset sets all three.
+# tau and both bounds belong together: a preset sets all three. "dense" prunes nothing: our dense
+# kernels alone.
 PRESETS: dict[str, PulseConfig] = {
     "10pct": PulseConfig(tau=0.4, ratio=(0.05, 0.10)),
     "5pct": PulseConfig(tau=0.1, ratio=(0.01, 0.05)),
+    "dense": PulseConfig(ratio=(1.0, 1.0), schedule="dense"),
 }

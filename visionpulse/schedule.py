@@ -33,6 +33,8 @@ def anchors(config: PulseConfig, full: Sequence[bool]) -> tuple[int, ...]:
     places = [layer for layer, is_full in enumerate(full) if is_full]
     if config.schedule == "per_layer":
         return tuple(places)
+    if config.schedule == "dense":
+        return ()
     if config.anchor is None:
         return (default_anchor(full),)
     asked = config.anchor if isinstance(config.anchor, tuple) else (config.anchor,)
@@ -59,6 +61,8 @@ def roles(config: PulseConfig, full: Sequence[bool], step: int) -> tuple[Role, .
     def role(layer: int) -> Role:
         if not full[layer]:
             return Role.MODEL
+        if not chosen:
+            return Role.DENSE
         if layer in chosen:
             return Role.ANCHOR
         return early if layer < chosen[0] else Role.FOLLOWER

@@ -153,3 +153,22 @@ def test_dense_model_keeps_the_models_attention_before_the_anchor(tiny):
         ]
         session.update(dense="ours")
         assert torch.equal(vlm.generate(inputs), first)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl", "gemma3"])
+def test_the_dense_preset_keeps_every_output(tiny, name, recwarn):
+    """Our dense kernels alone, in whatever layer has full attention."""
+    vlm = tiny(name)
+    inputs = vlm.inputs([5, "i", 7], [4, "i", 3])
+    wanted = vlm.generate(inputs, return_dict_in_generate=True, output_scores=True)
+    with vp.patch(vlm.model, "dense") as session:
+        got = vlm.generate(inputs, return_dict_in_generate=True, output_scores=True)
+        assert session.stats.dense == {"as asked": 7} and session.stats.steps == 0
+        assert session.anchors == () and "anchor     none" in str(vp.explain(vlm.model))
+        assert "dense" in vp.explain(vlm.model).roles
+    assert torch.equal(got.sequences, wanted.sequences)
+    for mine, theirs in zip(got.scores, wanted.scores, strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-4)
+    assert not [w for w in recwarn if "visionpulse" in str(w.message)]
+    with pytest.raises(ValueError, match="nothing to draft"):
+        vp.patch(vlm.model, "dense", lossless=True)

@@ -256,6 +256,8 @@ def _candidates(
                 config = base.updated(anchor=anchor, tau=tau, ratio=ratio)
                 candidates[f"anchor {anchor} tau {tau:g} {ratio[0]:g}..{ratio[1]:g}"] = config
         for name, preset in PRESETS.items():
+            if preset.schedule == "dense":
+                continue
             config = base.updated(anchor=anchor, tau=preset.tau, ratio=preset.ratio)
             if config not in candidates.values():
                 candidates[f"anchor {anchor} {name}"] = config

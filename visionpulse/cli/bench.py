@@ -39,7 +39,10 @@ def main(argv: Sequence[str]) -> int:
     options = _options(argv)
     try:
         decoder = cost.decoder_of(options.model)
-        config = resolve_config(options.preset).updated(schedule=options.schedule)
+        preset = resolve_config(options.preset)
+        if preset.schedule == "dense":
+            raise ValueError("--preset dense prunes nothing; the dense kernel is in every table")
+        config = preset.updated(schedule=options.schedule)
         shapes = _shapes(options, decoder, config)
         folder = Path(options.out)
         folder.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written fails first

@@ -38,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     begun = time.monotonic()
     try:
         config = resolve_config(args.preset)
+        if config.schedule == "dense":
+            raise ValueError("--preset dense prunes nothing, so there is nothing to show")
     except ValueError as error:
         return failure("demo", error, 2)
     try:

@@ -49,6 +49,8 @@ class DenseSteps:
             reason = step.conversation.unknown_because or DenseReason.TEXT
         elif self._anatomy.dense_because:
             reason = DenseReason.DESIGN
+        elif not step.layer_roles.anchors and step.refusal is None:
+            reason = DenseReason.ASKED
         elif step.refusal is not None:
             reason, detail = DenseReason.INPUTS, step.refusal
         else:

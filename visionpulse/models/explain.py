@@ -45,7 +45,7 @@ class ModelExplanation:
 
     def __str__(self) -> str:
         matrix = "in the test matrix" if self.tested else "generic path, not in the test matrix"
-        anchor = ", ".join(map(str, self.anchors))
+        anchor = ", ".join(map(str, self.anchors)) or "none"
         if self.published is not None:
             anchor += f" (published: {self.published})"
         rows = [

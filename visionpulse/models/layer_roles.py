@@ -34,7 +34,7 @@ class LayerRoles:
     @classmethod
     def of(cls, config: PulseConfig, anatomy: Anatomy) -> "LayerRoles":
         """Decide the roles; refuses an anchor that is not a full-attention layer."""
-        no_anchor = config.anchor is None and config.schedule != "per_layer"
+        no_anchor = config.anchor is None and config.schedule not in ("per_layer", "dense")
         if no_anchor and anatomy.published is not None:
             config = config.updated(anchor=anatomy.published)
         full = anatomy.full

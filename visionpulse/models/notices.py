@@ -1,6 +1,6 @@
 """The reasons for a dense decode step, and the warnings of a session, each said once.
 
-Steps without a picture and paused steps are silent. Every other dense step loses something that the
+Steps without a picture, steps of a dense schedule and paused steps are silent. Every other dense step loses something that the
 user did not give up.
 """
 
@@ -16,6 +16,7 @@ class DenseReason(Enum):
     """Why a decode step pruned nothing; the value is its name in statistics."""
 
     TEXT = "no picture"
+    ASKED = "as asked"
     PAUSED = "paused"
     TRAINING = "training"
     DESIGN = "dense by design"
@@ -30,7 +31,7 @@ class DenseReason(Enum):
     LOSSLESS = "lossless, not run ahead"
 
 
-SILENT = (DenseReason.TEXT, DenseReason.PAUSED)
+SILENT = (DenseReason.TEXT, DenseReason.ASKED, DenseReason.PAUSED)
 
 _TEXTS = {
     DenseReason.TRAINING: "the model is in training mode, which runs its own attention; call "

@@ -212,6 +212,11 @@ def patch(
     with _lock:
         parts = anatomy(model)
         drafted = _draft_of(lossless, draft, record)
+        if drafted and config.schedule == "dense":
+            raise ValueError(
+                "lossless=True with schedule='dense' has nothing to draft with; patch without "
+                "lossless=True, which is exact too, or with a preset that prunes"
+            )
         if drafted:
             refuse(parts)
         session = _session_on(parts.decoder)

@@ -103,6 +103,8 @@ def setting_of(asked: Mapping[str, Any], engine: Engine) -> Setting:
 
 def _of_config(config: PulseConfig, engine: Engine) -> list[str]:
     found = []
+    if config.schedule == "dense":
+        found.append("schedule='dense' prunes nothing; serve a preset that does")
     if config.dense == "model" and engine.device == "cpu":
         found.append(
             "dense='model': the engine's CPU kernels cannot read the plain rows that decode rows "
@@ -167,14 +169,15 @@ def of_request(wish: Any, setting: Setting) -> PulseConfig | None:
             f"a request's {KEY!r} must be {OFF!r} on a GPU, where all rows of a step share one "
             f"budget, got {wish!r}; leave it out, or serve that budget by an engine of its own"
         )
-    if isinstance(wish, str) and wish in PRESETS:
-        preset = PRESETS[wish]
+    presets = {name: preset for name, preset in PRESETS.items() if preset.schedule != "dense"}
+    if isinstance(wish, str) and wish in presets:
+        preset = presets[wish]
         return config.updated(tau=preset.tau, ratio=preset.ratio, budget=preset.budget)
     if isinstance(wish, str) and ":" in wish:
         own = config.updated(budget=wish)
         if not (setting.engine.has_graphs and runs_between_stages(own)):
             return own
     raise ValueError(
-        f"a request's {KEY!r} must be {OFF!r}, a preset ({', '.join(PRESETS)}) or a budget such "
+        f"a request's {KEY!r} must be {OFF!r}, a preset ({', '.join(presets)}) or a budget such "
         f'as "fixed:0.05" or "top_k:64", got {wish!r}'
     )

@@ -1,7 +1,7 @@
 """The reasons for a dense decode step, and the warnings of a session, each said once.
 
-Steps without a picture, steps of a dense schedule and paused steps are silent. Every other dense step loses something that the
-user did not give up.
+Steps without a picture, steps of a dense schedule and paused steps are silent. Every other dense
+step loses something that the user did not give up.
 """
 
 import threading

@@ -1,5 +1,7 @@
 """Lossless decoding: the tokens of the unpatched model, whatever the drafts are."""
 
+import contextlib
+
 import pytest
 import torch
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
@@ -108,6 +110,51 @@ def test_on_families_and_drafts(tiny, family, draft):
             if draft == "all-of-it":
                 assert stats.accepted >= 8  # a draft may say a token that generate() suppresses
             assert not stats.dense
+
+
+EVERY_DRAFT = {  # of what a draft can know, so that keeping everything gives the dense token
+    "greedy": {},
+    "greedy, processors": {"repetition_penalty": 1.4, "min_new_tokens": 20},
+    "sampled": {"do_sample": True, "top_k": 20, "top_p": 0.9},
+    "sampled, hot": {"do_sample": True, "temperature": 3.0, "top_k": 0},
+    "sampled, processors": {"do_sample": True, "repetition_penalty": 1.4, "min_p": 0.01},
+}
+
+
+@pytest.mark.parametrize("name", EVERY_DRAFT)
+def test_a_draft_is_drawn_with_the_same_dice(tiny, name):
+    """A draft that keeps everything says what the dense model will, so each is accepted."""
+    vlm = tiny("llava")
+    options = {"tokens": 26} | EVERY_DRAFT[name]  # the prefill's, and five rounds of five
+    wanted = generated(vlm, options)
+    with vp.patch(vlm.model, DRAFTS["all-of-it"], lossless=True) as session:
+        for _ in range(2):
+            assert_same(generated(vlm, options), wanted)
+        assert session.stats.rejected == 0
+        assert session.stats.tokens_per_check == 5
+    assert "_get_logits_processor" not in vlm.model.__dict__
+
+
+def test_a_processor_with_a_state_is_asked_once_a_token(tiny):
+    """A grammar, say, which a draft must not move on."""
+    vlm = tiny("llava")
+
+    class Counts(LogitsProcessor):
+        def __init__(self):
+            self.calls = []
+
+        def __call__(self, ids, scores):
+            self.calls.append(ids.shape[1])
+            return scores
+
+    heard = []
+    for patched in (False, True):
+        counts = Counts()
+        if patched:
+            vp.patch(vlm.model, DRAFTS["paper"], lossless=True)
+        generated(vlm, {"logits_processor": LogitsProcessorList([counts])})
+        heard.append(counts.calls)
+    assert heard[0] == heard[1] and len(heard[0]) == 24
 
 
 def test_a_streamer_hears_one_token_at_a_time(tiny):
@@ -228,6 +275,11 @@ def draw_dice(monkeypatch):
     monkeypatch.setattr(lossless.RunAhead, "_round", wrong)
 
 
+def draw_dice_in_a_draft(monkeypatch):
+    """The draft's dice are not put back."""
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: contextlib.nullcontext())
+
+
 def roll_back_one_too_few(monkeypatch):
     right = lossless._set_length
     monkeypatch.setattr(lossless, "_set_length", lambda cache, n: right(cache, n + 1))
@@ -238,13 +290,19 @@ def serve_the_next_answer(monkeypatch):
     monkeypatch.setattr(lossless, "_answer", lambda out, i: right(out, min(i + 1, 4)))
 
 
-FAULTS = (accept_one_too_many, draw_dice, roll_back_one_too_few, serve_the_next_answer)
+FAULTS = (
+    accept_one_too_many,
+    draw_dice,
+    draw_dice_in_a_draft,
+    roll_back_one_too_few,
+    serve_the_next_answer,
+)
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.__name__)
 def test_a_planted_fault_is_seen(tiny, monkeypatch, fault):
     vlm = tiny("llava")
-    options = SITUATIONS["sampled, hot"] if fault is draw_dice else {}
+    options = SITUATIONS["sampled, hot"] if "dice" in fault.__name__ else {}
     wanted = generated(vlm, options)
     fault(monkeypatch)
     with (

@@ -4,7 +4,7 @@ The forward of a patched model runs ahead of its caller. Asked for one token it 
 checks all of them at once, and returns the dense logits of the first; the next calls are answered
 from the check, as long as they bring the tokens that were drafted. So `generate()`, its streamers,
 processors and stopping criteria see the logits of the dense model alone, one call at a time, and
-draw their own dice. Nothing here draws any, and nothing in a round reads the device.
+draw their own dice; a draft draws with a copy of them. Nothing in a round reads the device.
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .arguments import Arguments
 from .conversation import Conversation
+from .draws import Draws
 from .families import Anatomy, UnsupportedModelError
 from .kv_layers import Growing, conversation_of
 from .patched_model import PatchedModel
@@ -87,6 +88,7 @@ class RunAhead:
         self._draft = draft
         self._ahead = _Ahead()
         self._arguments = Arguments(model)
+        self._draws = Draws(model)
         self._own = model.__dict__.get("forward")  # of accelerate, if any
         self._plain: Callable[..., Any] = model.forward
         model.forward = functools.wraps(self._plain)(lambda *a, **k: self.forward(*a, **k))
@@ -94,6 +96,7 @@ class RunAhead:
     def remove(self) -> None:
         """Give the model its own forward back."""
         model = self._patched.anatomy.model
+        self._draws.remove()
         if self._own is None:
             model.__dict__.pop("forward", None)
         else:
@@ -158,11 +161,11 @@ class RunAhead:
         before = conversation.steps, conversation.selection, conversation.selection_roles
         tokens, selections = [request.token], []
         try:
-            with self._mode.of(Part.DRAFT):
+            with self._mode.of(Part.DRAFT), self._draws.of(length, request.token) as choose:
                 for i in range(self._draft):
                     logits = self._plain(**request.step(i, tokens[-1])).logits
                     selections.append((conversation.selection, conversation.selection_roles))
-                    tokens.append(logits[:, -1].argmax(-1, keepdim=True))
+                    tokens.append(choose(logits[:, -1]))
             _set_length(request.cache, length)
             ids = torch.cat(tokens, dim=1)  # [1, draft + 1]
             with self._mode.of(Part.CHECK):

@@ -35,7 +35,7 @@ def is_one_of(item: Any, names: frozenset[str]) -> bool:
     return kind.__name__ in names and kind.__module__.split(".")[0] == "transformers"
 
 
-class Seen:
+class SeenTokens:
     """Stands first among the processors of a `generate()`, and sees the tokens so far."""
 
     ids: Tensor | None = None  # [B, n]
@@ -50,7 +50,7 @@ class _Generation(threading.local):
     """The `generate()` under way in a thread; nothing of it is kept alive."""
 
     processors: "weakref.ref[Any] | None" = None
-    seen: Seen | None = None
+    seen: SeenTokens | None = None
     do_sample = False
 
 
@@ -71,7 +71,7 @@ class Draws:
     def _listen(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
         processors = self._plain(generation_config, *args, **kwargs)  # type: ignore[misc]
         generation = self._generation
-        generation.seen = Seen()
+        generation.seen = SeenTokens()
         processors.insert(0, generation.seen)
         generation.processors = weakref.ref(processors)
         generation.do_sample = bool(generation_config.do_sample)

@@ -54,7 +54,7 @@ class _Generation(threading.local):
     do_sample = False
 
 
-class Draws:
+class TokenDraws:
     """Knows how the `generate()` under way in this thread draws; greedy where none is."""
 
     def __init__(self, model: Any) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .arguments import Arguments
 from .conversation import Conversation
-from .draws import Draws
+from .draws import TokenDraws
 from .families import Anatomy, UnsupportedModelError
 from .kv_layers import Growing, conversation_of
 from .patched_model import PatchedModel
@@ -88,7 +88,7 @@ class RunAhead:
         self._draft = draft
         self._ahead = _Ahead()
         self._arguments = Arguments(model)
-        self._draws = Draws(model)
+        self._draws = TokenDraws(model)
         self._own = model.__dict__.get("forward")  # of accelerate, if any
         self._plain: Callable[..., Any] = model.forward
         model.forward = functools.wraps(self._plain)(lambda *a, **k: self.forward(*a, **k))

@@ -6,7 +6,7 @@ import time
 import torch
 
 import visionpulse as vp
-from visionpulse.serving.stats import MASS, RETENTION, Counters, Publisher, Totals
+from visionpulse.serving.stats import AT_ONCE, MASS, RETENTION, Counters, Publisher, Totals
 
 
 def kept(counts, mass):
@@ -41,12 +41,41 @@ def test_rows_are_counted_by_the_reason_for_which_they_stayed_dense():
     assert Counters().totals() == Totals()
 
 
+def test_a_pipeline_stage_may_leave_the_rows_to_another():
+    stats = Counters()
+    stats.counts_rows = False
+    stats.step(3, {"opted out": 1})
+    stats.selected(kept([20, 0, 1], [0.4, 0.0, 0.005]), VISUAL)
+    totals = stats.totals()
+    assert (totals.sparse_rows, dict(totals.dense_rows), totals.kept) == (0, {}, 21)
+    assert stats.steps == 1  # so that it is published
+
+
 def test_a_step_in_inference_mode_adds_to_the_same_sums():
     stats = Counters()
     for _ in range(2):
         with torch.inference_mode():
             stats.selected(kept([20, 0, 1], [0.4, 0.0, 0.005]), VISUAL)
     assert stats.totals().kept == 42
+
+
+def test_none_is_lost_of_many_selections_while_a_thread_reads_them():
+    stats, ends = Counters(), threading.Event()
+
+    def read():
+        while not ends.is_set():
+            stats.totals()
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    steps = 5 * AT_ONCE + 7
+    for _ in range(steps):
+        stats.selected(kept([20, 0, 1], [0.4, 0.0, 0.005]), VISUAL)
+    ends.set()
+    reader.join()
+    totals = stats.totals()
+    assert (totals.visual, totals.kept) == (500 * steps, 21 * steps)
+    assert sum(totals.mass.counts) == 2 * steps
 
 
 def test_totals_are_published_when_a_step_has_run_and_offered_again_until_they_are_taken():

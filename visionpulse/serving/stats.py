@@ -5,7 +5,7 @@ A step adds to tensors in place, so a CUDA graph may hold it. Nothing in a step 
 
 import threading
 import weakref
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +19,7 @@ from ..visual import VisualTokens
 # Upper edges of the histograms; one more bucket holds what lies above.
 RETENTION = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0)
 MASS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+AT_ONCE = 256  # selections of a CPU that are added up together
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,10 @@ class Counters:
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self._rows: Counter[str] = Counter()  # by reason, "" where sparse
         self._steps = 0
+        self.counts_rows = True  # False in pipeline stages behind the first with an anchor
+        self._device = torch.device(device).type
+        self._pending: deque[Tensor] = deque()  # float32 [3, rows], of a CPU
+        self._adds = threading.Lock()
         with torch.inference_mode(False):
             # visual, kept, sum of retentions, sum of masses, then the buckets of both
             self._sums = torch.zeros(
@@ -58,17 +63,37 @@ class Counters:
 
     def step(self, sparse: int, dense: Mapping[str, int]) -> None:
         """Count the decode rows of a step as the host knows them, the dense ones by reason."""
-        self._rows[""] += sparse
-        self._rows.update(dense)
+        if self.counts_rows:
+            self._rows[""] += sparse
+            self._rows.update(dense)
         self._steps += 1
 
     def selected(self, selection: Selection, visual: VisualTokens) -> None:
-        """Add what an anchor kept; rows without visual tokens are left out, on the device."""
-        candidates = visual.counts
+        """Add what an anchor kept; rows without visual tokens are left out, on the device.
+
+        On a CPU the numbers alone are copied, and many selections are added at once: a dozen small
+        ops at each anchor would be seen in a step.
+        """
+        seen = torch.stack((visual.counts, selection.counts, selection.mass))
+        if self._device != "cpu":
+            self._add(seen)
+            return
+        self._pending.append(seen)
+        if len(self._pending) >= AT_ONCE:
+            self._add_pending()
+
+    def _add_pending(self) -> None:
+        with self._adds:  # the thread that publishes adds too
+            pending = [self._pending.popleft() for _ in range(len(self._pending))]
+            if pending:
+                self._add(torch.cat(pending, dim=1))
+
+    def _add(self, seen: Tensor) -> None:
+        """Add columns of candidates, kept and mass."""
+        candidates, kept, mass = seen
         has = (candidates > 0).double()
-        share = selection.counts / candidates.clamp(min=1)
-        mass = torch.nan_to_num(selection.mass)
-        values = torch.stack([candidates, selection.counts, share, mass]).double()
+        share, mass = kept / candidates.clamp(min=1), torch.nan_to_num(mass)
+        values = torch.stack([candidates, kept, share, mass]).double()
         self._sums[:4].add_((values * has).sum(1))
         first = 4 + len(RETENTION) + 1
         buckets = [
@@ -84,6 +109,7 @@ class Counters:
 
     def totals(self) -> Totals:
         """Read the sums; on a GPU by a stream of its own, so that the step is not waited for."""
+        self._add_pending()
         sums = _copied(self._sums).tolist()
         split = 4 + len(RETENTION) + 1
         rows = dict(self._rows)

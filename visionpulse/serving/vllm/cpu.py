@@ -85,7 +85,7 @@ class PulseBuilder(cpu_attn.CPUAttentionMetadataBuilder):  # type: ignore[misc]
         rows = vllm_config.scheduler_config.max_num_seqs
         self.steps = Steps(setting, rows, Counters())
         if compat.has_sparse_layers(vllm_config, names, setting):
-            publish(vllm_config, self.steps.counters)
+            publish(vllm_config, setting, self.steps.counters)
         compat.watch_runner()
         spread_pool()
 

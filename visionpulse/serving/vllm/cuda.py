@@ -16,9 +16,8 @@ from vllm.v1.attention.backends import flash_attn, triton_attn
 from ...schedule import Role
 from ..graphs import GraphLayer, GraphStep, GraphSteps
 from ..rows import RequestRow
-from ..stats import Publisher
 from . import compat
-from .metrics import WorkerFiles
+from .metrics import publish
 
 SPARSE = (Role.ANCHOR, Role.FOLLOWER)
 
@@ -93,8 +92,7 @@ class Builder:
         self.is_sparse = any(self.engine.role(name) in SPARSE for name in names)
         if self.is_sparse and self.engine.counts_steps is None:
             self.engine.counts_steps = self
-            counters = self.engine.steps.counters
-            self.publisher = Publisher(counters, WorkerFiles(vllm_config).write)
+            publish(vllm_config, self.engine.setting, self.engine.steps.counters)
         self._captures = False
 
     @classmethod
@@ -243,51 +241,28 @@ class Impl:
         return keys.data_ptr() != kv_cache.data_ptr() or keys.shape[0] != kv_cache.shape[0]
 
 
-class PulseFlashBuilder(Builder, flash_attn.FlashAttentionMetadataBuilder):  # type: ignore[misc]
-    """Over FlashAttention."""
+def _over(theirs: Any, name: str) -> Any:
+    """The backend that stands where one of vLLM's stood: the same, but for its two classes.
 
-    own = flash_attn.FlashAttentionMetadataBuilder
+    An engine that did not ask for us gets vLLM's own of each. vLLM keeps the layers of two backends
+    apart by the names of their classes.
+    """
+    here, their_builder = {"__module__": __name__}, theirs.get_builder_cls()
+    builder = type(f"{name}Builder", (Builder, their_builder), here | {"own": their_builder})
+    impl = type(f"{name}Impl", (Impl, theirs.get_impl_cls()), here)
 
-
-class PulseFlashImpl(Impl, flash_attn.FlashAttentionImpl):  # type: ignore[misc]
-    """Over FlashAttention."""
-
-
-class PulseFlashBackend(flash_attn.FlashAttentionBackend):  # type: ignore[misc]
-    """Stands where FLASH_ATTN stood; an engine that did not ask for us gets vLLM's own classes."""
-
-    @staticmethod
     def get_impl_cls() -> Any:
-        """The class of a layer."""
-        is_ours = _is_asked(get_current_vllm_config_or_none())
-        return PulseFlashImpl if is_ours else flash_attn.FlashAttentionImpl
+        return impl if _is_asked(get_current_vllm_config_or_none()) else theirs.get_impl_cls()
 
-    @staticmethod
-    def get_builder_cls() -> Any:
-        """No config is at hand where vLLM asks: `Builder.__new__` has one."""
-        return PulseFlashBuilder
+    def get_builder_cls() -> Any:  # no config is at hand here: `Builder.__new__` has one
+        return builder
 
-
-class PulseTritonBuilder(Builder, triton_attn.TritonAttentionMetadataBuilder):  # type: ignore[misc]
-    """Over Triton."""
-
-    own = triton_attn.TritonAttentionMetadataBuilder
+    own = {
+        "get_impl_cls": staticmethod(get_impl_cls),
+        "get_builder_cls": staticmethod(get_builder_cls),
+    }
+    return type(f"{name}Backend", (theirs,), here | own)
 
 
-class PulseTritonImpl(Impl, triton_attn.TritonAttentionImpl):  # type: ignore[misc]
-    """Over Triton."""
-
-
-class PulseTritonBackend(triton_attn.TritonAttentionBackend):  # type: ignore[misc]
-    """Stands where TRITON_ATTN stood; see `PulseFlashBackend`."""
-
-    @staticmethod
-    def get_impl_cls() -> Any:
-        """The class of a layer."""
-        is_ours = _is_asked(get_current_vllm_config_or_none())
-        return PulseTritonImpl if is_ours else triton_attn.TritonAttentionImpl
-
-    @staticmethod
-    def get_builder_cls() -> Any:
-        """No config is at hand where vLLM asks: `Builder.__new__` has one."""
-        return PulseTritonBuilder
+PulseFlashBackend = _over(flash_attn.FlashAttentionBackend, "PulseFlash")
+PulseTritonBackend = _over(triton_attn.TritonAttentionBackend, "PulseTriton")

@@ -21,10 +21,11 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.mmap_dict import MmapedDict, mmap_key
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.utils import floatToGoString
-from vllm.distributed import get_tp_group
+from vllm.distributed import get_pp_group, get_tp_group
 from vllm.logger import init_logger
 from vllm.v1.metrics.loggers import PerEngineStatLoggerAdapter, StatLoggerBase, StatLoggerManager
 
+from ..setting import Setting
 from ..stats import Counters, Histogram, Publisher, Totals
 from . import facts
 
@@ -87,8 +88,13 @@ def labels_of(vllm_config: Any, engine: int) -> dict[str, str]:
     return {"model_name": name if isinstance(name, str) else name[0], "engine": str(engine)}
 
 
-def publish(vllm_config: Any, counters: Counters) -> None:
-    """Show the counters of a worker; ranks of one tensor-parallel group count the same, so one."""
+def publish(vllm_config: Any, setting: Setting, counters: Counters) -> None:
+    """Show the counters of a worker; ranks of one tensor-parallel group count the same, so one.
+
+    Each pipeline stage counts its own anchors, and one of them the rows.
+    """
+    begin, end = setting.engine.stages[get_pp_group().rank_in_group]
+    counters.counts_rows = begin <= setting.anchors[0] < end
     if get_tp_group().rank_in_group == 0:
         Publisher(counters, WorkerFiles(vllm_config).write)
 

@@ -63,19 +63,24 @@ GROUPS = (  # a process each
 )
 
 
-@cache
-def results(group):
-    """What the runs of a group made."""
+def made(runs, env=None):
+    """What engines made, one after the other in one process."""
     sys.path.insert(0, str(ROOT / "examples" / "serving"))
     import tiny_model
 
     model = tiny_model.main(ROOT / "build" / "tiny-vllm")
     command = [str(environment.python()), str(Path(__file__).with_name("engine.py"))]
-    spec = json.dumps({"model": str(model), "runs": GROUPS[group]})
-    done = subprocess.run([*command, spec], capture_output=True, text=True, cwd=ROOT)
+    spec = json.dumps({"model": str(model), "runs": runs})
+    done = subprocess.run([*command, spec], capture_output=True, text=True, cwd=ROOT, env=env)
     assert done.returncode == 0, done.stderr[-6000:]
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     return {one["name"]: one for one in found}
+
+
+@cache
+def results(group):
+    """What the runs of a group made."""
+    return made(GROUPS[group])
 
 
 def result(name):

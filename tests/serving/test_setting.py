@@ -94,12 +94,21 @@ def test_sliding_layers_are_left_alone():
         ({"additional_config": {"visionpulse": {"preset": "nope"}}}, "no preset 'nope'"),
         ({"additional_config": {"visionpulse": {"ancor": 3}}}, "no field 'ancor'"),
         ({"additional_config": {"visionpulse": {"dense": "model"}}}, "dense='model'"),
-        ({"parallel_config__pipeline_parallel_size": 2}, "--pipeline-parallel-size 2"),
+        ({"parallel_config__pipeline_parallel_size": 2}, "leave out --enforce-eager"),
     ],
 )
 def test_what_cannot_be_served_is_refused_with_its_flag(changes, words):
     with pytest.raises(ValueError, match=words):
         made(**changes)
+
+
+def test_pipeline_stages_that_hold_their_own_anchors_are_served():
+    compiled = {"parallel_config__pipeline_parallel_size": 2, "model_config__enforce_eager": False}
+    with pytest.raises(ValueError, match=r"pipeline stage 1 .*give the stage its own"):
+        made(**compiled)
+    for asked in ({"anchor": [2, 6]}, {"schedule": "per_layer"}):
+        setting = made(additional_config={"visionpulse": asked}, **compiled)
+        assert setting.engine.stages == ((0, 6), (6, 12))
 
 
 def test_all_refusals_are_said_at_once():

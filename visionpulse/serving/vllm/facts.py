@@ -75,10 +75,11 @@ def _obstacles(vllm_config: Any, device: str) -> Iterable[Obstacle]:
         flag = f"--{name.replace('_', '-')}"
         if (ranks := getattr(parallel, name, 1)) > 1:
             yield Obstacle(f"{flag} {ranks}: no rank sees all keys of a row", f"set {flag} 1")
-    if (stages := parallel.pipeline_parallel_size) > 1:
+    if device == "cpu" and parallel.pipeline_parallel_size > 1 and model.enforce_eager:
         yield Obstacle(
-            f"--pipeline-parallel-size {stages}: later stages do not learn of every request yet",
-            "leave the flag out and split with --tensor-parallel-size",
+            "--pipeline-parallel-size with --enforce-eager: vLLM's CPU engine makes what stages "
+            "receive into only when it compiles, so its later stages fail, ours or not",
+            "leave out --enforce-eager, or split with --tensor-parallel-size",
         )
     if device == "cpu" and "chunked_attention" in (getattr(text, "layer_types", None) or ()):
         yield Obstacle("chunked attention: our blocks hold plain rows", "serve another model")

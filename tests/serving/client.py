@@ -1,7 +1,7 @@
 """A client of a server of ours, in vLLM's Python, which has the package openai: client.py JSON.
 
-Prints the words of one long answer as they come (`stream`), or asks from many threads at once and
-prints whether each answer was right.
+Prints the words of one long answer as they come (`stream`), what a wish that is wrong is refused
+with (`refused`), or asks from many threads at once and prints whether each answer was right.
 """
 
 import json
@@ -11,12 +11,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "serving"))
 import ask
-from openai import OpenAI
+from openai import BadRequestError, OpenAI
 
 from visionpulse.data import tiny, trail
 
 
-def main(url, clients=8, questions=16, seed=7, extra=None, stream=False):
+def main(url, clients=8, questions=16, seed=7, extra=None, stream=False, refused=False):
     client = OpenAI(base_url=f"{url}/v1", api_key="none", timeout=600, max_retries=0)
     model = client.models.list().data[0].id
     asked = trail.test_set(seed, questions, tiny.SIDE, "crowded")
@@ -24,6 +24,15 @@ def main(url, clients=8, questions=16, seed=7, extra=None, stream=False):
         forever = {"ignore_eos": True} | (extra or {})
         for _ in ask.stream_of(client, model, *asked[0], forever, tokens=1500):
             print("word", flush=True)
+        return
+    if refused:
+        message = [{"role": "user", "content": "colour"}]
+        try:
+            client.chat.completions.create(
+                model=model, messages=message, max_tokens=4, extra_body=extra
+            )
+        except BadRequestError as error:
+            print(json.dumps({"status": error.status_code, "said": error.message}))
         return
     with ThreadPoolExecutor(clients) as pool:
         said = list(pool.map(lambda one: ask.ask(client, model, *one, extra), asked))

@@ -1,6 +1,7 @@
 """A server as people use it: eight clients that stream, one that dies, metrics, a restart."""
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -67,10 +68,28 @@ def test_eight_clients_a_dead_one_and_a_restart(model, tmp_path):
         was = server.metrics().get("visionpulse:dense_rows_total", 0.0)
         assert all(asked(server, clients=2, questions=2, extra=off)["right"])
         server.until("visionpulse:dense_rows_total", lambda n: n > was)
+
+        wrong = {"vllm_xargs": {"visionpulse": "6pct"}}
+        said = asked(server, refused=True, extra=wrong)
+        assert said["status"] == 400 and "a preset (" in said["said"] and "'6pct'" in said["said"]
         assert server.stop() == 0
     assert left_behind() == before
 
     with Server(model, SETTING, tmp_path / "second.log") as server:
         assert server.metrics().get("visionpulse:decode_rows_total", 0.0) == 0
         assert all(asked(server, clients=8, questions=8)["right"])
+        assert server.stop() == 0
+
+
+def test_two_engines_and_two_api_servers_answer_and_count_together(model, tmp_path, monkeypatch):
+    """Data parallelism: engines share nothing, and every API server shows the series of both."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # two on the cores there are
+    flags = ("--data-parallel-size", "2", "--api-server-count", "2")
+    with Server(model, SETTING, tmp_path / "two.log", *flags) as server:
+        said = asked(server, clients=8, questions=16)
+        assert all(said["right"])
+        made = server.metrics()["vllm:generation_tokens_total"] - 16
+        assert server.until("visionpulse:decode_rows_total", lambda n: n == made) > 0
+        engines = set(re.findall(r'decode_rows_total\{.*engine="(\d)"', server.get("/metrics")))
+        assert engines == {"0", "1"}
         assert server.stop() == 0

@@ -287,6 +287,7 @@ def _checked(original: Callable[..., Any], arguments: Any, *args: Any, **kwargs:
 
 def _watch_requests() -> None:
     """Check what requests ask for where a client gets the answer; keep their blocks apart."""
+    from vllm.exceptions import VLLMValidationError
     from vllm.v1.engine.input_processor import InputProcessor
 
     def process(original: Callable[..., Any], processor: Any, *args: Any, **kwargs: Any) -> Any:
@@ -295,7 +296,10 @@ def _watch_requests() -> None:
         params = request.sampling_params
         wanted = ((params and params.extra_args) or {}).get(KEY)
         if own is not None and wanted is not None:
-            of_request(wanted, own)
+            try:
+                of_request(wanted, own)
+            except ValueError as error:  # as vLLM's own error, the server answers 400
+                raise VLLMValidationError(str(error), parameter=f"vllm_xargs.{KEY}") from error
             # blocks of generated tokens hold what pruned layers made of them
             request.cache_salt = f"{request.cache_salt or ''}{KEY}={wanted}"
         return request

@@ -140,6 +140,34 @@ def test_a_request_that_was_prefilled_again_starts_with_a_refresh():
     check_step(engines, engines.step(), configs, [kept[0], kept[1], None, kept[3]])
 
 
+@pytest.mark.parametrize("wishes", ((None,) * 4, ("top_k:5", None, "off", None)), ids=str)
+def test_drafted_tokens_of_a_row_are_decode_rows_of_their_own(wishes):
+    """One call with several queries a row says what a row for each token says."""
+    queries = 3
+    engines = Engines(SMALL | {"anchor": 1}, wishes=wishes)
+    table, lengths = engines.table, engines.lengths
+    each = [row for row in engines.rows for _ in range(queries)]
+    ends = (lengths[:, None] - torch.arange(queries).flip(0)).flatten().int()
+    q = torch.randn(LAYERS, len(each), HEADS, DIM, generator=engines.random)
+    outs, made = [], []
+    for rows, tables, own, n in (
+        (each, table.repeat_interleave(queries, 0), ends, 1),
+        (engines.rows, table, lengths, queries),
+    ):
+        step, out = engines.steps.make(rows, tables, own, queries=n), torch.zeros_like(q)
+        for i, layer in enumerate(engines.layers):
+            layer.run(step, q[i], *engines.caches[i].chunk(2, dim=3), out[i])
+        outs.append(out)
+        made.append(step.selection)
+    close(*outs)
+    one, several = made
+    assert torch.equal(one.counts, several.counts) and torch.equal(one.indices, several.indices)
+    totals, sparse = engines.counters.totals(), (several.counts > 0).sum()
+    assert sparse == queries * (2 if wishes[2] else 3)
+    assert totals.sparse_rows == sum(totals.mass.counts) == 2 * sparse
+    assert totals.kept == 2 * several.counts.sum()
+
+
 def test_ranks_that_share_the_heads_select_what_one_rank_selects(tmp_path):
     import torch.distributed as dist
 

@@ -74,7 +74,10 @@ class Counters:
         On a CPU the numbers alone are copied, and many selections are added at once: a dozen small
         ops at each anchor would be seen in a step.
         """
-        seen = torch.stack((visual.counts, selection.counts, selection.mass))
+        candidates, rows = visual.counts, len(selection.counts)
+        if rows != len(candidates):  # several queries a row
+            candidates = candidates.repeat_interleave(rows // len(candidates))
+        seen = torch.stack((candidates, selection.counts, selection.mass))
         if self._device != "cpu":
             self._add(seen)
             return

@@ -45,6 +45,7 @@ class DecodeRows:
     """The decode rows of one step. Layers run in order, and the selection crosses them in here."""
 
     rows: int
+    queries: int  # tokens of each row: 1, and those drafted
     block_table: Tensor  # int32 [rows, pages]
     lengths: Tensor  # int32 [rows]
     visual: VisualTokens | None  # None where every row is dense
@@ -72,18 +73,23 @@ class Steps:
         block_table: Tensor,
         lengths: Tensor,
         host_lengths: Sequence[int] = (),
+        queries: int = 1,
     ) -> DecodeRows:
-        """The step of decode rows; lookback alone needs their lengths on the host."""
+        """The step of decode rows; lookback alone needs their lengths on the host.
+
+        A row of several tokens has the length behind the last one.
+        """
         configs = [self._config_of(row.wish) for row in rows]
         spans = [row.spans if c is not None else () for row, c in zip(rows, configs, strict=True)]
         visual = self._table.load(spans)
-        step = DecodeRows(len(rows), block_table, lengths, visual, self.setting.config)
+        step = DecodeRows(len(rows), queries, block_table, lengths, visual, self.setting.config)
         dense = Counter(
             TEXT if config is not None else OPTED_OUT
             for config, own, row in zip(configs, spans, rows, strict=True)
             if not own and row.request != PREFILL
+            for _ in range(queries)
         )
-        self.counters.step(sum(map(bool, spans)), dense)
+        self.counters.step(queries * sum(map(bool, spans)), dense)
         if visual is not None:
             self._group(step, configs, visual)
         if self.kept is not None:
@@ -162,12 +168,14 @@ class Layer:
         self.role = roles[layer] if layer < len(roles) else Role.DENSE
         self.numbers: dict[str, Any] = {"scale": scale, "softcap": softcap}
         self.window = window  # of a layer that is no anchor and follows none
-        self._ops: dict[PulseConfig, LayerOps] = {}
+        self._ops: dict[tuple[PulseConfig, int], LayerOps] = {}
 
     def run(
         self, step: DecodeRows, q: Tensor, k_pages: Tensor, v_pages: Tensor, out: Tensor
     ) -> None:
-        """Attend to the decode rows: q and out [rows, H, D]."""
+        """Attend to the decode rows: q and out [rows * queries, H, D]."""
+        if step.queries > 1:
+            q, out = (t.view(step.rows, step.queries, *t.shape[1:]) for t in (q, out))
         kv = paged_cache_of(k_pages, v_pages, step.block_table, step.lengths, self.layout)
         role = self.role if step.visual is not None else Role.DENSE
         if role is Role.ANCHOR:
@@ -222,11 +230,12 @@ class Layer:
         self.steps.counters.selected(selection, step.visual)
 
     def _ops_of(self, config: PulseConfig, q: Tensor, kv: Cache) -> LayerOps:
-        made = self._ops.get(config)
+        key = config, q.shape[-3] if q.dim() == 4 else 1
+        made = self._ops.get(key)
         if made is None:
             if len(self._ops) > WISHES:
                 self._ops.clear()
-            made = self._ops[config] = LayerOps(
+            made = self._ops[key] = LayerOps(
                 q, kv, None, config, window=self.window, **self.numbers
             )
         return made
@@ -234,13 +243,15 @@ class Layer:
 
 def _joined(step: DecodeRows, parts: Sequence[Selection]) -> Selection:
     """The selections of the groups as one, rows without a config empty."""
-    width = max(part.indices.shape[1] for part in parts)
+    width, rows = max(part.indices.shape[1] for part in parts), step.rows * step.queries
     like = parts[0]
-    indices = like.indices.new_full((step.rows, width), -1)
-    counts = like.counts.new_zeros(step.rows)
-    mass, mass_mean = like.mass.new_zeros(step.rows), like.mass.new_zeros(step.rows)
+    indices = like.indices.new_full((rows, width), -1)
+    counts = like.counts.new_zeros(rows)
+    mass, mass_mean = like.mass.new_zeros(rows), like.mass.new_zeros(rows)
     for group, part in zip(step.groups, parts, strict=True):
-        indices[group.index, : part.indices.shape[1]] = part.indices
-        counts[group.index], mass[group.index] = part.counts, part.mass
-        mass_mean[group.index] = part.mass_mean
+        number = torch.arange(step.queries, device=group.index.device)
+        index = (group.index[:, None] * step.queries + number).flatten()
+        indices[index, : part.indices.shape[1]] = part.indices
+        counts[index], mass[index] = part.counts, part.mass
+        mass_mean[index] = part.mass_mean
     return replace(like, indices=indices, counts=counts, mass=mass, mass_mean=mass_mean)

@@ -16,7 +16,7 @@ from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends import cpu_attn
 
-from ...backends.cpu import write_pages
+from ...backends.cpu import CpuBackend, write_pages
 from ...workspace import default as workspace
 from ..cores import spread_pool
 from ..rows import RequestRow
@@ -84,6 +84,7 @@ class PulseBuilder(cpu_attn.CPUAttentionMetadataBuilder):  # type: ignore[misc]
         self.longest = -(-vllm_config.model_config.max_model_len // self.block_size)
         rows = vllm_config.scheduler_config.max_num_seqs
         self.steps = Steps(setting, rows, Counters())
+        self.most_queries = CpuBackend.max_queries
         if compat.has_sparse_layers(vllm_config, names, setting):
             publish(vllm_config, setting, self.steps.counters)
         compat.watch_runner()
@@ -102,14 +103,18 @@ class PulseBuilder(cpu_attn.CPUAttentionMetadataBuilder):  # type: ignore[misc]
     def _step(
         self, common: CommonAttentionMetadata, n: int, tokens: list[int], lengths: list[int]
     ) -> DecodeRows:
-        """The first `n` rows, each of their tokens a row of its own."""
+        """The first `n` rows.
+
+        Where they have as many tokens each, keys are read once for all tokens of a row, as far as
+        the kernels do that; else each token is a row of its own.
+        """
         known, prefills = compat.current_rows(), common.is_prefilling
         is_decode = [False] * n if known is None or prefills is None else (~prefills[:n]).tolist()
         rows = [known[i] if is_decode[i] and known else DENSE for i in range(n)]
         blocks = -(-max(lengths[:n]) // self.block_size)
         table, row_lengths = common.block_table_tensor[:n, :blocks], common.seq_lens[:n]
-        if max(tokens[:n]) == 1:
-            return self.steps.make(rows, table, row_lengths, lengths[:n])
+        if (most := max(tokens[:n])) == min(tokens[:n]) <= max(1, self.most_queries):
+            return self.steps.make(rows, table, row_lengths, lengths[:n], most)
         of = [i for i in range(n) for _ in range(tokens[i])]
         seen = [lengths[i] - tokens[i] + 1 + j for i in range(n) for j in range(tokens[i])]
         index = torch.tensor(of)
@@ -184,7 +189,8 @@ class PulseImpl(cpu_attn.CPUAttentionBackendImpl):  # type: ignore[misc]
         step = attn_metadata.step
         if step is not None:
             ours, (keys, values) = self._layer(layer, attn_metadata.steps), self._pages(kv_cache)
-            ours.run(step, query[: step.rows], keys, values, output[: step.rows])
+            n = step.rows * step.queries
+            ours.run(step, query[:n], keys, values, output[:n])
         for rest in attn_metadata.rests:
             self._rest(layer, query, kv_cache, rest, output)
         return output

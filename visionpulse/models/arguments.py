@@ -43,7 +43,7 @@ class Arguments:
 
 
 def cache_of_output(output: Any) -> Any:
-    """The cache in the output of a forward, a tuple or a record; or None."""
+    """The cache in the output of a forward or among keywords, by its kind; or None."""
     if isinstance(output, dict):  # outputs of transformers are dicts without what is None
         return _cache_among(output.values())
     return _cache_among(output) if isinstance(output, tuple) else None

@@ -214,7 +214,7 @@ def attach(cache: Any, layer: int, conversation: Conversation | None) -> None:
     carrier = cache.layers[layer]
     if not isinstance(carrier, Carrier):
         kind: Any = type(carrier)
-        carrier = cache.layers[layer] = _as(mixed(Carrier, kind), carrier)
+        carrier = cache.layers[layer] = as_kind(mixed(Carrier, kind), carrier)
     carrier.visionpulse = conversation
 
 
@@ -222,12 +222,12 @@ def release(cache: Any) -> None:
     """Give the carrying layer of a cache its own class back."""
     for i, layer in enumerate(getattr(cache, "layers", ())):
         if isinstance(layer, Carrier):
-            cache.layers[i] = _as(type(layer).__mro__[2], layer)
+            cache.layers[i] = as_kind(type(layer).__mro__[2], layer)
             for name in ("visionpulse", "spare_lookback"):
                 cache.layers[i].__dict__.pop(name, None)
 
 
-def _as(kind: Any, layer: Any) -> Any:
+def as_kind(kind: Any, layer: Any) -> Any:
     """The same layer as an object of another class; Python may refuse to change it in place."""
     other = object.__new__(kind)
     other.__dict__.update(layer.__dict__)

@@ -83,19 +83,19 @@ class RunAhead:
 
     def __init__(self, patched: PatchedModel, mode: Mode, draft: int) -> None:
         model = patched.anatomy.model
-        self._patched = patched
-        self._mode = mode
-        self._draft = draft
+        self.patched = patched
+        self.mode = mode
+        self.draft = draft
         self._ahead = _Ahead()
         self._arguments = Arguments(model)
         self._draws = TokenDraws(model)
         self._own = model.__dict__.get("forward")  # of accelerate, if any
-        self._plain: Callable[..., Any] = model.forward
-        model.forward = functools.wraps(self._plain)(lambda *a, **k: self.forward(*a, **k))
+        self.plain: Callable[..., Any] = model.forward
+        model.forward = functools.wraps(self.plain)(lambda *a, **k: self.forward(*a, **k))
 
     def remove(self) -> None:
         """Give the model its own forward back."""
-        model = self._patched.anatomy.model
+        model = self.patched.anatomy.model
         self._draws.remove()
         if self._own is None:
             model.__dict__.pop("forward", None)
@@ -104,15 +104,15 @@ class RunAhead:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Answer one call of the model."""
-        if torch.compiler.is_compiling() or self._patched.is_paused:
-            return self._plain(*args, **kwargs)
+        if torch.compiler.is_compiling() or self.patched.is_paused:
+            return self.plain(*args, **kwargs)
         named = self._arguments.named(args, kwargs)
         request = self._request(named)
         if isinstance(request, str):
             self._ahead.drop()
-            self._mode.refusal = request
-            return self._plain(*args, **kwargs)
-        self._mode.refusal = ""
+            self.mode.refusal = request
+            return self.plain(*args, **kwargs)
+        self.mode.refusal = ""
         if self._is_ahead(request):
             return self._serve(request)
         self._ahead.drop()
@@ -121,7 +121,7 @@ class RunAhead:
     def _request(self, named: dict[str, Any]) -> Request | str:
         """The call as a step to run ahead of, or why it is none."""
         cache = self._arguments.cache((), named)
-        conversation = conversation_of(cache, self._patched.anatomy.first_full)
+        conversation = conversation_of(cache, self.patched.anatomy.first_full)
         if cache is None or conversation is None or conversation.visual is None:
             return "no picture"
         if conversation.has_holes:
@@ -152,7 +152,7 @@ class RunAhead:
         for layer in request.cache.layers:
             layer.set_length(ahead.length)
         _go_on(request.conversation, ahead.selections, ahead.served)
-        self._patched.recorder.add_accepted()
+        self.patched.recorder.add_accepted()
         return _answer(ahead.checked, ahead.served)
 
     def _round(self, request: Request) -> Any:
@@ -161,15 +161,15 @@ class RunAhead:
         before = conversation.steps, conversation.selection, conversation.selection_roles
         tokens, selections = [request.token], []
         try:
-            with self._mode.of(Part.DRAFT), self._draws.of(length, request.token) as choose:
-                for i in range(self._draft):
-                    logits = self._plain(**request.step(i, tokens[-1])).logits
+            with self.mode.of(Part.DRAFT), self._draws.of(length, request.token) as choose:
+                for i in range(self.draft):
+                    logits = self.plain(**request.step(i, tokens[-1])).logits
                     selections.append((conversation.selection, conversation.selection_roles))
                     tokens.append(choose(logits[:, -1]))
             _set_length(request.cache, length)
             ids = torch.cat(tokens, dim=1)  # [1, draft + 1]
-            with self._mode.of(Part.CHECK):
-                checked = self._plain(**request.whole(ids))
+            with self.mode.of(Part.CHECK):
+                checked = self.plain(**request.whole(ids))
             _set_length(request.cache, length + 1)
         except BaseException:  # Ctrl-C too: as after the last token that the caller knows of
             _set_length(request.cache, length)
@@ -182,7 +182,7 @@ class RunAhead:
         ahead.cache, ahead.checked = weakref.ref(request.cache), checked
         ahead.drafted, ahead.selections = ids[0, 1:], selections
         ahead.length, ahead.served = length + 1, 0
-        self._patched.recorder.add_round(self._draft)
+        self.patched.recorder.add_round(self.draft)
         return _answer(checked, 0)
 
 

@@ -55,8 +55,8 @@ _TEXTS = {
     "replaced, or the forward goes another way; unpatch the model and patch it again",
     DenseReason.ATTENTION: "no layer called the attention function of visionpulse (the config says "
     "{detail}); unpatch, set the attention implementation, patch again",
-    DenseReason.LOSSLESS: "lossless decoding runs ahead for one row on a dynamic cache; this is "
-    "{detail}",
+    DenseReason.LOSSLESS: "lossless decoding runs ahead for one row on a dynamic cache, and for "
+    "batches in session.generate(...); this is {detail}",
     DenseReason.INPUTS: "the anchor was left to the model's own attention: {detail}",
 }
 
@@ -83,6 +83,14 @@ class Notices:
             reason,
             f"visionpulse prunes nothing: {why}. Decode is correct but dense; "
             "visionpulse.explain(model) counts such steps",
+        )
+
+    def ragged(self, reason: str) -> None:
+        """Warn that a batch is decoded one token at a time."""
+        self.once(
+            ("ragged", reason),
+            f"session.generate runs ahead for greedy and sampled rows; this is {reason}. Decode is "
+            "correct but dense",
         )
 
     def cache(self, cache: Any) -> None:

@@ -73,3 +73,47 @@ def request_of(named: dict[str, Any], cache: Any, conversation: Conversation) ->
         if named.get(name) is not None and named[name].shape[-1] != 1:
             return f"a step whose {name} is not of one token"
     return Request(named, cache, conversation, length, ids)
+
+
+class BatchRequest(NamedTuple):
+    """One token of each row, behind a prompt [B, n]."""
+
+    named: dict[str, Any]
+    visible: Tensor  # bool [B, n], the keys of the prompt
+    is_additive: bool  # the mask, as eager attention takes it
+
+    def rows_of(self, numbers: list[Any]) -> Tensor:
+        """Numbers of the host, of each row, where the tokens are."""
+        return torch.tensor(numbers, device=self.visible.device)
+
+    def block(self, ids: Tensor, first: Tensor, size: int) -> tuple[dict[str, Any], Tensor]:
+        """The arguments for ids [B, Q] and their slots [B, Q] among `size`.
+
+        The first token of each row lies `first` [B] places behind the prompt.
+        """
+        width, queries = self.visible.shape[1], ids.shape[1]
+        ahead = first[:, None] + torch.arange(queries, device=first.device)  # [B, Q]
+        slots = ahead + width
+        seen = torch.nn.functional.pad(self.visible, (0, size - width), value=True)
+        places = torch.arange(size, device=slots.device)
+        mask = (seen[:, None] & (places <= slots[:, :, None]))[:, None]  # [B, 1, Q, size]
+        named = {**self.named, "input_ids": ids, "position_ids": self.named["position_ids"] + ahead}
+        named["attention_mask"] = mask
+        if self.is_additive:
+            low = torch.finfo(torch.float32).min
+            named["attention_mask"] = torch.zeros(mask.shape, device=mask.device).masked_fill_(
+                ~mask, low
+            )
+        for name in _KINDS:
+            if named.get(name) is not None:
+                named[name] = named[name][:, -1:].expand(-1, queries)
+        if "logits_to_keep" in named:
+            named["logits_to_keep"] = 0
+        return named, slots
+
+
+def batch_request_of(named: dict[str, Any], width: int, attention: str) -> BatchRequest:
+    """The call that `generate()` would make behind a prompt of `width`, for blocks of tokens."""
+    named = {name: value for name, value in named.items() if name != "cache_position"}
+    visible = named["attention_mask"][:, :width].bool()
+    return BatchRequest(named, visible, attention == "eager")

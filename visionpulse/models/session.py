@@ -14,7 +14,7 @@ from ..cache import MAX_QUERIES
 from ..config import PulseConfig, config_data
 from ..config import resolve as resolve_config
 from ..trace.record import Trace, trace_of
-from . import registry
+from . import ragged, registry
 from .attention import attention
 from .families import Anatomy, UnsupportedModelError, anatomy
 from .hooks import Hooks
@@ -111,6 +111,20 @@ class Session:
         self.patched.set_roles(LayerRoles.of(config, self.anatomy))  # refuses before any change
         self._config = config
         return self
+
+    def generate(self, inputs: Tensor | None = None, **options: Any) -> Any:
+        """Generate as `model.generate` does; a batch runs ahead too, each row by counts of its own.
+
+        Needs `patch(..., lossless=True)`. The tokens are those of the dense model, greedy or drawn
+        under one seed. Beams, assistants, filled caches, and processors and criteria of your own
+        are left to `model.generate`, and said once.
+        """
+        if self._ahead is None:
+            raise ValueError(
+                "session.generate(...) decodes losslessly, and this session was made without "
+                "lossless=True; use model.generate(...), or patch with lossless=True"
+            )
+        return ragged.generate(self._ahead, inputs, options)
 
     def set_visual_mask(self, mask: Tensor) -> None:
         """Set which tokens of this thread's next prefill are visual: bool [B, tokens].

@@ -43,7 +43,7 @@ class Stats:
     mass: Summary = _NONE  # of the head with the largest
     mass_mean: Summary = _NONE  # of all heads
     dense: dict[str, int] = field(default_factory=dict)  # other decode steps, by reason
-    checks: int = 0  # of lossless decoding, each gives one token and those that it accepts
+    checks: int = 0  # of lossless decoding, of a row each: one token and those that it accepts
     drafted: int = 0  # tokens
     accepted: int = 0  # of the drafted tokens
 
@@ -169,16 +169,16 @@ class Recorder:
         with self._lock:
             self._dense[reason] += 1
 
-    def add_round(self, drafted: int) -> None:
-        """Count a check of so many drafted tokens."""
+    def add_round(self, drafted: int, checks: int = 1) -> None:
+        """Count the check of so many drafted tokens, of one row or several."""
         with self._lock:
-            self._rounds[0] += 1
+            self._rounds[0] += checks
             self._rounds[1] += drafted
 
-    def add_accepted(self) -> None:
-        """Count a drafted token that was used."""
+    def add_accepted(self, tokens: int = 1) -> None:
+        """Count drafted tokens that were used."""
         with self._lock:
-            self._rounds[2] += 1
+            self._rounds[2] += tokens
 
     def _fold(self) -> None:
         with self._lock:

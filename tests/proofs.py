@@ -180,8 +180,8 @@ PROOFS = {
     "serving-gpu-classes": Proof(
         ("tests/serving/test_gpu_engine.py",), SERVING, ("torch", "transformers"), engine=True,
     ),
-    "serving-ranks": Proof(
-        ("tests/serving/test_ranks.py",), SERVING, ("torch", "transformers"), engine=True,
+    "serving-setups": Proof(
+        ("tests/serving/test_setups.py",), SERVING, ("torch", "transformers"), engine=True,
     ),
     "serving-clients": Proof(
         ("tests/serving/test_server.py",), SERVING, ("torch",), engine=True, optional=True,

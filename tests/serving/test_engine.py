@@ -63,14 +63,18 @@ GROUPS = (  # a process each
 )
 
 
-def made(runs, env=None):
-    """What engines made, one after the other in one process."""
+def model():
+    """The folder of the tiny model."""
     sys.path.insert(0, str(ROOT / "examples" / "serving"))
     import tiny_model
 
-    model = tiny_model.main(ROOT / "build" / "tiny-vllm")
+    return tiny_model.main(ROOT / "build" / "tiny-vllm")
+
+
+def made(runs, env=None):
+    """What engines made, one after the other in one process."""
     command = [str(environment.python()), str(Path(__file__).with_name("engine.py"))]
-    spec = json.dumps({"model": str(model), "runs": runs})
+    spec = json.dumps({"model": str(model()), "runs": runs})
     done = subprocess.run([*command, spec], capture_output=True, text=True, cwd=ROOT, env=env)
     assert done.returncode == 0, done.stderr[-6000:]
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

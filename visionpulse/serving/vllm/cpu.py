@@ -91,9 +91,13 @@ class PulseBuilder(cpu_attn.CPUAttentionMetadataBuilder):  # type: ignore[misc]
         spread_pool()
 
     def build(
-        self, common_prefix_len: int, common: CommonAttentionMetadata, fast_build: bool = False
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
     ) -> PulseMetadata:
-        """The metadata of one step."""
+        """The metadata of one step; vLLM's drafters name the arguments."""
+        common = common_attn_metadata
         lengths: list[int] = common.seq_lens.tolist()
         tokens: list[int] = common.query_start_loc_cpu.diff().tolist()  # of each row
         n = next((i for i, m in enumerate(tokens) if m > self.reorder_batch_threshold), len(tokens))

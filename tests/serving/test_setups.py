@@ -1,4 +1,4 @@
-"""Engines of several ranks, and compiled ones, say what one rank says without the compiler."""
+"""Engines of several ranks, compiled ones and ones that draft say what a plain engine says."""
 
 import os
 import sys
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+import drafter
 import test_engine
 from test_engine import SETTINGS, engine
 
@@ -15,23 +16,30 @@ pytestmark = pytest.mark.deep
 COMPILED = {"enforce_eager": False}
 # Stages of three layers. Without vLLM's compiler its CPU engine has no pipeline stages.
 STAGES = COMPILED | {"pipeline_parallel_size": 2, "compilation_config": {"backend": "eager"}}
+NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}
+EAGLE = {"method": "eagle3", "num_speculative_tokens": 2}
 RUNS = {
     "compiled": engine("lookback", SETTINGS["lookback"], **COMPILED),
     "tensor ranks": engine("two anchors", SETTINGS["two anchors"], tensor_parallel_size=2),
     "pipeline stages": engine("two anchors", SETTINGS["two anchors"], **STAGES),
     "pipeline stages, per_layer": engine("per_layer", SETTINGS["per_layer"], **STAGES),
+    "drafts of EAGLE": engine("5pct", SETTINGS["5pct"], speculative_config=EAGLE),
+    "drafts of n-grams": engine("5pct", SETTINGS["5pct"], speculative_config=NGRAM),
 }
+ALONE = "drafts of n-grams"  # in its process; see docs/serving.md
 
 
 @cache
-def results():
+def results(is_alone):
     """What the engines made: each of two ranks takes what cores there are."""
-    runs = [run | {"name": name} for name, run in RUNS.items()]
+    model = test_engine.model()
+    EAGLE["model"] = str(drafter.write(model, model.parent / "tiny-eagle"))
+    runs = [run | {"name": name} for name, run in RUNS.items() if (name == ALONE) == is_alone]
     return test_engine.made(runs, os.environ | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"})
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_an_engine_says_what_the_patched_model_says(name):
-    setting = RUNS[name]["name"]
-    assert results()[name]["rounds"][0]["tokens"] == test_engine.expected(setting)
-    assert results()[name]["classes"] == ["visionpulse.serving.vllm.cpu.PulseImpl"]
+    result, setting = results(name == ALONE)[name], RUNS[name]["name"]
+    assert result["rounds"][0]["tokens"] == test_engine.expected(setting)
+    assert result["classes"] == ["visionpulse.serving.vllm.cpu.PulseImpl"]

@@ -171,8 +171,18 @@ def serving(results: Path) -> str:
     return "\n".join(lines) + "\n\n" + note + source(shown)
 
 
+def families(results: Path) -> str:
+    """How many model types work; `tests/models/family_table.py` made the files."""
+    counts = []
+    for path in sorted((ROOT / "tests" / "models" / "families").glob("*.json")):
+        outcomes = [found["outcome"] for found in json.loads(path.read_text()).values()]
+        works = outcomes.count("works")
+        counts.append(f"{works} of the {len(outcomes)} types of {path.stem}")
+    return f"{' and '.join(counts)} work, by [one table](docs/families.md).\n"
+
+
 BLOCKS: dict[str, Callable[[Path], str]] = {
-    "first": first, "cpu-decode": cpu_decode, "serving": serving
+    "first": first, "cpu-decode": cpu_decode, "serving": serving, "families": families
 }  # fmt: skip
 PAGES = (ROOT / "README.md", ROOT / "docs" / "serving.md")
 

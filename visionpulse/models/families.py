@@ -44,6 +44,9 @@ FAMILIES: dict[str, Family] = {
     "git": Family(refused=_PREFIX),
     "kosmos-2": Family(refused=_MASKED),
     "kosmos-2.5": Family(refused=_MASKED),
+    "diffusion_gemma": Family(
+        refused="it fills blocks of tokens by diffusion, so it has no step that decodes one token"
+    ),
     "pi0": Family(refused="it decodes actions, not tokens"),
     "idefics": Family(refused=_CROSS),
     "florence2": Family(refused=_SEPARATE),

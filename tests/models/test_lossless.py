@@ -88,7 +88,7 @@ def assert_same(got, wanted):
 def test_tokens_scores_and_cache_are_the_unpatched_models(tiny, name, draft):
     vlm = tiny("llava")
     wanted = generated(vlm, SITUATIONS[name])
-    with vp.patch(vlm.model, DRAFTS[draft], lossless=True):
+    with vp.patch(vlm.model, DRAFTS[draft], lossless=True, draft=4):
         assert_same(generated(vlm, SITUATIONS[name]), wanted)
         assert_same(generated(vlm, SITUATIONS[name]), wanted)
     assert "forward" not in vlm.model.__dict__
@@ -127,12 +127,32 @@ def test_a_draft_is_drawn_with_the_same_dice(tiny, name):
     vlm = tiny("llava")
     options = {"tokens": 26} | EVERY_DRAFT[name]  # the prefill's, and five rounds of five
     wanted = generated(vlm, options)
-    with vp.patch(vlm.model, DRAFTS["all-of-it"], lossless=True) as session:
+    with vp.patch(vlm.model, DRAFTS["all-of-it"], lossless=True, draft=4) as session:
         for _ in range(2):
             assert_same(generated(vlm, options), wanted)
         assert session.stats.rejected == 0
         assert session.stats.tokens_per_check == 5
     assert "_get_logits_processor" not in vlm.model.__dict__
+
+
+@pytest.mark.parametrize("name", ("greedy", "sampled, hot"))
+def test_adversarial_drafts_change_nothing(tiny, name):
+    """A draft that says the least likely token is never accepted."""
+    vlm = tiny("llava")
+    wanted = generated(vlm, EVERY_DRAFT[name])
+    with vp.patch(vlm.model, DRAFTS["paper"], lossless=True, draft=4) as session:
+        ahead, plain = session._ahead, session._ahead.plain
+
+        def flipped(**kwargs):
+            out = plain(**kwargs)
+            if session.patched.mode.drafts:
+                out.logits = -100 * out.logits
+            return out
+
+        ahead.plain = flipped
+        assert_same(generated(vlm, EVERY_DRAFT[name]), wanted)
+        assert session.stats.accepted == 0 and session.stats.checks == 23
+        ahead.plain = plain
 
 
 def test_a_processor_with_a_state_is_asked_once_a_token(tiny):
@@ -151,7 +171,7 @@ def test_a_processor_with_a_state_is_asked_once_a_token(tiny):
     for patched in (False, True):
         counts = Counts()
         if patched:
-            vp.patch(vlm.model, DRAFTS["paper"], lossless=True)
+            vp.patch(vlm.model, DRAFTS["paper"], lossless=True, draft=4)
         generated(vlm, {"logits_processor": LogitsProcessorList([counts])})
         heard.append(counts.calls)
     assert heard[0] == heard[1] and len(heard[0]) == 24
@@ -163,7 +183,7 @@ def test_a_streamer_hears_one_token_at_a_time(tiny):
     for patched in (False, True):
         streamer = Heard()
         if patched:
-            vp.patch(vlm.model, DRAFTS["paper"], lossless=True)
+            vp.patch(vlm.model, DRAFTS["paper"], lossless=True, draft=4)
         vlm.generate(vlm.inputs(PROMPT), tokens=12, streamer=streamer)
         heard.append(streamer.got)
         assert streamer.ended
@@ -190,7 +210,7 @@ def test_two_conversations_in_turn(tiny):
         return torch.cat(tokens[0]), torch.cat(tokens[1])
 
     wanted = run()
-    with vp.patch(vlm.model, DRAFTS["paper"], lossless=True):
+    with vp.patch(vlm.model, DRAFTS["paper"], lossless=True, draft=4):
         got = run()
     assert torch.equal(got[0], wanted[0]) and torch.equal(got[1], wanted[1])
 
@@ -211,7 +231,7 @@ def test_a_cache_that_its_owner_crops(tiny):
         return torch.cat(logits), cache
 
     wanted, other = run()
-    with vp.patch(vlm.model, DRAFTS["lookback"], lossless=True):
+    with vp.patch(vlm.model, DRAFTS["lookback"], lossless=True, draft=4):
         got, cache = run()
     assert torch.allclose(got, wanted, atol=1e-4)
     assert cache.get_seq_length() == other.get_seq_length()
@@ -223,7 +243,7 @@ def test_an_interrupted_round_leaves_the_last_accepted_token(tiny, call):
     vlm = tiny("llava")
     config = vlm.model.config.get_text_config()
     wanted = generated(vlm, {"tokens": 12}).sequences
-    with vp.patch(vlm.model, DRAFTS["lookback"], lossless=True), torch.no_grad():
+    with vp.patch(vlm.model, DRAFTS["lookback"], lossless=True, draft=4), torch.no_grad():
         cache = DynamicCache(config=config)
         vlm.model(**vlm.inputs(PROMPT), past_key_values=cache)
         length = cache.get_seq_length()
@@ -268,9 +288,9 @@ def accept_one_too_many(monkeypatch):
 def draw_dice(monkeypatch):
     right = lossless.RunAhead._round
 
-    def wrong(self, request):
+    def wrong(self, request, plan):
         torch.rand(1)
-        return right(self, request)
+        return right(self, request, plan)
 
     monkeypatch.setattr(lossless.RunAhead, "_round", wrong)
 
@@ -306,7 +326,7 @@ def test_a_planted_fault_is_seen(tiny, monkeypatch, fault):
     wanted = generated(vlm, options)
     fault(monkeypatch)
     with (
-        vp.patch(vlm.model, DRAFTS["blind"], lossless=True),
+        vp.patch(vlm.model, DRAFTS["blind"], lossless=True, draft=4),
         pytest.raises((AssertionError, RuntimeError, IndexError)),
     ):
         assert_same(generated(vlm, options), wanted)
@@ -317,7 +337,7 @@ def test_the_next_draft_starts_from_the_selection_of_the_last_accepted_token(tin
     vlm = tiny("llava")
     config = DRAFTS["lookback"]
     wanted = generated(vlm, {"tokens": 12}).sequences
-    with vp.patch(vlm.model, config, lossless=True) as session, torch.no_grad():
+    with vp.patch(vlm.model, config, lossless=True, draft=4) as session, torch.no_grad():
         cache = DynamicCache(config=vlm.model.config.get_text_config())
         vlm.model(**vlm.inputs(PROMPT), past_key_values=cache)
         length = cache.get_seq_length()
@@ -340,17 +360,17 @@ REFUSED = {
 def test_a_model_that_cannot_roll_back_is_refused(tiny, family):
     vlm = tiny(family)
     with pytest.raises(vp.UnsupportedModelError, match=rf"{REFUSED[family]}.*rolled back"):
-        vp.patch(vlm.model, lossless=True)
+        vp.patch(vlm.model, lossless=True, draft=4)
     assert session_of(vlm.model) is None
 
 
 def test_bad_settings_are_refused(tiny):
     vlm = tiny("llava")
     for draft in (0, 16, True, 2.0):
-        with pytest.raises(ValueError, match="draft must be a number of tokens from 1 to 15"):
+        with pytest.raises(ValueError, match=r"draft must be .* a number of tokens from 1 to 15"):
             vp.patch(vlm.model, lossless=True, draft=draft)
     with pytest.raises(ValueError, match="record=True"):
-        vp.patch(vlm.model, lossless=True, record=True)
+        vp.patch(vlm.model, lossless=True, draft=4, record=True)
     with vp.patch(vlm.model, lossless=True, draft=3):
         with pytest.raises(ValueError, match="draft=3"):
             vp.patch(vlm.model)
@@ -361,7 +381,7 @@ def test_what_does_not_run_ahead_is_dense_and_said_once(tiny):
     vlm = tiny("llava")
     inputs = vlm.inputs([5, "i", 7], [5, "i", 7])
     wanted = vlm.generate(inputs)
-    with vp.patch(vlm.model, DRAFTS["blind"], lossless=True) as session:
+    with vp.patch(vlm.model, DRAFTS["blind"], lossless=True, draft=4) as session:
         with pytest.warns(UserWarning, match="a batch of 2 rows"):
             assert torch.equal(vlm.generate(inputs), wanted)
         assert session.stats.dense == {"lossless, not run ahead": 7}

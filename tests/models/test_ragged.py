@@ -69,7 +69,7 @@ def test_rows_say_what_the_unpatched_model_says(tiny, name, draft):
     vlm = tiny("llava")
     options = OPTIONS[name]
     wanted = generated(vlm.model.generate, vlm, options)
-    with vp.patch(vlm.model, DRAFTS[draft], lossless=True) as session:
+    with vp.patch(vlm.model, DRAFTS[draft], lossless=True, draft=4) as session:
         for _ in range(2):
             got = generated(session.generate, vlm, options)
             assert_same(got, wanted, width_of(vlm), options.get("eos_token_id", ()))
@@ -96,7 +96,7 @@ def test_with_eager_attention(tiny):
     vlm.model.set_attn_implementation("eager")
     try:
         wanted = generated(vlm.model.generate, vlm, {})
-        with vp.patch(vlm.model, DRAFTS["paper"], lossless=True) as session:
+        with vp.patch(vlm.model, DRAFTS["paper"], lossless=True, draft=4) as session:
             assert_same(generated(session.generate, vlm, {}), wanted, width_of(vlm))
     finally:
         vlm.model.set_attn_implementation("sdpa")
@@ -106,7 +106,7 @@ def test_with_eager_attention(tiny):
 def test_a_draft_is_drawn_with_the_same_dice(tiny, name):
     """A draft that keeps everything says what the dense model will, so each is accepted."""
     vlm = tiny("llava")
-    with vp.patch(vlm.model, DRAFTS["all-of-it"], lossless=True) as session:
+    with vp.patch(vlm.model, DRAFTS["all-of-it"], lossless=True, draft=4) as session:
         generated(session.generate, vlm, {"tokens": 26} | OPTIONS[name])
         stats = session.stats
     assert (stats.checks, stats.drafted, stats.accepted) == (20, 80, 80)
@@ -123,7 +123,7 @@ def test_rows_accept_counts_of_their_own(tiny):
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(RowEnds, "take", listen)
-        with vp.patch(vlm.model, DRAFTS["blind"], lossless=True) as session:
+        with vp.patch(vlm.model, DRAFTS["blind"], lossless=True, draft=4) as session:
             generated(session.generate, vlm, {})
     assert any(len(set(row)) > 1 for row in counts)
 
@@ -132,7 +132,7 @@ def test_a_row_without_a_picture_and_a_batch_without_one(tiny):
     vlm = tiny("llava")
     for rows in (([9, "i", 6], [12]), ([9], [4])):
         wanted = generated(vlm.model.generate, vlm, {}, rows)
-        with vp.patch(vlm.model, DRAFTS["lookback"], lossless=True) as session:
+        with vp.patch(vlm.model, DRAFTS["lookback"], lossless=True, draft=4) as session:
             assert_same(generated(session.generate, vlm, {}, rows), wanted, width_of(vlm, rows))
             assert bool(session.stats.drafted) is (len(rows[0]) > 1)
 
@@ -155,7 +155,7 @@ def test_a_streamer_hears_each_step_of_all_rows_once(tiny):
     options = OPTIONS["several ends"]
     heard = [Heard(), Heard()]
     generated(vlm.model.generate, vlm, options | {"streamer": heard[0]})
-    with vp.patch(vlm.model, DRAFTS["blind"], lossless=True) as session:
+    with vp.patch(vlm.model, DRAFTS["blind"], lossless=True, draft=4) as session:
         generated(session.generate, vlm, options | {"streamer": heard[1]})
     assert heard[0].got == heard[1].got and heard[1].ended == 1
 
@@ -181,7 +181,7 @@ def test_what_cannot_run_ahead_is_dense_and_said_once(tiny, reason, recwarn):
     vlm = tiny("llava")
     options = {"tokens": 8, "output_scores": False} | DENSE[reason]
     wanted, _ = generated(vlm.model.generate, vlm, options)
-    with vp.patch(vlm.model, DRAFTS["blind"], lossless=True) as session:
+    with vp.patch(vlm.model, DRAFTS["blind"], lossless=True, draft=4) as session:
         for _ in range(2):
             got, _ = generated(session.generate, vlm, options)
             assert torch.equal(got.sequences, wanted.sequences)
@@ -206,7 +206,7 @@ def test_an_interrupted_round_leaves_the_last_step_that_all_rows_took(tiny, call
     config = vlm.model.config.get_text_config()
     options = OPTIONS["sampled, hot"] | {"output_scores": False, "return_dict_in_generate": False}
     wanted, _ = generated(vlm.model.generate, vlm, options)
-    with vp.patch(vlm.model, DRAFTS["blind"], lossless=True) as session:
+    with vp.patch(vlm.model, DRAFTS["blind"], lossless=True, draft=4) as session:
         cache, calls = DynamicCache(config=config), 0
 
         def stop(module, args):
@@ -283,7 +283,7 @@ def test_a_planted_fault_is_seen(tiny, monkeypatch, fault):
     wanted = generated(vlm.model.generate, vlm, options)
     fault(monkeypatch)
     with (
-        vp.patch(vlm.model, DRAFTS["paper"], lossless=True) as session,
+        vp.patch(vlm.model, DRAFTS["paper"], lossless=True, draft=4) as session,
         pytest.raises((AssertionError, RuntimeError, IndexError, KeyError)),
     ):
         assert_same(generated(session.generate, vlm, options), wanted, width_of(vlm))
@@ -302,7 +302,7 @@ def test_the_next_draft_of_a_row_starts_from_its_last_accepted_token(tiny, monke
 
     monkeypatch.setattr(ragged, "_by_row", listen)
     vlm = tiny("llava")
-    with vp.patch(vlm.model, DRAFTS["lookback"], lossless=True) as session:
+    with vp.patch(vlm.model, DRAFTS["lookback"], lossless=True, draft=4) as session:
         generated(session.generate, vlm, {})
     assert len({int(n) for _, agreed, _ in seen for n in agreed}) > 2
     for selections, agreed, chosen in seen:

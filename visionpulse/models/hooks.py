@@ -122,13 +122,13 @@ class Hooks:
                 "so no token is known; unpatch the model, or pause the session for this call"
             )
         cache = self._decoder.cache(args, kwargs)
+        conversation = conversation_of(cache, self._layer)
         if is_eager and patched.is_checking:
-            return None
+            return self._dense_step(conversation, args, kwargs, inputs)
         if cache is not None and self._is_step(inputs):
-            conversation = conversation_of(cache, self._layer)
             if conversation is not None and patched.stays_dense:
                 self._add_lossless(conversation, inputs)
-                return None
+                return self._dense_step(conversation, args, kwargs, inputs)
             if conversation is not None and conversation.has_holes:
                 self.dense.add_step(DenseReason.HOLES, conversation, inputs.device)
                 return None
@@ -140,12 +140,25 @@ class Hooks:
             self._forward.conversation = conversation
         return None
 
+    def _dense_step(
+        self, conversation: Conversation | None, args: Args, kwargs: Kwargs, inputs: Tensor
+    ) -> tuple[Args, Kwargs] | None:
+        """A dense forward of a lossless model, on our kernels where they are faster."""
+        if conversation is None or conversation.has_holes or torch.compiler.is_compiling():
+            return None
+        queries = inputs.shape[1]
+        if not self._patched.has_dense_kernel(inputs.device, queries):
+            return None
+        step = Step(self._patched, conversation, None, queries, is_dense=True)
+        return args, {**kwargs, CONTEXT: step}
+
     def _add_lossless(self, conversation: Conversation, inputs: Tensor) -> None:
         """Count a dense step of a lossless model, which did not run ahead."""
         mode = self._patched.mode
         detail = "a compiled step" if torch.compiler.is_compiling() else mode.refusal
         text = conversation.visual is None and conversation.unknown_because is None
-        reason = DenseReason.TEXT if text else DenseReason.LOSSLESS
+        reason = DenseReason.LOSSLESS if detail else DenseReason.UNPAID
+        reason = DenseReason.TEXT if text else reason
         self.dense.add_step(reason, conversation, inputs.device, detail)
 
     def _is_step(self, inputs: Tensor) -> bool:
@@ -172,7 +185,7 @@ class Hooks:
     def _after_decoder(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> None:
         """Count a step without a selection; attach the conversation to a cache of the decoder."""
         step = kwargs.get(CONTEXT)
-        if step is not None and not step.has_selected:
+        if step is not None and not step.has_selected and not step.is_dense:
             self.dense.add_unselected(step, output)
         if torch.compiler.is_compiling():
             return

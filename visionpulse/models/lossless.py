@@ -21,11 +21,16 @@ from torch import Tensor
 
 from .arguments import Arguments
 from .conversation import Conversation
+from .draft_policy import DraftPolicy, FixedDraft, Plan, ways_of
 from .draws import TokenDraws
 from .families import Anatomy, UnsupportedModelError
 from .kv_layers import Growing, conversation_of
+from .layer_roles import LayerRoles
 from .patched_model import PatchedModel
 from .rounds import Request, request_of
+from .stopwatch import Stopwatch
+
+AUTO = "auto"
 
 
 class Part(Enum):
@@ -40,6 +45,7 @@ class Mode(threading.local):
     """The part that a thread's forward plays, and why it does not run ahead."""
 
     part = Part.NEITHER
+    roles: LayerRoles | None = None  # of a draft, where a policy chose the way
     refusal = ""
 
     @property
@@ -53,13 +59,13 @@ class Mode(threading.local):
         return self.part is Part.CHECK
 
     @contextmanager
-    def of(self, part: Part) -> Iterator[None]:
+    def of(self, part: Part, roles: LayerRoles | None = None) -> Iterator[None]:
         """Play a part."""
-        before, self.part = self.part, part
+        before, (self.part, self.roles) = (self.part, self.roles), (part, roles)
         try:
             yield
         finally:
-            self.part = before
+            self.part, self.roles = before
 
 
 class _Ahead(threading.local):
@@ -69,6 +75,7 @@ class _Ahead(threading.local):
     checked: Any = None  # the output of the check
     drafted: list[int] | Tensor = ()  # type: ignore[assignment]  # behind the first token
     selections: list[Any] = ()  # type: ignore[assignment]  # of each draft step, with its roles
+    plan: Plan = Plan(0, 0)
     length = 0  # entries of the cache that the caller knows of
     served = 0  # drafted tokens that were asked for
 
@@ -81,11 +88,15 @@ class _Ahead(threading.local):
 class RunAhead:
     """Stands before the forward of one model."""
 
-    def __init__(self, patched: PatchedModel, mode: Mode, draft: int) -> None:
+    def __init__(self, patched: PatchedModel, mode: Mode, draft: int | str) -> None:
         model = patched.anatomy.model
         self.patched = patched
         self.mode = mode
-        self.draft = draft
+        self._draft = draft
+        self._stopwatch = Stopwatch()
+        self.ways: list[LayerRoles] = []
+        self.policy: DraftPolicy | FixedDraft = FixedDraft(0)
+        self._asked: LayerRoles | None = None  # the roles that ways and policy were made for
         self._ahead = _Ahead()
         self._arguments = Arguments(model)
         self._draws = TokenDraws(model)
@@ -102,6 +113,20 @@ class RunAhead:
         else:
             model.forward = self._own
 
+    def plan(self) -> Plan:
+        """What the next round does; an update of the session begins anew."""
+        if self._asked is not self.patched.layer_roles:
+            self._asked = roles = self.patched.layer_roles
+            anatomy = self.patched.anatomy
+            if self._draft != AUTO:
+                self.ways, self.policy = [roles], FixedDraft(int(self._draft))
+            else:
+                able = [i for i, is_full in enumerate(anatomy.full) if is_full][:-1]
+                configs = ways_of(roles.config, roles.anchors, able)
+                self.ways = [LayerRoles.of(config, anatomy) for config in configs]
+                self.policy = DraftPolicy(len(self.ways))
+        return self.policy.plan()
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Answer one call of the model."""
         if torch.compiler.is_compiling() or self.patched.is_paused:
@@ -115,8 +140,10 @@ class RunAhead:
         self.mode.refusal = ""
         if self._is_ahead(request):
             return self._serve(request)
+        self._learn(request)
         self._ahead.drop()
-        return self._round(request)
+        plan = self.plan()
+        return self._round(request, plan) if plan.tokens else self._plain_step(request, plan)
 
     def _request(self, named: dict[str, Any]) -> Request | str:
         """The call as a step to run ahead of, or why it is none."""
@@ -155,34 +182,64 @@ class RunAhead:
         self.patched.recorder.add_accepted()
         return _answer(ahead.checked, ahead.served)
 
-    def _round(self, request: Request) -> Any:
+    def _learn(self, request: Request) -> None:
+        """Tell the policy how the drafts of the last round fared, if this is its next token."""
+        ahead = self._ahead
+        if ahead.cache is None or not ahead.plan.tokens:
+            return
+        goes_on = ahead.cache() is request.cache and ahead.length == request.length
+        drafted = len(ahead.drafted) if goes_on else ahead.served
+        self.policy.learn(ahead.plan, [(drafted, ahead.served)] if drafted else [])
+
+    def _plain_step(self, request: Request, plan: Plan) -> Any:
+        """One dense step, where drafting would not pay."""
+        begin = self.mark(request.token.device)
+        out = self.plain(**request.named)
+        self.time(plan, [begin, begin, self.mark(request.token.device)])
+        return out
+
+    def time(self, plan: Plan, marks: list[Any]) -> None:
+        """Tell the policy what a round cost, once it is known."""
+        policy = self.policy
+        self._stopwatch.add(marks, lambda draft, check: policy.time(plan, draft, check))
+
+    def mark(self, device: torch.device) -> Any:
+        """This moment, for `time`."""
+        return self._stopwatch.mark(device)
+
+    def _round(self, request: Request, plan: Plan) -> Any:
         """Draft and check; leave the cache as after the one token that was asked for."""
         conversation, length = request.conversation, request.length
         before = conversation.steps, conversation.selection, conversation.selection_roles
         tokens, selections = [request.token], []
         try:
-            with self.mode.of(Part.DRAFT), self._draws.of(length, request.token) as choose:
-                for i in range(self.draft):
+            marks = [self.mark(request.token.device)]
+            drafting = self.mode.of(Part.DRAFT, self.ways[plan.way])
+            with drafting, self._draws.of(length, request.token) as choose:
+                for i in range(plan.tokens):
                     logits = self.plain(**request.step(i, tokens[-1])).logits
                     selections.append((conversation.selection, conversation.selection_roles))
                     tokens.append(choose(logits[:, -1]))
             _set_length(request.cache, length)
             ids = torch.cat(tokens, dim=1)  # [1, draft + 1]
+            marks.append(self.mark(request.token.device))
             with self.mode.of(Part.CHECK):
                 checked = self.plain(**request.whole(ids))
+            marks.append(self.mark(request.token.device))
             _set_length(request.cache, length + 1)
         except BaseException:  # Ctrl-C too: as after the last token that the caller knows of
             _set_length(request.cache, length)
             conversation.steps, conversation.selection, conversation.selection_roles = before
             self._ahead.drop()
             raise
+        self.time(plan, marks)
         conversation.steps = before[0]
         _go_on(conversation, selections, 0)
         ahead = self._ahead
         ahead.cache, ahead.checked = weakref.ref(request.cache), checked
         ahead.drafted, ahead.selections = ids[0, 1:], selections
-        ahead.length, ahead.served = length + 1, 0
-        self.patched.recorder.add_round(self.draft)
+        ahead.length, ahead.served, ahead.plan = length + 1, 0, plan
+        self.patched.recorder.add_round(plan.tokens)
         return _answer(checked, 0)
 
 

@@ -1,7 +1,7 @@
 """The reasons for a dense decode step, and the warnings of a session, each said once.
 
-Steps without a picture, steps of a dense schedule and paused steps are silent. Every other dense
-step loses something that the user did not give up.
+Steps without a picture, paused ones, and those of a dense schedule or a policy are silent. Every
+other dense step loses something that the user did not give up.
 """
 
 import threading
@@ -29,9 +29,10 @@ class DenseReason(Enum):
     ATTENTION = "attention not called"
     INPUTS = "attention inputs"
     LOSSLESS = "lossless, not run ahead"
+    UNPAID = "drafting would not pay"
 
 
-SILENT = (DenseReason.TEXT, DenseReason.ASKED, DenseReason.PAUSED)
+SILENT = (DenseReason.TEXT, DenseReason.ASKED, DenseReason.PAUSED, DenseReason.UNPAID)
 
 _TEXTS = {
     DenseReason.TRAINING: "the model is in training mode, which runs its own attention; call "

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .. import backends
 from ..layer_ops import LayerOps
 from .conversation import Conversation
 from .families import Anatomy
@@ -28,7 +29,14 @@ class PatchedModel:
     ops_by_shape: dict[Any, LayerOps] = field(default_factory=dict)  # each checked once
     is_paused: bool = False
     mode: Any = None  # of lossless decoding: which part a thread's forward plays
+    _most_queries: dict[torch.device, int] = field(default_factory=dict)
     _numbers: Iterator[int] = field(default_factory=itertools.count)
+
+    @property
+    def roles_now(self) -> LayerRoles:
+        """The roles of this thread's forward: those of its draft, where a policy chose some."""
+        chosen: LayerRoles | None = None if self.mode is None else self.mode.roles
+        return chosen or self.layer_roles
 
     @property
     def is_checking(self) -> bool:
@@ -42,9 +50,18 @@ class PatchedModel:
             return False
         return torch.compiler.is_compiling() or not self.mode.drafts
 
+    def has_dense_kernel(self, device: torch.device, queries: int) -> bool:
+        """Whether our dense attention of so many queries reads K and V once."""
+        most = self._most_queries.get(device)
+        if most is None:
+            name = self.layer_roles.config.backend
+            most = backends.resolve(name, device, lambda backend: None, 2).max_queries
+            self._most_queries[device] = most
+        return queries <= most
+
     def set_roles(self, layer_roles: LayerRoles) -> None:
         """Let the forwards that start from now on follow other roles."""
-        self.layer_roles, self.ops_by_shape = layer_roles, {}
+        self.layer_roles, self.ops_by_shape, self._most_queries = layer_roles, {}, {}
 
     def new_conversation(self) -> Conversation:
         """A conversation with a number of its own."""

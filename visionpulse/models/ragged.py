@@ -140,14 +140,17 @@ class _Batch:
         conversation = conversation_of(self._cache, ahead.patched.anatomy.first_full)
         can_draft = conversation is not None and conversation.visual is not None
         can_draft = can_draft and not conversation.has_holes  # type: ignore[union-attr]
-        draft = ahead.draft if can_draft else 0
+        plan = ahead.plan()
+        plan = plan if can_draft else plan._replace(tokens=0)
+        draft, alive = plan.tokens, list(ends.left)
         counts = ends.counts
         steps = [c if left else ends.steps_taken for c, left in zip(counts, ends.left, strict=True)]
         block = request.rows_of([tokens[-1:] for tokens in ends.tokens])  # [B, 1]
         first = request.rows_of([count - 1 for count in counts])
         places.size = ends.width + max(counts) + draft
         selections: list[Any] = []
-        with ahead.mode.of(Part.DRAFT):
+        marks = [ahead.mark(block.device)]
+        with ahead.mode.of(Part.DRAFT, ahead.ways[plan.way]):
             for i in range(draft):
                 named, places.slots = request.block(block[:, -1:], first + i, places.size)
                 logits = ahead.plain(**named).logits[:, -1:]
@@ -155,11 +158,16 @@ class _Batch:
                 said, *_ = self._say(logits, block, [step + i for step in steps])
                 block = torch.cat((block, said), dim=1)
         named, places.slots = request.block(block, first, places.size)
+        marks.append(ahead.mark(block.device))
         with ahead.mode.of(Part.CHECK):
             logits = ahead.plain(**named).logits  # [B, draft + 1, vocabulary]
+        ahead.time(plan, [*marks, ahead.mark(block.device)])
         said, scores = self._say(logits, block, steps)
         agreed = (block[:, 1:] == said[:, :-1]).long().cumprod(1).sum(1)  # [B]
         host = torch.cat((said, agreed[:, None]), dim=1).tolist()  # the one read of the device
+        ahead.policy.learn(
+            plan, [(draft, row[-1]) for row, left in zip(host, alive, strict=True) if left]
+        )
         taken = self._take([row[: row[-1] + 1] for row in host], logits, scores)
         self._draws.forget(min(ends.counts))
         left = sum(count > 0 for count in taken)

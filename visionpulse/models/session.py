@@ -20,7 +20,7 @@ from .families import Anatomy, UnsupportedModelError, anatomy
 from .hooks import Hooks
 from .kv_layers import release
 from .layer_roles import LayerRoles
-from .lossless import Mode, RunAhead, refuse
+from .lossless import AUTO, Mode, RunAhead, refuse
 from .patched_model import PatchedModel
 from .stats import Recorder, Stats
 from .tensor_parallel import head_group
@@ -34,7 +34,9 @@ class Session:
     As a context manager it unpatches at the end.
     """
 
-    def __init__(self, anatomy: Anatomy, config: PulseConfig, record: bool, draft: int = 0) -> None:
+    def __init__(
+        self, anatomy: Anatomy, config: PulseConfig, record: bool, draft: int | str = 0
+    ) -> None:
         self.anatomy = anatomy
         self.recorder = Recorder(record)
         roles, heads = LayerRoles.of(config, anatomy), head_group(anatomy.decoder)
@@ -55,8 +57,8 @@ class Session:
         return self._config
 
     @property
-    def draft(self) -> int:
-        """Tokens that a round of lossless decoding drafts; 0 without it."""
+    def draft(self) -> int | str:
+        """Tokens that a round of lossless decoding drafts, or "auto"; 0 without it."""
         return self._draft
 
     @property
@@ -208,16 +210,18 @@ def patch(
     *,
     record: bool = False,
     lossless: bool = False,
-    draft: int = 4,
+    draft: int | str = "auto",
     **changes: Any,
 ) -> Session:
     """Make single-token decode steps of a model of transformers sparse in its visual tokens.
 
     `config` is a PulseConfig, the name of a preset, or a .json file of `visionpulse calibrate`;
     keywords change fields of it. The model keeps its `generate()`, its prefill and its training.
-    With `lossless=True` the tokens are the dense model's: sparse steps draft `draft` tokens, 1 to
-    15, and one dense forward checks them, for one row on a dynamic cache; others decode dense. What
-    differs is the rounding of a forward of several tokens.
+    With `lossless=True` the tokens are the dense model's: sparse steps draft some, and one dense
+    forward checks them, for one row on a dynamic cache, or for a batch in `session.generate(...)`;
+    others decode dense. What differs is the rounding of a forward of several tokens. `draft` is how
+    many, 1 to 15; "auto" takes what pays on this model and machine, also which schedule drafts
+    unless the setting names one, and decodes dense where nothing pays.
     Patching twice with the same setting returns the same session; as a context manager the session
     unpatches at the end.
     """
@@ -250,14 +254,15 @@ def patch(
         return session
 
 
-def _draft_of(lossless: bool, draft: int, record: bool) -> int:
+def _draft_of(lossless: bool, draft: int | str, record: bool) -> int | str:
     """Tokens that a round drafts, checked; 0 where decoding is not lossless."""
     if not lossless:
         return 0
-    if isinstance(draft, bool) or not isinstance(draft, int) or not 1 <= draft < MAX_QUERIES:
+    is_number = isinstance(draft, int) and not isinstance(draft, bool)
+    if draft != AUTO and not (is_number and 1 <= int(draft) < MAX_QUERIES):
         raise ValueError(
-            f"draft must be a number of tokens from 1 to {MAX_QUERIES - 1}, got {draft!r}; "
-            "a round checks them and one more"
+            f'draft must be "auto" or a number of tokens from 1 to {MAX_QUERIES - 1}, '
+            f"got {draft!r}; a round checks them and one more"
         )
     if record:
         raise ValueError(

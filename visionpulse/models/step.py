@@ -32,10 +32,12 @@ class Step:
         conversation: Conversation,
         token: Tensor | None,
         queries: int = 1,
+        is_dense: bool = False,
     ) -> None:
         self.patched = patched
-        self.layer_roles = patched.layer_roles
-        self.config = patched.layer_roles.config
+        self.is_dense = is_dense  # of a lossless model, counted before it began
+        self.layer_roles = patched.roles_now
+        self.config = self.layer_roles.config
         self.conversation = conversation
         self.token = token  # [B, Q], recorded with the selection
         self.queries = queries
@@ -57,6 +59,8 @@ class Step:
     def _roles_and_selection(self) -> tuple[tuple[Role, ...], Selection | None]:
         """The roles of this step, and the selection that layers before the anchor follow."""
         roles, conversation = self.layer_roles, self.conversation
+        if self.is_dense:
+            return roles.on_text, None
         if self.queries > 1:  # never of a schedule that looks back
             is_text = conversation.visual is None
             return (Role.MODEL,) * len(roles.on_text) if is_text else roles.on_queries, None

@@ -28,8 +28,8 @@ class Stopwatch:
         """Take the marks of a round, and whom to tell."""
         self._rounds.append((marks, hear))
         while self._rounds and _has_passed(self._rounds[0][0][-1]):
-            (begin, middle, end), told = self._rounds.popleft()
-            told(_seconds(begin, middle), _seconds(middle, end))
+            (begin, middle, end), hear = self._rounds.popleft()
+            hear(_seconds(begin, middle), _seconds(middle, end))
 
 
 def _has_passed(mark: Any) -> bool:

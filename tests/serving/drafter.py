@@ -9,11 +9,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+FOLDER = Path(__file__).resolve().parents[2] / "build" / "tiny-eagle"
+CONFIG = {"method": "eagle3", "model": str(FOLDER), "num_speculative_tokens": 2}
 AFTER = [1, 2, 4]  # layers of the target whose outputs it reads
 
 
-def write(model: Path, folder: Path) -> Path:
-    """Beside the model's config; gives the folder."""
+def write(model: Path) -> None:
+    """For the model whose config is in a folder."""
     text = json.loads((model / "config.json").read_text())["text_config"]
     width, words, inner = text["hidden_size"], text["vocab_size"], 128
     heads, kv_heads, dim = (
@@ -44,7 +46,6 @@ def write(model: Path, folder: Path) -> Path:
         "max_position_embeddings": text["max_position_embeddings"], "torch_dtype": "float32",
         "eagle_aux_hidden_state_layer_ids": AFTER,
     }  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(tensors, str(folder / "model.safetensors"))
-    return folder
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    (FOLDER / "config.json").write_text(json.dumps(config))
+    save_file(tensors, str(FOLDER / "model.safetensors"))

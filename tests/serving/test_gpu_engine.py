@@ -10,6 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 import asks
+import drafter
 import environment
 import test_engine
 
@@ -23,16 +24,15 @@ RUNS = [
     test_engine.engine("off", PRUNED, extras=[{"visionpulse": "off"}] * len(asks.mixed())),
     test_engine.engine("chunked", PRUNED, **test_engine.CHUNKED),
     test_engine.engine("preemption", PRUNED, **test_engine.FEW_BLOCKS),
+    test_engine.engine("drafts", PRUNED, speculative_config=drafter.CONFIG),
 ]
 
 
 @cache
 def results():
     """What the engines made, all in one process."""
-    sys.path.insert(0, str(environment.ROOT / "examples" / "serving"))
-    import tiny_model
-
-    model = tiny_model.main(environment.ROOT / "build" / "tiny-vllm")
+    model = test_engine.model()
+    drafter.write(model)
     spec = json.dumps({"model": str(model), "runs": RUNS})
     command = [str(environment.python()), str(HERE / "gpu_engine.py"), spec]
     done = subprocess.run(command, capture_output=True, text=True, cwd=environment.ROOT)
@@ -56,7 +56,7 @@ def test_nothing_pruned_says_what_the_dense_model_says(name):
     assert tokens_of(name) == test_engine.expected("dense")
 
 
-@pytest.mark.parametrize("name", ("chunked", "preemption"))
+@pytest.mark.parametrize("name", ("chunked", "preemption", "drafts"))
 def test_how_vllm_schedules_changes_nothing(name):
     assert tokens_of(name) == test_engine.expected("5pct")
 

@@ -5,7 +5,13 @@ import torch
 
 import visionpulse as vp
 from visionpulse.schedule import Role
-from visionpulse.serving.graphs import PREFILL, TOO_MANY_RUNS, GraphLayer, GraphSteps
+from visionpulse.serving.graphs import (
+    PREFILL,
+    TOO_MANY_RUNS,
+    GraphLayer,
+    GraphSteps,
+    leading,
+)
 from visionpulse.serving.rows import RequestRow
 from visionpulse.serving.setting import Engine, of_request, setting_of
 from visionpulse.serving.step import OPTED_OUT, TEXT
@@ -83,6 +89,32 @@ def test_rows_of_a_step_are_those_of_the_ops(budget):
         followed = run(steps, tables, step, Role.FOLLOWER, n)
         wanted = vp.attend(tables.q[:n], tables.cache(n), visual, kept)
         assert torch.equal(followed, wanted)
+
+
+def test_drafted_tokens_of_a_row_are_decode_rows_of_their_own():
+    own, tables, queries = setting(), Tables(), 3
+    steps = GraphSteps(own, ROWS, 96, "cpu", max_queries=queries)
+    known = [row("a", A), row("b", B, "off"), row("c", ())]
+    step = steps.make(known, 3, tables.table, tables.lengths, queries=queries)
+    q = Draws(1).normal(3 * queries, HEADS, DIM)
+    visual = vp.VisualTokens.from_spans([A, (), ()], capacity=96)
+    by_row = q.view(3, queries, HEADS, DIM)
+    out, kept = vp.decode(by_row, tables.cache(3), visual, own.config)
+    followed = vp.attend(by_row, tables.cache(3), visual, kept)
+    for role, wanted in ((Role.ANCHOR, out), (Role.FOLLOWER, followed)):
+        got = torch.full_like(q, 7)
+        GraphLayer(steps, role, DIM**-0.5).run(step, q, tables.k, tables.v, got)
+        torch.testing.assert_close(got, wanted.flatten(0, 1), rtol=1e-5, atol=1e-6)
+    assert torch.equal(step.buffers.selection.indices, kept.indices)
+    totals = steps.counters.totals()
+    assert totals.sparse_rows == sum(totals.mass.counts) == queries
+    assert totals.dense_rows == {OPTED_OUT: queries, TEXT: queries}
+
+
+def test_rows_that_are_ours_have_as_many_tokens_each():
+    assert leading([3, 3, 3], 3) == (3, 3) and leading([1, 1, 9], 3) == (2, 1)
+    assert leading([3, 2, 3], 3) == (1, 3) and leading([4, 4], 3) == (0, 1) == leading([], 3)
+    assert leading([3, 3, 0, 0], 3) == (4, 3)  # the padding of a graph
 
 
 def test_all_steps_read_and_write_the_same_memory():

@@ -17,13 +17,11 @@ COMPILED = {"enforce_eager": False}
 # Stages of three layers. Without vLLM's compiler its CPU engine has no pipeline stages.
 STAGES = COMPILED | {"pipeline_parallel_size": 2, "compilation_config": {"backend": "eager"}}
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}
-EAGLE = {"method": "eagle3", "num_speculative_tokens": 2}
 RUNS = {
     "compiled": engine("lookback", SETTINGS["lookback"], **COMPILED),
     "tensor ranks": engine("two anchors", SETTINGS["two anchors"], tensor_parallel_size=2),
     "pipeline stages": engine("two anchors", SETTINGS["two anchors"], **STAGES),
-    "pipeline stages, per_layer": engine("per_layer", SETTINGS["per_layer"], **STAGES),
-    "drafts of EAGLE": engine("5pct", SETTINGS["5pct"], speculative_config=EAGLE),
+    "drafts of EAGLE": engine("5pct", SETTINGS["5pct"], speculative_config=drafter.CONFIG),
     "drafts of n-grams": engine("5pct", SETTINGS["5pct"], speculative_config=NGRAM),
 }
 ALONE = "drafts of n-grams"  # in its process; see docs/serving.md
@@ -32,8 +30,7 @@ ALONE = "drafts of n-grams"  # in its process; see docs/serving.md
 @cache
 def results(is_alone):
     """What the engines made: each of two ranks takes what cores there are."""
-    model = test_engine.model()
-    EAGLE["model"] = str(drafter.write(model, model.parent / "tiny-eagle"))
+    drafter.write(test_engine.model())
     runs = [run | {"name": name} for name, run in RUNS.items() if (name == ALONE) == is_alone]
     return test_engine.made(runs, os.environ | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"})
 

@@ -21,7 +21,7 @@ from ..schedule import Role
 from ..selection import Selection
 from ..visual import VisualTokens
 from ..workspace import Workspace
-from .rows import RequestRow, SpanTable
+from .rows import RequestRow, Spans, SpanTable
 from .setting import Setting
 from .stats import Counters
 from .step import OPTED_OUT, TEXT
@@ -45,6 +45,7 @@ class GraphStep:
     """The decode rows of one step, as all its layers see them."""
 
     rows: int
+    queries: int  # tokens of each row: 1, and those drafted
     block_table: Tensor  # int32 [rows, pages]
     lengths: Tensor  # int32 [rows]
     buffers: Buffers
@@ -60,6 +61,7 @@ class GraphSteps:
         capacity: int,
         device: torch.device | str,
         max_runs: int = MAX_RUNS,
+        max_queries: int = 1,
     ) -> None:
         """`capacity` is the most visual tokens of a request; it fixes K_max."""
         config = setting.config
@@ -72,13 +74,13 @@ class GraphSteps:
             spans, offsets = host.spans.to(device, copy=True), host.offsets.to(device, copy=True)
             counts = host.counts.to(device, copy=True)
             self._tables = (spans, offsets, counts)
-            drawn = isinstance(self.policy, budgets.Random)
+            drawn, most = isinstance(self.policy, budgets.Random), max_rows * max_queries
             self._all = Buffers(
                 VisualTokens.over(spans, offsets, counts, capacity),
-                Selection.empty(max_rows, config.k_max(capacity), device),
-                torch.zeros(max_rows, device=device) if drawn else None,
+                Selection.empty(most, config.k_max(capacity), device),
+                torch.zeros(most, device=device) if drawn else None,
             )
-        self._views: dict[int, Buffers] = {}
+        self._views: dict[tuple[int, int], Buffers] = {}
 
     def make(
         self,
@@ -87,26 +89,30 @@ class GraphSteps:
         block_table: Tensor,
         lengths: Tensor,
         *,
+        queries: int = 1,
         counts: bool = True,
     ) -> GraphStep | None:
-        """The step of `count` decode rows; None where all that are known stay dense.
+        """The step of `count` decode rows of `queries` tokens; None where all known stay dense.
 
         A row that is None, or lies behind the known ones, is dense whatever its request: prefill,
         or the padding of a graph. Without known rows the engine warms up or captures.
         """
-        spans, dense = [], Counter[str]()
+        spans: list[Spans] = []
+        dense = Counter[str]()
         for row in rows[:count]:
             why = self._why_dense(row)
             spans.append(() if why or row is None else row.spans)
-            dense.update([why] if why else ())
+            dense.update([why] * queries if why else ())
         if counts and rows:
-            self.counters.step(len(spans) - dense.total(), dense)
+            self.counters.step(queries * len(spans) - dense.total(), dense)
         self._write([*spans, *[()] * (count - len(spans))])
         if rows and not any(spans):
             return None  # a graph, where there is one, reads the empty rows
         if self._all.ratio is not None:
-            self._all.ratio[:count].copy_(self.policy.draw(count, self._all.ratio.device))
-        return GraphStep(count, block_table[:count], lengths[:count], self._buffers(count))
+            drawn = self.policy.draw(count * queries, self._all.ratio.device)
+            self._all.ratio[: count * queries].copy_(drawn)
+        table, buffers = block_table[:count], self._buffers(count, queries)
+        return GraphStep(count, queries, table, lengths[:count], buffers)
 
     def _why_dense(self, row: RequestRow | None) -> str:
         if row is None:
@@ -127,14 +133,14 @@ class GraphSteps:
                     part = part.pin_memory()  # a copy: the next step may write the table at once
                 table[begin:end].copy_(part, non_blocking=True)
 
-    def _buffers(self, rows: int) -> Buffers:
-        made = self._views.get(rows)
+    def _buffers(self, rows: int, queries: int) -> Buffers:
+        made = self._views.get((rows, queries))
         if made is None:
             ratio = self._all.ratio
-            made = self._views[rows] = Buffers(
+            made = self._views[rows, queries] = Buffers(
                 self._all.visual.first(rows),
-                self._all.selection.first(rows),
-                None if ratio is None else ratio[:rows],
+                self._all.selection.first(rows * queries),
+                None if ratio is None else ratio[: rows * queries],
             )
         return made
 
@@ -152,19 +158,22 @@ class GraphLayer:
     ) -> None:
         self.steps, self.role, self.heads = steps, role, heads
         self.numbers: dict[str, Any] = {"scale": scale, "softcap": softcap}
-        self._ops: LayerOps | None = None
+        self._ops: dict[int, LayerOps] = {}  # by tokens of a row
 
     def run(
         self, step: GraphStep, q: Tensor, k_pages: Tensor, v_pages: Tensor, out: Tensor
     ) -> None:
-        """Attend to the decode rows: q and out [rows, H, D], pages [P, G, page, D]."""
+        """Attend to the decode rows: q and out [rows * queries, H, D], pages [P, G, page, D]."""
+        if step.queries > 1:
+            q, out = (t.view(step.rows, step.queries, *t.shape[1:]) for t in (q, out))
         kv = paged_cache_of(k_pages, v_pages, step.block_table, step.lengths, "HND")
         visual, selection = step.buffers.visual, step.buffers.selection
         steps, config = self.steps, self.steps.setting.config
-        if self._ops is None:  # made by a step that warms up, before any capture
-            self._ops = LayerOps(q, kv, None, config, **self.numbers)
+        ops = self._ops.get(step.queries)
+        if ops is None:  # made by a step that warms up, before any capture
+            ops = self._ops[step.queries] = LayerOps(q, kv, None, config, **self.numbers)
         if self.role is Role.FOLLOWER:
-            self._ops.attend(q, kv, visual, selection, steps.workspace, out)
+            ops.attend(q, kv, visual, selection, steps.workspace, out)
             return
         if self.heads is not None and self.heads.splits(q):
             made, kept = self.heads.decode(q, kv, visual, config, **self.numbers)
@@ -172,8 +181,19 @@ class GraphLayer:
             filled(selection, kept)
         else:
             ratio = step.buffers.ratio
-            self._ops.decode(q, kv, visual, steps.workspace, out, selection, ratio)
+            ops.decode(q, kv, visual, steps.workspace, out, selection, ratio)
         steps.counters.selected(selection, visual)
+
+
+def leading(tokens: Sequence[int], most: int) -> tuple[int, int]:
+    """Of rows with so many tokens: how many at the front have the same, up to `most`; and how many.
+
+    Rows of no token behind them are the padding of a graph, which has one shape.
+    """
+    if not tokens or not 0 < tokens[0] <= most:
+        return 0, 1
+    count = next((i for i, own in enumerate(tokens) if own != tokens[0]), len(tokens))
+    return (count if any(tokens[count:]) else len(tokens)), tokens[0]
 
 
 def _ranges(numbers: Iterable[int]) -> list[tuple[int, int]]:

@@ -1,9 +1,10 @@
 """vLLM's GPU attention with our anchors and followers.
 
 Keys and values lie as vLLM's FlashAttention and Triton backends store them, and are read in place.
-Layers before the anchor, prefill, drafts and everything else stay on vLLM's own path: a layer of
-ours runs the rows of one token at the front of a batch, and hands the others on. A full CUDA graph
-holds rows of one token alone, so it is all ours from the anchor on.
+Layers before the anchor, prefill and everything else stay on vLLM's own path: a layer of ours runs
+the decode rows at the front of a batch, as long as they have as many tokens each (one, and those
+drafted), and hands the others on. A full CUDA graph holds such rows alone, so it is all ours from
+the anchor on.
 """
 
 from typing import Any
@@ -14,7 +15,7 @@ from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadat
 from vllm.v1.attention.backends import flash_attn, triton_attn
 
 from ...schedule import Role
-from ..graphs import GraphLayer, GraphStep, GraphSteps
+from ..graphs import GraphLayer, GraphStep, GraphSteps, leading
 from ..rows import RequestRow
 from . import compat
 from .metrics import publish
@@ -34,6 +35,7 @@ class Shared:
             vllm_config.scheduler_config.max_num_seqs,
             vllm_config.model_config.max_model_len,
             device,
+            max_queries=_most_queries(vllm_config),
         )
         self.counts_steps: Any = None  # the builder that does
         compat.watch_runner()
@@ -65,12 +67,17 @@ class Ours:
         self.begin = begin  # their first query token
 
 
+def _most_queries(vllm_config: Any) -> int:
+    """Tokens of a decode row: one, and those drafted."""
+    return 1 + int(getattr(vllm_config.speculative_config, "num_speculative_tokens", None) or 0)
+
+
 def _is_asked(vllm_config: Any) -> bool:
     return vllm_config is not None and compat.setting(vllm_config) is not None
 
 
 class Builder:
-    """Splits a step into rows of one token, which are ours from the anchor on, and the rest."""
+    """Splits a step into decode rows, which are ours from the anchor on, and the rest."""
 
     supports_update_block_table = False  # a copy would carry the step of another table
     own: Any  # vLLM's builder
@@ -87,7 +94,8 @@ class Builder:
         self, spec: Any, names: list[str], vllm_config: Any, device: Any, **more: Any
     ) -> None:
         super().__init__(spec, names, vllm_config, device, **more)  # type: ignore[call-arg]
-        self.reorder_batch_threshold = 1  # vLLM then puts rows of one token first
+        self.most_queries = _most_queries(vllm_config)
+        self.reorder_batch_threshold = self.most_queries  # vLLM puts rows of so few tokens first
         self.engine = engine_of(vllm_config, device)
         self.is_sparse = any(self.engine.role(name) in SPARSE for name in names)
         if self.is_sparse and self.engine.counts_steps is None:
@@ -97,10 +105,14 @@ class Builder:
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> Any:
-        """Full graphs of rows with one token: what runs on the host is no part of them."""
+        """Full graphs of decode rows alone: what runs on the host is no part of them."""
+        own = cls.own.get_cudagraph_support(vllm_config, kv_cache_spec)
         if not _is_asked(vllm_config):
-            return cls.own.get_cudagraph_support(vllm_config, kv_cache_spec)
-        return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+            return own
+        ours = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+        if _most_queries(vllm_config) > 1:
+            ours = AttentionCGSupport.UNIFORM_BATCH
+        return min(own, ours, key=lambda support: support.value)
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
         """The metadata that a graph is captured with: empty rows, the grid of all K_max."""
@@ -125,29 +137,28 @@ class Builder:
 
     def _ours(self, common: CommonAttentionMetadata) -> Ours | None:
         known = [] if self._captures else compat.current_rows() or []
-        count = _single(common)
+        count, queries = _leading(common, self.most_queries)
         if not count:
             return None
         step = self.engine.steps.make(
             _decoding(known, common), count, common.block_table_tensor, common.seq_lens,
-            counts=self.engine.counts_steps is self,
+            queries=queries, counts=self.engine.counts_steps is self,
         )  # fmt: skip
         if step is None:
             return None
-        begin = count  # a token each
+        begin = count * queries
         if count == common.num_reqs:
             return Ours(self.engine, step, None, begin)
         # without a schedule made ahead: that one lies in a buffer which the whole step reads
-        rest = super().build(0, _rest(common, count), True)  # type: ignore[misc]
+        rest = super().build(0, _rest(common, count, begin), True)  # type: ignore[misc]
         return Ours(self.engine, step, rest, begin)
 
 
-def _single(common: CommonAttentionMetadata) -> int:
-    """Rows of one token at the front of a batch; the padding of a graph has none or one."""
+def _leading(common: CommonAttentionMetadata, most: int) -> tuple[int, int]:
+    """The rows at the front of a batch that are ours, and the tokens of each."""
     if common.max_query_len == 1:
-        return int(common.num_reqs)
-    lengths = common.query_start_loc_cpu.diff().tolist()
-    return next((i for i, length in enumerate(lengths) if length != 1), len(lengths))
+        return int(common.num_reqs), 1
+    return leading(common.query_start_loc_cpu.diff().tolist(), most)
 
 
 def _decoding(known: list[RequestRow], common: CommonAttentionMetadata) -> list[RequestRow | None]:
@@ -158,9 +169,8 @@ def _decoding(known: list[RequestRow], common: CommonAttentionMetadata) -> list[
     return [None if is_prefill else row for row, is_prefill in zip(known, prefills, strict=False)]
 
 
-def _rest(common: CommonAttentionMetadata, first: int) -> Any:
-    """The rows from `first` on, as a batch of their own."""
-    begin = first
+def _rest(common: CommonAttentionMetadata, first: int, begin: int) -> Any:
+    """The rows from `first` on, their tokens from `begin` on, as a batch of their own."""
     bound = common.seq_lens_cpu_upper_bound
     return common.replace(
         num_reqs=common.num_reqs - first,
@@ -211,7 +221,7 @@ class Impl:
             )
             return made
         assert self.ours is not None and self.pages is not None
-        n = ours.step.rows
+        n = ours.begin
         self.ours.run(ours.step, query[:n], *self.pages, output[:n])
         if ours.rest is not None:
             begin = ours.begin

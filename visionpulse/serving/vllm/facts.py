@@ -7,7 +7,8 @@ from ..setting import KEY, Engine, Obstacle, asked_of
 
 DRAFTS = {
     "cpu": "each drafted token is a decode row of its own, sparse like the others",
-    "cuda": "rows with drafted tokens stay dense",
+    "cuda": "each drafted token is a decode row of its own, sparse like the others, as long as the "
+    "rows of a step have as many tokens each; those behind the first that differs stay dense",
 }
 UNQUANTISED = ("auto", "float32", "bfloat16", "float16", "half", "float")
 # Config fields of language models whose logits have a bias that the kernels do not add.

@@ -14,6 +14,7 @@ from visionpulse.serving.graphs import (
 )
 from visionpulse.serving.rows import RequestRow
 from visionpulse.serving.setting import Engine, of_request, setting_of
+from visionpulse.serving.stats import Counters
 from visionpulse.serving.step import OPTED_OUT, TEXT
 from visionpulse.testing.draw import Draws
 
@@ -109,6 +110,24 @@ def test_drafted_tokens_of_a_row_are_decode_rows_of_their_own():
     totals = steps.counters.totals()
     assert totals.sparse_rows == sum(totals.mass.counts) == queries
     assert totals.dense_rows == {OPTED_OUT: queries, TEXT: queries}
+
+
+def test_the_scratch_of_every_step_is_there_once_the_largest_was_reserved():
+    own, tables = setting(), Tables()
+    steps = GraphSteps(own, ROWS, 96, "cpu", max_queries=2)
+    layer = GraphLayer(steps, Role.ANCHOR, DIM**-0.5)
+    layer.reserve(tables.q[:1], KV_HEADS, tables.q.dtype, 96)
+    taken = {key: (t.data_ptr(), t.numel()) for key, t in steps.workspace._buffers.items()}
+    assert taken and steps.counters.totals() == Counters().totals()
+    tables.lengths[:] = 96
+    known = [row(str(i), ((0, 95),)) for i in range(ROWS)]  # the CPU's own size follows the runs
+    for queries in (1, 2):
+        step = steps.make(known, ROWS, tables.table, tables.lengths, queries=queries)
+        q = Draws(2).normal(ROWS * queries, HEADS, DIM)
+        for role in (Role.ANCHOR, Role.FOLLOWER):
+            GraphLayer(steps, role, DIM**-0.5).run(step, q, tables.k, tables.v, q.clone())
+    now = {key: (t.data_ptr(), t.numel()) for key, t in steps.workspace._buffers.items()}
+    assert now == taken
 
 
 def test_rows_that_are_ours_have_as_many_tokens_each():

@@ -5,6 +5,7 @@ layers of all steps share one selection. Nothing is read back, and no shape foll
 that must be dense in a step has count 0, in the same graph.
 """
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from .stats import Counters
 from .step import OPTED_OUT, TEXT
 
 MAX_RUNS = 1024  # of visual tokens in a request: a picture is one, a video one a frame
+RESERVED_PAGE = 16  # tokens; scratch does not depend on it
 PREFILL = "prefill"
 TOO_MANY_RUNS = f"more than {MAX_RUNS} runs of visual tokens"
 
@@ -66,6 +68,7 @@ class GraphSteps:
         """`capacity` is the most visual tokens of a request; it fixes K_max."""
         config = setting.config
         self.setting, self.counters = setting, Counters(device)
+        self.max_rows, self.max_queries = max_rows, max_queries
         self.workspace = Workspace()
         self.policy: Any = budgets.policy_of(config.budget, config.ratio)
         self._host = SpanTable(max_rows, max_runs, fixed=True)
@@ -183,6 +186,25 @@ class GraphLayer:
             ratio = step.buffers.ratio
             ops.decode(q, kv, visual, steps.workspace, out, selection, ratio)
         steps.counters.selected(selection, visual)
+
+    def reserve(self, q: Tensor, kv_heads: int, dtype: torch.dtype, longest: int) -> None:
+        """Run the largest step once, so that an engine which measures its memory sees the scratch.
+
+        `q` [any, H, D] says what queries are like; all rows read one page, over and over.
+        """
+        steps, (heads, dim) = self.steps, q.shape[1:]
+        pages = torch.zeros(1, kv_heads, RESERVED_PAGE, dim, dtype=dtype, device=q.device)
+        table = torch.zeros(
+            steps.max_rows, -(-longest // RESERVED_PAGE), dtype=torch.int32, device=q.device
+        )
+        lengths = torch.full((steps.max_rows,), longest, dtype=torch.int32, device=q.device)
+        full = [RequestRow("", ((0, longest - 1),))] * steps.max_rows
+        for queries, rows in itertools.product({1, steps.max_queries}, (full, [])):
+            step = steps.make(rows, steps.max_rows, table, lengths, queries=queries, counts=False)
+            assert step is not None  # no known row is dense
+            own = q.new_zeros(steps.max_rows * queries, heads, dim)
+            self.run(step, own, pages, pages, torch.empty_like(own))
+        steps.counters.forget()
 
 
 def leading(tokens: Sequence[int], most: int) -> tuple[int, int]:

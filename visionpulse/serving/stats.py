@@ -85,6 +85,12 @@ class Counters:
         if len(self._pending) >= AT_ONCE:
             self._add_pending()
 
+    def forget(self) -> None:
+        """Count from nothing again: what ran was no request's."""
+        self._pending.clear()
+        self._rows.clear()
+        self._sums.zero_()
+
     def _add_pending(self) -> None:
         with self._adds:  # the thread that publishes adds too
             pending = [self._pending.popleft() for _ in range(len(self._pending))]

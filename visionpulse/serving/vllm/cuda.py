@@ -17,6 +17,7 @@ from vllm.v1.attention.backends import flash_attn, triton_attn
 from ...schedule import Role
 from ..graphs import GraphLayer, GraphStep, GraphSteps, leading
 from ..rows import RequestRow
+from ..setting import Setting
 from . import compat
 from .metrics import publish
 
@@ -38,12 +39,18 @@ class Shared:
             max_queries=_most_queries(vllm_config),
         )
         self.counts_steps: Any = None  # the builder that does
+        self.is_reserved = False
         compat.watch_runner()
 
     def role(self, name: str) -> Role:
-        """What a layer does; one beyond the model's is a drafter's."""
-        number, roles = compat.layer_number(name), self.setting.roles
-        return roles[number] if number < len(roles) else Role.MODEL
+        """What a layer does."""
+        return role_of(self.setting, name)
+
+
+def role_of(setting: Setting, name: str) -> Role:
+    """What a layer does; one beyond the model's is a drafter's."""
+    number = compat.layer_number(name)
+    return setting.roles[number] if number < len(setting.roles) else Role.MODEL
 
 
 _engines: list[Shared] = []  # of this process; in tests several, one after the other
@@ -191,6 +198,7 @@ class Impl:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         compat.refuse_layer(self)
+        self.vllm_config = get_current_vllm_config_or_none()
         self.ours: GraphLayer | None = None
         self.is_sparse: bool | None = None  # known with the first step
         self.pages: tuple[Tensor, Tensor] | None = None
@@ -215,6 +223,8 @@ class Impl:
         ours: Ours | None = getattr(attn_metadata, "visionpulse", None)
         scales = (output_scale, output_block_scale)
         theirs: Any = super().forward  # type: ignore[misc]
+        if attn_metadata is None:
+            self._reserve(layer, query, output)
         if ours is None or not self._begin(layer, kv_cache, ours.engine):
             made: Tensor = theirs(
                 layer, query, key, value, kv_cache, attn_metadata, output, *scales
@@ -229,8 +239,23 @@ class Impl:
             theirs(layer, query[begin:], *rest, *scales)
         return output
 
-    def _begin(self, layer: Any, kv_cache: Tensor, engine: Shared) -> bool:
-        """Whether the layer is ours; what it reads is found out once, and anew with the cache."""
+    def _reserve(self, layer: Any, query: Tensor, output: Tensor) -> None:
+        """Take the memory of the largest step while vLLM measures what is left for its cache."""
+        setting = compat.setting(self.vllm_config) if self.vllm_config is not None else None
+        if setting is None or role_of(setting, layer.layer_name) is not Role.ANCHOR:
+            return
+        engine = engine_of(self.vllm_config, query.device)
+        if engine.is_reserved:
+            return
+        engine.is_reserved = True
+        ours = self._layer(layer, engine)
+        assert ours is not None
+        kv_heads: int = self.num_kv_heads  # type: ignore[attr-defined]
+        longest = self.vllm_config.model_config.max_model_len
+        ours.reserve(output[:1], kv_heads, output.dtype, longest)
+
+    def _layer(self, layer: Any, engine: Shared) -> GraphLayer | None:
+        """The layer, where it is ours; made once."""
         if self.is_sparse is None:
             role = engine.role(layer.layer_name)
             self.is_sparse = role in SPARSE
@@ -239,10 +264,15 @@ class Impl:
                 softcap = getattr(self, "logits_soft_cap", None) or None
                 scale: float = self.scale  # type: ignore[attr-defined]
                 self.ours = GraphLayer(engine.steps, role, scale, softcap, heads)
+        return self.ours
+
+    def _begin(self, layer: Any, kv_cache: Tensor, engine: Shared) -> bool:
+        """Whether the layer is ours; what it reads is found out once, and anew with the cache."""
+        self._layer(layer, engine)
         if self.is_sparse and (self.pages is None or self._of_another(kv_cache)):
             keys, values = kv_cache.chunk(2, dim=3)  # [blocks, G, block, D], any strides
             self.pages = keys, values
-        return self.is_sparse
+        return self.is_sparse is True
 
     def _of_another(self, kv_cache: Tensor) -> bool:
         """Whether the pages are those of another cache: the one of profiling is let go."""

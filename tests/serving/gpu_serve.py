@@ -19,6 +19,7 @@ SETTINGS = {
     "keep all": {"ratio": [1.0, 1.0]},
     "pruned": {"preset": "5pct"},
     "per_layer": {"preset": "5pct", "schedule": "per_layer"},
+    "lookback": {"preset": "5pct", "schedule": "lookback"},
 }
 
 

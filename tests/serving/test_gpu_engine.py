@@ -16,7 +16,7 @@ import test_engine
 
 pytestmark = pytest.mark.deep
 HERE = Path(__file__).resolve().parent
-SETTINGS = ("10pct", "5pct", "per_layer", "two anchors", "top_k")
+SETTINGS = ("10pct", "5pct", "per_layer", "lookback", "two anchors", "top_k")
 PRUNED = test_engine.PRUNED
 RUNS = [
     *(test_engine.engine(name, test_engine.SETTINGS[name]) for name in SETTINGS),

@@ -1,5 +1,7 @@
 """Steps over memory that stays, as a GPU engine captures them: the same code on CPU tensors."""
 
+from collections import Counter
+
 import pytest
 import torch
 
@@ -112,6 +114,40 @@ def test_drafted_tokens_of_a_row_are_decode_rows_of_their_own():
     assert totals.dense_rows == {OPTED_OUT: queries, TEXT: queries}
 
 
+def test_layers_before_the_anchor_follow_what_each_request_kept_in_its_last_step():
+    """Requests come, change rows, are away for a step and come back; one has no picture."""
+    own = setting_of({"ratio": [0.1, 0.5], "anchor": 2, "schedule": "lookback", "refresh": 3},
+                     engine())  # fmt: skip
+    steps, tables, kept, turns = steps_of(own), Tables(), {}, Counter()
+    early = [GraphLayer(steps, Role.FOLLOWER, DIM**-0.5, layer=i) for i in (0, 1)]
+    anchor = GraphLayer(steps, Role.ANCHOR, DIM**-0.5, layer=2)
+    spans, followed = {"a": A, "b": B, "c": C, "t": ()}, 0
+    for number, names in enumerate(("ab", "ba", "bca", "bcat", "tcb", "cab", "abc", "abct")):
+        known, n = [row(name, spans[name]) for name in names], len(names)
+        step = make(steps, tables, known, n)
+        q = Draws(number).normal(3, n, HEADS, DIM)
+        outs = torch.zeros_like(q)
+        for layer, own_q, out in zip((*early, anchor), q, outs, strict=True):
+            layer.run(step, own_q, tables.k, tables.v, out)
+        for gone in set(kept) - set(names):
+            del kept[gone], turns[gone]
+        for i, name in enumerate(names):
+            cut = slice(i, i + 1)
+            cache = vp.PagedKVCache(
+                tables.k, tables.v, tables.table[cut], tables.lengths[cut], layout="HND"
+            )
+            visual = vp.VisualTokens.from_spans([spans[name]], capacity=96)
+            follows = name in kept and turns[name] % 3 and spans[name]
+            followed += bool(follows)
+            pruned = (visual, kept[name]) if follows else (None, None)
+            for j in (0, 1):
+                wanted = vp.attend(q[j, cut], cache, *pruned)
+                torch.testing.assert_close(outs[j, cut], wanted, rtol=1e-5, atol=1e-6)
+            kept[name] = vp.decode(q[2, cut], cache, visual, own.config)[1]
+            turns[name] += 1
+    assert followed > 8
+
+
 def test_the_scratch_of_every_step_is_there_once_the_largest_was_reserved():
     own, tables = setting(), Tables()
     steps = GraphSteps(own, ROWS, 96, "cpu", max_queries=2)
@@ -190,13 +226,13 @@ def test_only_rows_whose_request_changed_are_written():
     steps, tables = steps_of(own), Tables()
     known = [row("a", A), row("b", B), row("c", C)]
     make(steps, tables, known, 3)
-    for table in steps._tables:
+    for table in steps._spans.tables:
         table.fill_(-5)  # as a write would not
     make(steps, tables, known, 3)
-    assert all((table == -5).all() for table in steps._tables)
+    assert all((table == -5).all() for table in steps._spans.tables)
     known[1] = row("d", A)
     make(steps, tables, known, 3)
-    for table in steps._tables:
+    for table in steps._spans.tables:
         assert (table[[0, 2, 3]] == -5).all() and (table[1] != -5).all()
 
 
@@ -212,8 +248,8 @@ def test_padding_behind_the_requests_is_empty():
 
 
 def test_what_a_gpu_engine_cannot_do_is_refused_with_the_way_out():
-    with pytest.raises(ValueError, match=r"lookback.*several anchors"):
-        setting(schedule="lookback")
+    with pytest.raises(ValueError, match=r"lookback.*speculative"):
+        setting_of({"schedule": "lookback"}, engine(has_drafts=True))
     with pytest.raises(ValueError, match=r"between score and select.*without graphs"):
         setting(budget="top_p:0.5")
     own = setting()

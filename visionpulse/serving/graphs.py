@@ -5,10 +5,10 @@ layers of all steps share one selection. Nothing is read back, and no shape foll
 that must be dense in a step has count 0, in the same graph.
 """
 
-import itertools
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from ..schedule import Role
 from ..selection import Selection
 from ..visual import VisualTokens
 from ..workspace import Workspace
+from .lookback import KeptSlots, written
 from .rows import RequestRow, Spans, SpanTable
 from .setting import Setting
 from .stats import Counters
@@ -40,6 +41,8 @@ class Buffers:
     visual: VisualTokens
     selection: Selection
     ratio: Tensor | None  # float32 [rows], of a budget that is drawn
+    followed: VisualTokens | None = None  # under lookback: those of rows that follow the last step
+    kept: Selection | None = None  # what these kept in it
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,29 @@ class GraphStep:
     block_table: Tensor  # int32 [rows, pages]
     lengths: Tensor  # int32 [rows]
     buffers: Buffers
+
+
+class DeviceSpans:
+    """The visual tokens of rows on a device, of which only what changed is written."""
+
+    def __init__(
+        self, max_rows: int, max_runs: int, capacity: int, device: torch.device | str
+    ) -> None:
+        self._host = SpanTable(max_rows, max_runs, fixed=True)
+        self.fits = self._host.fits
+        with torch.inference_mode(False):
+            spans, offsets, counts = (table.to(device, copy=True) for table in self._own())
+            self.tables = spans, offsets, counts
+            self.visual = VisualTokens.over(spans, offsets, counts, capacity)
+
+    def _own(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self._host.spans, self._host.offsets, self._host.counts
+
+    def write(self, spans: Sequence[Spans]) -> None:
+        """Bring the rows that changed to the device, without waiting for it."""
+        for begin, end in _ranges(self._host.changed(spans)):
+            for table, own in zip(self.tables, self._own(), strict=True):
+                written(table[begin:end], own[begin:end])
 
 
 class GraphSteps:
@@ -71,15 +97,16 @@ class GraphSteps:
         self.max_rows, self.max_queries = max_rows, max_queries
         self.workspace = Workspace()
         self.policy: Any = budgets.policy_of(config.budget, config.ratio)
-        self._host = SpanTable(max_rows, max_runs, fixed=True)
+        self._spans = DeviceSpans(max_rows, max_runs, capacity, device)
+        self.kept = self._followed = None
+        self._follows: list[bool] = []  # of the rows of this step
+        if setting.looks_back:
+            self.kept = KeptSlots(config.refresh, max_rows, config.k_max(capacity), device)
+            self._followed = DeviceSpans(max_rows, max_runs, capacity, device)
         with torch.inference_mode(False):
-            host = self._host
-            spans, offsets = host.spans.to(device, copy=True), host.offsets.to(device, copy=True)
-            counts = host.counts.to(device, copy=True)
-            self._tables = (spans, offsets, counts)
             drawn, most = isinstance(self.policy, budgets.Random), max_rows * max_queries
             self._all = Buffers(
-                VisualTokens.over(spans, offsets, counts, capacity),
+                self._spans.visual,
                 Selection.empty(most, config.k_max(capacity), device),
                 torch.zeros(most, device=device) if drawn else None,
             )
@@ -108,7 +135,10 @@ class GraphSteps:
             dense.update([why] * queries if why else ())
         if counts and rows:
             self.counters.step(queries * len(spans) - dense.total(), dense)
-        self._write([*spans, *[()] * (count - len(spans))])
+        spans += [()] * (count - len(spans))
+        self._spans.write(spans)
+        if self.kept is not None and self._followed is not None:
+            self._follow(self.kept, self._followed, rows, spans, counts)
         if rows and not any(spans):
             return None  # a graph, where there is one, reads the empty rows
         if self._all.ratio is not None:
@@ -124,17 +154,24 @@ class GraphSteps:
             return OPTED_OUT
         if not row.spans:
             return TEXT
-        return "" if self._host.fits(row.spans) else TOO_MANY_RUNS
+        return "" if self._spans.fits(row.spans) else TOO_MANY_RUNS
 
-    def _write(self, spans: Sequence[tuple[tuple[int, int], ...]]) -> None:
-        """Bring the rows that changed to the device, without waiting for it."""
-        here = (self._host.spans, self._host.offsets, self._host.counts)
-        for begin, end in _ranges(self._host.changed(spans)):
-            for table, own in zip(self._tables, here, strict=True):
-                part = own[begin:end]
-                if table.device.type == "cuda":
-                    part = part.pin_memory()  # a copy: the next step may write the table at once
-                table[begin:end].copy_(part, non_blocking=True)
+    def _follow(
+        self,
+        kept: KeptSlots,
+        followed: "DeviceSpans",
+        rows: Sequence[RequestRow | None],
+        spans: Sequence[Spans],
+        begins: bool,
+    ) -> None:
+        """Say which rows follow their last step; of the builders of a step, one begins it."""
+        if begins:
+            names = [
+                row.request if row and own else None for row, own in zip(rows, spans, strict=False)
+            ]
+            self._follows = kept.step(names, len(spans))
+        follows = [*self._follows, *[False] * len(spans)]  # none, before a step has begun
+        followed.write([own if f else () for own, f in zip(spans, follows, strict=False)])
 
     def _buffers(self, rows: int, queries: int) -> Buffers:
         made = self._views.get((rows, queries))
@@ -144,6 +181,8 @@ class GraphSteps:
                 self._all.visual.first(rows),
                 self._all.selection.first(rows * queries),
                 None if ratio is None else ratio[: rows * queries],
+                None if self._followed is None else self._followed.visual.first(rows),
+                None if self.kept is None else self.kept.first(rows),
             )
         return made
 
@@ -158,8 +197,13 @@ class GraphLayer:
         scale: float,
         softcap: float | None = None,
         heads: HeadGroup | None = None,
+        layer: int = 0,
     ) -> None:
         self.steps, self.role, self.heads = steps, role, heads
+        roles, kept = steps.setting.roles, steps.kept
+        is_early = role is Role.FOLLOWER and layer < steps.setting.anchors[0]
+        self.kept = kept if is_early else None  # what a layer before the anchor follows
+        self.reads = is_early and Role.FOLLOWER not in roles[:layer]
         self.numbers: dict[str, Any] = {"scale": scale, "softcap": softcap}
         self._ops: dict[int, LayerOps] = {}  # by tokens of a row
 
@@ -175,16 +219,25 @@ class GraphLayer:
         ops = self._ops.get(step.queries)
         if ops is None:  # made by a step that warms up, before any capture
             ops = self._ops[step.queries] = LayerOps(q, kv, None, config, **self.numbers)
+        if self.kept is not None:
+            followed, kept = step.buffers.followed, step.buffers.kept
+            assert kept is not None
+            if self.reads:
+                self.kept.read(kept)
+            ops.attend(q, kv, followed, kept, steps.workspace, out)
+            return
         if self.role is Role.FOLLOWER:
             ops.attend(q, kv, visual, selection, steps.workspace, out)
             return
         if self.heads is not None and self.heads.splits(q):
-            made, kept = self.heads.decode(q, kv, visual, config, **self.numbers)
+            made, chosen = self.heads.decode(q, kv, visual, config, **self.numbers)
             out.copy_(made)
-            filled(selection, kept)
+            filled(selection, chosen)
         else:
             ratio = step.buffers.ratio
             ops.decode(q, kv, visual, steps.workspace, out, selection, ratio)
+        if steps.kept is not None:
+            steps.kept.write(selection)
         steps.counters.selected(selection, visual)
 
     def reserve(self, q: Tensor, kv_heads: int, dtype: torch.dtype, longest: int) -> None:
@@ -199,7 +252,7 @@ class GraphLayer:
         )
         lengths = torch.full((steps.max_rows,), longest, dtype=torch.int32, device=q.device)
         full = [RequestRow("", ((0, longest - 1),))] * steps.max_rows
-        for queries, rows in itertools.product({1, steps.max_queries}, (full, [])):
+        for queries, rows in product({1, steps.max_queries}, (full, [])):
             step = steps.make(rows, steps.max_rows, table, lengths, queries=queries, counts=False)
             assert step is not None  # no known row is dense
             own = q.new_zeros(steps.max_rows * queries, heads, dim)

@@ -115,11 +115,6 @@ def _of_config(config: PulseConfig, engine: Engine) -> list[str]:
             "schedule='lookback' with speculative decoding: the tokens of one step run at once, so "
             "none can follow what the one before it kept; use schedule='paper' or 'per_layer'"
         )
-    if engine.device != "cpu" and config.schedule == "lookback":
-        found.append(
-            "schedule='lookback' needs what each request kept in its last step, and a graph's rows "
-            "are other requests in each; use schedule='paper' with several anchors, or 'per_layer'"
-        )
     if engine.has_graphs and runs_between_stages(config):
         found.append(
             f"budget {config.budget!r} runs on the host between score and select, which a captured "

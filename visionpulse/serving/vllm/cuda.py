@@ -263,7 +263,8 @@ class Impl:
                 heads = compat.head_group(engine.setting.engine.heads)
                 softcap = getattr(self, "logits_soft_cap", None) or None
                 scale: float = self.scale  # type: ignore[attr-defined]
-                self.ours = GraphLayer(engine.steps, role, scale, softcap, heads)
+                number = compat.layer_number(layer.layer_name)
+                self.ours = GraphLayer(engine.steps, role, scale, softcap, heads, number)
         return self.ours
 
     def _begin(self, layer: Any, kv_cache: Tensor, engine: Shared) -> bool:

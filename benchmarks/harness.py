@@ -73,7 +73,7 @@ class Bench:
         for name in wanted or names():
             backend = get(name)
             away = self.device.type not in (backend.auto_devices or ())
-            reason = backend.unavailable() or backend.refuses(call)
+            reason = backend.unavailable() or backend.against(call)
             if name in wanted and reason:
                 raise SystemExit(f"backend {name} cannot run here: {reason}")
             if name in wanted or not (away or reason):

@@ -63,7 +63,7 @@ void read_query(Call& c, const py::tuple& items) {
 }
 
 inline void read_cache(CacheArgs& a, const py::tuple& items) {
-  Reader r(items, 15);
+  Reader r(items, 20);
   a.k = r.address<const void>();
   a.v = r.address<const void>();
   a.starts = r.address<const int32_t>();
@@ -75,6 +75,13 @@ inline void read_cache(CacheArgs& a, const py::tuple& items) {
   a.capacity = r.small();
   a.page_size = r.small();
   a.pages = r.small();
+  a.dtype = static_cast<DType>(r.small());
+  for (CacheScale* scale : {&a.k_scale, &a.v_scale}) {
+    scale->values = r.address<const float>();
+    scale->stride = r.small();
+  }
+  if (static_cast<uint32_t>(a.dtype) > 3)
+    throw std::invalid_argument("dtype of the cache outside what the kernels serve");
 }
 
 inline void read_visual(VisualArgs& v, const py::tuple& items) {

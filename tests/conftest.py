@@ -101,6 +101,8 @@ def pytest_generate_tests(metafunc):
             if metafunc.definition.get_closest_marker("bits"):
                 # its products are torch's, which picks an algorithm by batch and CPU
                 every = [name for name in every if name != "reference"]
+            if metafunc.definition.get_closest_marker("float8"):
+                every = [name for name in every if get(name).reads_float8]
             each = [pytest.param(name, id=name, marks=pytest.mark.backend(name)) for name in every]
             metafunc.parametrize(argument, each)
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .float8 import FLOAT8
 from .tensor_checks import MAX_POSITION, in_range, per_row, same_device, tensor, unit_stride
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, FLOAT8)
 MAX_HEAD_DIM = 256
 MAX_GROUP = 32  # query heads of one KV head
 MAX_QUERIES = 16  # queries of one row in a call
@@ -22,18 +23,24 @@ class KVCache:
     """Keys and values of one layer, a row of the batch per sequence.
 
     `starts` and `lengths` cut the visible keys of a row, `start <= n < length`; None means 0 and N.
+    K and V of `torch.float8_e4m3fn` stand for themselves times `k_scale` and `v_scale`, float32 of
+    one number or of [G]; None means 1. `vp.float8.stored` makes them.
     """
 
     k: Tensor  # [B, G, N, D], any strides with a unit last one
     v: Tensor  # [B, G, N, D]
     lengths: Tensor | None = None  # int32 [B]
     starts: Tensor | None = None  # int32 [B]
+    k_scale: Tensor | None = None  # float32, one number or [G]
+    v_scale: Tensor | None = None  # the same
 
     is_paged = False
     page_size = 0
+    head_axis = 1
 
     def __post_init__(self) -> None:
         _keys_and_values(self.k, self.v, ("k", "v"), "[B, G, N, D]", 1)
+        _scales(self)
         _cut(self, self.k.device)
 
     @property
@@ -87,8 +94,9 @@ class KVCache:
         return self.v.stride()[:3]  # type: ignore[return-value]
 
     def validate(self) -> None:
-        """Check the values of lengths and starts; reads the device, so never called in a step."""
+        """Check lengths, starts and scales; reads the device, so never called in a step."""
         _cut_values(self)
+        _scale_values(self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,6 +112,8 @@ class PagedKVCache:
     lengths: Tensor  # int32 [B]
     starts: Tensor | None = None  # int32 [B]
     layout: str = "NHD"
+    k_scale: Tensor | None = None  # float32, one number or [G], as in KVCache
+    v_scale: Tensor | None = None  # the same
 
     is_paged = True
 
@@ -116,6 +126,7 @@ class PagedKVCache:
         shape, head_axis, _ = _LAYOUTS[self.layout]
         names = ("k_pages", "v_pages")
         _keys_and_values(self.k_pages, self.v_pages, names, shape, head_axis)
+        _scales(self)
         table = tensor("block_table", self.block_table, 2, "int32 [B, pages]")
         if table.dtype != torch.int32:
             raise TypeError(f"block_table must be int32, got {table.dtype}; use .to(torch.int32)")
@@ -146,6 +157,11 @@ class PagedKVCache:
         return self.k_pages.shape[_LAYOUTS[self.layout][2]]
 
     @property
+    def head_axis(self) -> int:
+        """The axis of the KV heads in the tensors that hold keys and values."""
+        return _LAYOUTS[self.layout][1]
+
+    @property
     def batch(self) -> int:
         """B."""
         return self.block_table.shape[0]
@@ -153,7 +169,7 @@ class PagedKVCache:
     @property
     def kv_heads(self) -> int:
         """G."""
-        return self.k_pages.shape[_LAYOUTS[self.layout][1]]
+        return self.k_pages.shape[self.head_axis]
 
     @property
     def capacity(self) -> int:
@@ -186,12 +202,13 @@ class PagedKVCache:
         return self._strides(self.v_pages)
 
     def _strides(self, pages: Tensor) -> tuple[int, int, int]:
-        _, head_axis, slot_axis = _LAYOUTS[self.layout]
-        return pages.stride(0), pages.stride(head_axis), pages.stride(slot_axis)
+        slot_axis = _LAYOUTS[self.layout][2]
+        return pages.stride(0), pages.stride(self.head_axis), pages.stride(slot_axis)
 
     def validate(self) -> None:
-        """Check lengths, starts and page ids; reads the device, so never called in a step."""
+        """Check lengths, starts, page ids, scales; reads the device, so never called in a step."""
         _cut_values(self)
+        _scale_values(self)
         _page_ids(self)
 
 
@@ -205,7 +222,7 @@ def _keys_and_values(
     tensor(names[1], v, 4, shape)
     if k.dtype not in DTYPES:
         raise TypeError(
-            f"the cache must be float32, bfloat16 or float16, got {k.dtype}; "
+            f"the cache must be float32, bfloat16, float16 or float8_e4m3fn, got {k.dtype}; "
             "dequantise it first (float64 is for the reference alone)"
         )
     if v.dtype != k.dtype:
@@ -233,6 +250,41 @@ def _cut(kv: Cache, device: torch.device) -> None:
         raise ValueError(f"a row must have fewer than 2**31 - 1 slots, got {kv.capacity}")
     per_row("lengths", kv.lengths, kv.batch, device)
     per_row("starts", kv.starts, kv.batch, device)
+
+
+def _scales(kv: Cache) -> None:
+    for name, scale in (("k_scale", kv.k_scale), ("v_scale", kv.v_scale)):
+        if scale is None:
+            continue
+        shape = f"float32 of one number or [G={kv.kv_heads}]"
+        if not isinstance(scale, Tensor):
+            raise TypeError(
+                f"{name} must be a tensor, {shape}, got {type(scale).__name__}; "
+                "make it once: torch.tensor(scale, device=k.device)"
+            )
+        if kv.dtype != FLOAT8:
+            raise TypeError(
+                f"{name} belongs to a cache of float8_e4m3fn, got one of {kv.dtype}; leave it out"
+            )
+        if scale.dtype != torch.float32:
+            raise TypeError(f"{name} must be float32, got {scale.dtype}; use .float()")
+        if scale.dim() > 1 or scale.numel() not in (1, kv.kv_heads):
+            raise ValueError(
+                f"{name} must be {shape}, got shape {tuple(scale.shape)}; "
+                "the slots of a head share a scale"
+            )
+        same_device(name, scale, kv.device, "the cache")
+        if not scale.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got stride {scale.stride()}")
+
+
+def _scale_values(kv: Cache) -> None:
+    for name, scale in (("k_scale", kv.k_scale), ("v_scale", kv.v_scale)):
+        if scale is not None and not ((scale > 0) & (scale < torch.inf)).all():
+            raise ValueError(
+                f"{name} must be finite and above 0, got {scale.tolist()}; "
+                "for a head of zeros any scale will do, such as 1"
+            )
 
 
 def _cut_values(kv: Cache) -> None:

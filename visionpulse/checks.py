@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .cache import MAX_GROUP, MAX_QUERIES, Cache, KVCache, PagedKVCache
+from .float8 import FLOAT8
 from .selection import Selection
 from .tensor_checks import (
     are_readable,
@@ -25,6 +26,8 @@ from .tensor_checks import (
 )
 from .visual import VisualTokens
 
+QUERIES_OF_FLOAT8 = (torch.float32, torch.bfloat16, torch.float16)
+
 
 def query(q: Tensor, kv: Cache) -> None:
     """Check a query against its cache."""
@@ -35,8 +38,17 @@ def query(q: Tensor, kv: Cache) -> None:
             f"q [B, Q, H, D] has 1 to {MAX_QUERIES} queries a row, got Q={q.shape[1]}; "
             "make several calls, or run a prefill"
         )
-    if q.dtype != kv.dtype:
-        raise TypeError(f"q, K and V must share a dtype, got {q.dtype} and {kv.dtype}")
+    if kv.dtype == FLOAT8:
+        if q.dtype not in QUERIES_OF_FLOAT8:
+            raise TypeError(
+                "q beside a cache of float8_e4m3fn must be float32, bfloat16 or float16, "
+                f"got {q.dtype}; q itself is not quantised: use .to() of one of them"
+            )
+    elif q.dtype != kv.dtype:
+        raise TypeError(
+            f"q, K and V must share a dtype, got {q.dtype} and {kv.dtype}; "
+            "only a cache of float8_e4m3fn has a dtype of its own"
+        )
     same_device("q", q, kv.device, "the cache")
     if q.shape[0] != kv.batch:
         raise ValueError(f"q has {q.shape[0]} rows, the cache {kv.batch}; both are B")
@@ -86,6 +98,8 @@ def storages(q: Tensor, kv: Cache, visual: VisualTokens | None) -> None:
     has_storage("v_pages" if is_paged else "v", kv.v_data)
     has_storage("lengths", kv.lengths)
     has_storage("starts", kv.starts)
+    has_storage("k_scale", kv.k_scale)
+    has_storage("v_scale", kv.v_scale)
     if isinstance(kv, PagedKVCache):
         has_storage("block_table", kv.block_table)
     if visual is not None:

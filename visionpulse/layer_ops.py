@@ -41,7 +41,7 @@ class LayerOps:
         self.params = ops.numbers(q, scale, softcap, window)
         call = Call(q, kv, self.params, visual)
         queries = count(q)
-        backend = resolve(config.backend, q.device, lambda b: b.refuses(call), queries)
+        backend = resolve(config.backend, q.device, lambda b: b.against(call), queries)
         self.backend = fitted(backend, queries)
         self._budgets: dict[tuple[int, int, bool], Params] = {}
 
@@ -98,21 +98,35 @@ class LayerOps:
         return params if ratio is None else params._replace(ratio=ratio)
 
 
-def cache_of(k: Tensor, v: Tensor, lengths: Tensor | None, starts: Tensor | None) -> KVCache:
+def cache_of(
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor | None,
+    starts: Tensor | None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> KVCache:
     """A KVCache without its checks, for tensors shaped like ones that were checked."""
     kv: KVCache = object.__new__(KVCache)
     fields: dict[str, Any] = kv.__dict__
     fields["k"], fields["v"], fields["lengths"], fields["starts"] = k, v, lengths, starts
+    fields["k_scale"], fields["v_scale"] = k_scale, v_scale
     return kv
 
 
 def paged_cache_of(
-    k_pages: Tensor, v_pages: Tensor, block_table: Tensor, lengths: Tensor, layout: str
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    layout: str,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> PagedKVCache:
     """A PagedKVCache without its checks, for tensors shaped like ones that were checked."""
     kv: PagedKVCache = object.__new__(PagedKVCache)
     fields: dict[str, Any] = kv.__dict__
     fields["k_pages"], fields["v_pages"] = k_pages, v_pages
     fields["block_table"], fields["lengths"], fields["starts"] = block_table, lengths, None
-    fields["layout"] = layout
+    fields["layout"], fields["k_scale"], fields["v_scale"] = layout, k_scale, v_scale
     return kv

@@ -206,7 +206,7 @@ def explain(
     if visual is not None:
         params, _ = budget(params, config, visual, q.shape[:-2].numel(), q.device)
     call = Call(q, kv, params, visual)
-    return choice(backend or config.backend, q.device, lambda b: b.refuses(call), count(q))
+    return choice(backend or config.backend, q.device, lambda b: b.against(call), count(q))
 
 
 def check(q: Tensor, kv: Cache, visual: VisualTokens | None) -> None:
@@ -294,7 +294,7 @@ def _backend(name: str, device: torch.device, against: Against, queries: int | N
 
 
 def _backend_of(call: Call, name: str) -> Backend:
-    return _backend(name, call.q.device, lambda b: b.refuses(call), count(call.q))
+    return _backend(name, call.q.device, lambda b: b.against(call), count(call.q))
 
 
 def _asked(policy: Any, scored: Scored) -> Scored:

@@ -90,7 +90,7 @@ def _one_page_a_row(
 ) -> PagedKVCache:
     """A contiguous cache as one page of N slots for each row."""
     table = torch.arange(kv.batch, dtype=torch.int32, device=kv.device).repeat_interleave(queries)
-    return PagedKVCache(kv.k, kv.v, table[:, None], lengths, starts, "HND")
+    return PagedKVCache(kv.k, kv.v, table[:, None], lengths, starts, "HND", kv.k_scale, kv.v_scale)
 
 
 def _is_flat(out: Tensor) -> bool:

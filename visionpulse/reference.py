@@ -10,21 +10,31 @@ from torch import Tensor
 from .budgets import clamp_count
 from .cache import Cache, PagedKVCache
 from .call import Call, Params, Scored
+from .float8 import read
 from .selection import Selection
 from .visual import VisualTokens
 
 
 def keys_and_values(kv: Cache, heads: int) -> tuple[Tensor, Tensor]:
     """K and V as [B, H, N, D] in the dtype of the arithmetic, pages put in order."""
-    k, v = kv.k_data, kv.v_data
+    inner = torch.float64 if kv.dtype == torch.float64 else torch.float32
+    k, v = dequantised(kv, inner)
     if isinstance(kv, PagedKVCache):
         pages = kv.block_table.long().clamp(0, k.shape[0] - 1)  # [B, pages]
         if kv.layout == "NHD":
             k, v = k.transpose(1, 2), v.transpose(1, 2)  # [P, G, page, D]
         k, v = (t[pages].transpose(1, 2).flatten(2, 3) for t in (k, v))  # [B, G, N, D]
-    inner = torch.float64 if k.dtype == torch.float64 else torch.float32
     group = heads // kv.kv_heads
-    return tuple(t.to(inner).repeat_interleave(group, dim=1) for t in (k, v))  # type: ignore[return-value]
+    return tuple(t.repeat_interleave(group, dim=1) for t in (k, v))  # type: ignore[return-value]
+
+
+def dequantised(kv: Cache, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What K and V stand for, in their own layout; of 8 bits it is exact in float64."""
+    axis = kv.head_axis
+    return (
+        read(kv.k_data, kv.k_scale, axis, dtype),
+        read(kv.v_data, kv.v_scale, axis, dtype),
+    )
 
 
 def visible_keys(

@@ -13,7 +13,7 @@ from torch import Tensor
 from . import workspace
 from .backends import Backend, resolve
 from .backends.by_query import fitted
-from .cache import KVCache, PagedKVCache
+from .cache import Cache, KVCache, PagedKVCache
 from .call import Call, Params, Scored, filled, score_dtype
 from .queries import count
 from .selection import Selection
@@ -22,7 +22,10 @@ from .visual import VisualTokens
 Fields: TypeAlias = dict[str, Any]  # the arguments of an op by their names
 
 _QUERY = "Tensor q, Tensor? q_counts"  # [B, H, D], or [B, Q, H, D]
-_CACHE = "Tensor k, Tensor v, Tensor? block_table, Tensor? lengths, Tensor? starts, str layout"
+_CACHE = (
+    "Tensor k, Tensor v, Tensor? k_scale, Tensor? v_scale,"
+    " Tensor? block_table, Tensor? lengths, Tensor? starts, str layout"
+)
 _VISUAL = "Tensor spans, Tensor offsets, Tensor visual_counts, SymInt max_count"
 _MATH = "float scale, float softcap, SymInt window"
 _SCORING = f"{_MATH}, float tau, str score, str anchor_output"
@@ -103,6 +106,7 @@ def fields_of(call: Call | Scored) -> Fields:
         kv = call.kv
         fields |= {"q": call.q, "q_counts": call.q_counts}
         fields |= {"lengths": kv.lengths, "starts": kv.starts}
+        fields |= {"k_scale": kv.k_scale, "v_scale": kv.v_scale}
         if isinstance(kv, PagedKVCache):
             fields |= {"k": kv.k_pages, "v": kv.v_pages}
             fields |= {"block_table": kv.block_table, "layout": kv.layout}
@@ -136,13 +140,17 @@ def _call(fields: Fields, selection: Selection | None = None) -> tuple[Backend, 
     """The call that the fields were, and its backend."""
     q, k, v, table = (fields[name] for name in ("q", "k", "v", "block_table"))
     cut = (fields["lengths"], fields["starts"])
-    kv = KVCache(k, v, *cut) if table is None else PagedKVCache(k, v, table, *cut, fields["layout"])
+    scales = (fields["k_scale"], fields["v_scale"])
+    if table is None:
+        kv: Cache = KVCache(k, v, *cut, *scales)
+    else:
+        kv = PagedKVCache(k, v, table, *cut, fields["layout"], *scales)
     call = Call(
         q, kv, _params(fields), _visual(fields), selection, workspace=_workspace(q.device),
         q_counts=fields["q_counts"],
     )  # fmt: skip
     queries = count(q)
-    backend = resolve(fields["backend"], q.device, lambda b: b.refuses(call), queries)
+    backend = resolve(fields["backend"], q.device, lambda b: b.against(call), queries)
     return fitted(backend, queries), call
 
 

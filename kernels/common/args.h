@@ -9,7 +9,8 @@ namespace visionpulse {
 constexpr int32_t kMaxGroup = 32;  // query heads of one KV head
 constexpr int32_t kMaxHeadDim = 256;
 
-enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+// Of q, K, V and the output; K and V alone may be kFloat8 (e4m3fn), beside q in any other.
+enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat8 = 3 };
 enum class ScoreKind : int32_t { kProb = 0, kLogit = 1, kProbTau = 2 };
 enum class MassOf : int32_t { kMax = 0, kMean = 1 };  // the mass over heads that sets the budget
 
@@ -24,6 +25,16 @@ struct HeadStrides {
   int64_t row, head;
 };
 
+// What stored K or V of kFloat8 are multiplied with: the logits take K's, the output takes V's.
+struct CacheScale {
+  const float* values;  // [G], or one number; nullptr: 1
+  int32_t stride;       // 0: one number for all KV heads
+};
+
+VP_HD float scale_of(const CacheScale& scale, int32_t kv_head) {
+  return scale.values == nullptr ? 1.0f : scale.values[kv_head * scale.stride];
+}
+
 struct CacheArgs {
   const void* k;           // [B, G, N, D], or pages [P, G, page, D] in any order
   const void* v;           // as k
@@ -35,6 +46,8 @@ struct CacheArgs {
   int32_t capacity;      // N
   int32_t page_size;     // 0: contiguous
   int32_t pages;         // P, pages in the pool
+  DType dtype;           // of k and v
+  CacheScale k_scale, v_scale;
 };
 
 struct VisualArgs {

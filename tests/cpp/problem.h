@@ -144,6 +144,7 @@ inline void draw_cache(Problem& p, Random& r, int rows, int kv_heads, int dim, i
     if (r() % 2 == 0) a.k_stride = a.v_stride = {page, token * a.page_size, token};
     size = a.pages * page - gap;
   }
+  a.dtype = p.call.dtype;
   p.k.make(p.call.dtype, size);
   p.v.make(p.call.dtype, size);
   a.k = p.k.data();

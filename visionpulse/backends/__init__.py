@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .. import config as _config
 from ..call import Call, Scored
+from ..float8 import FLOAT8
 from ..selection import Selection
 
 _CLASSES = {
@@ -44,10 +45,19 @@ class Backend:
     auto_devices: ClassVar[tuple[str, ...] | None] = None
     # Queries of one row that its kernels take; more are handed to it as rows of their own.
     max_queries: ClassVar[int] = 1
+    # Whether its kernels read a cache of float8_e4m3fn.
+    reads_float8: ClassVar[bool] = False
 
     def unavailable(self) -> str | None:
         """Why it cannot run on this machine, or None."""
         return None
+
+    def against(self, call: Call) -> str | None:
+        """What stands against serving this call here, or None."""
+        reason = self.refuses(call)
+        if reason is None and call.kv.dtype == FLOAT8 and not self.reads_float8:
+            return "its kernels do not read a cache of float8_e4m3fn yet"
+        return reason
 
     def refuses(self, call: Call) -> str | None:
         """Why it does not serve these tensors, or None; looks at host data only."""

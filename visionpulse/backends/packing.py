@@ -8,10 +8,12 @@ from torch import Tensor
 
 from ..cache import MAX_GROUP, MAX_HEAD_DIM, Cache, PagedKVCache
 from ..call import Params
+from ..float8 import FLOAT8
 from ..selection import Selection
 from ..visual import VisualTokens
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # of q and the output
+STORAGES = DTYPES | {FLOAT8: 3}  # of K and V
 SCORES = {"prob": 0, "logit": 1, "prob_tau": 2}
 
 
@@ -36,8 +38,15 @@ def cache(kv: Cache) -> tuple[int, ...]:
         *((0, 0) if table is None else (table.data_ptr(), table.stride(0))),
         *kv.k_strides,
         *kv.v_strides,
-        *(kv.capacity, kv.page_size, k.shape[0]),
+        *(kv.capacity, kv.page_size, k.shape[0], STORAGES[k.dtype]),
+        *_scale(kv.k_scale),
+        *_scale(kv.v_scale),
     )
+
+
+def _scale(scale: Tensor | None) -> tuple[int, int]:
+    """Its address, and the step from one KV head to the next: 0 where all share one number."""
+    return address(scale), 0 if scale is None or scale.numel() == 1 else 1
 
 
 def visual(tokens: VisualTokens | None) -> tuple[int, int, int]:

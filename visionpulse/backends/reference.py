@@ -12,6 +12,7 @@ class ReferenceBackend(Backend):
     """Plain torch; the definition that the others are tested against."""
 
     name = "reference"
+    reads_float8 = True
 
     def score(self, call: Call) -> tuple[Scored, Tensor | None]:
         scored, dense = reference.score(call)

@@ -1,6 +1,6 @@
 """What tests and benchmarks share: named cases, the tolerance table, properties, timing."""
 
-from .cases import CASES, QUERY_CASES, Case, Problem
+from .cases import CASES, FLOAT8_CASES, FLOAT8_QUERY_CASES, QUERY_CASES, Case, Problem, Scales
 from .compare import (
     assert_clear_error,
     assert_masses,
@@ -11,9 +11,12 @@ from .compare import (
 
 __all__ = [
     "CASES",
+    "FLOAT8_CASES",
+    "FLOAT8_QUERY_CASES",
     "QUERY_CASES",
     "Case",
     "Problem",
+    "Scales",
     "assert_clear_error",
     "assert_masses",
     "assert_output",

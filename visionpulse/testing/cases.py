@@ -9,10 +9,19 @@ from torch import Tensor
 
 from ..cache import Cache, KVCache, PagedKVCache
 from ..config import PulseConfig
+from ..float8 import FLOAT8, read, stored
 from ..visual import VisualTokens
 from .draw import Draws
 
 Spans = tuple[tuple[int, int], ...]
+_CODES = {"subnormal": 8, "finite": 127}  # of float8_e4m3fn: the lowest magnitudes, all numbers
+
+
+class Scales(NamedTuple):
+    """Scales of a cache of float8_e4m3fn: none, one number, or one for each KV head."""
+
+    k: tuple[float, ...] = ()
+    v: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -29,7 +38,10 @@ class Case:
     q_counts: tuple[int, ...] | None = None
     lengths: tuple[int, ...] | None = None
     starts: tuple[int, ...] | None = None
-    values: str = "normal"  # normal, ties, equal, huge, minus_zero, nan_text, nan_visual
+    # normal, ties, equal, huge, minus_zero, nan_text, nan_visual; with scales also subnormal and
+    # finite: what is stored is drawn evenly from the subnormal numbers, or from all
+    values: str = "normal"
+    scales: Scales | None = None  # of K and V in float8_e4m3fn; None: they have the dtype of q
     layout: str = "plain"  # plain, token_major, unaligned, NHD, HND
     page: int = 16  # slots of a page, in the layouts NHD and HND
     options: dict[str, Any] = field(default_factory=dict)  # scale, softcap, window
@@ -51,14 +63,21 @@ class Case:
         axes = () if self.queries is None else (self.queries,)
         q = draws.normal(self.rows, *axes, self.heads, self.head_dim)
         shape = (self.rows, self.kv_heads, self.size, self.head_dim)
-        k, v = draws.normal(*shape), draws.normal(*shape)
+        if self.values in _CODES and self.scales is not None:
+            k, v = (_drawn(draws, _CODES[self.values], shape, s) for s in self.scales)
+        else:
+            k, v = draws.normal(*shape), draws.normal(*shape)
         k, v = self._plant(q, k, v)
         hidden = ~self.visible()
         k[hidden[:, None].expand_as(k[..., 0])] = torch.nan
         v[hidden[:, None].expand_as(v[..., 0])] = torch.nan
-        q, k, v = (tensor.to(dtype).to(device) for tensor in (q, k, v))
+        q = self._query(q.to(dtype).to(device))
+        if self.scales is None:
+            kv = self._cache(k.to(dtype).to(device), v.to(dtype).to(device))
+        else:
+            kv = self._float8_cache(k.to(device), v.to(device), self.scales)
         visual = VisualTokens.from_spans(self.visual, device=device)
-        problem = Problem(self, self._query(q), self._cache(k, v), visual, self.config)
+        problem = Problem(self, q, kv, visual, self.config)
         if self.q_counts is None:
             return problem
         counts = torch.tensor(self.q_counts, dtype=torch.int32, device=device)
@@ -115,6 +134,12 @@ class Case:
         view = wide[..., 1:-2]
         return view.transpose(1, 2) if q.dim() == 4 else view
 
+    def _float8_cache(self, k: Tensor, v: Tensor, scales: Scales) -> Cache:
+        """The cache of K and V as they are stored, times their scales."""
+        k_scale, v_scale = (_tensor(scale, k.device) for scale in scales)
+        kv = self._cache(stored(k, k_scale), stored(v, v_scale))
+        return dataclasses.replace(kv, k_scale=k_scale, v_scale=v_scale)
+
     def _cache(self, k: Tensor, v: Tensor) -> Cache:
         device = k.device
         lengths, starts = (
@@ -155,6 +180,19 @@ class Problem(NamedTuple):
 
     def __repr__(self) -> str:
         return f"Problem({self.case.name}, {self.q.dtype})"
+
+
+def _tensor(scale: tuple[float, ...], device: torch.device | str) -> Tensor | None:
+    return torch.tensor(scale, device=device) if scale else None
+
+
+def _drawn(
+    draws: Draws, magnitudes: int, shape: tuple[int, ...], scale: tuple[float, ...]
+) -> Tensor:
+    """Numbers [B, G, N, D] that are stored as one of the lowest magnitudes, of either sign."""
+    code = draws.integers(0, magnitudes, *shape) + 128 * draws.integers(0, 2, *shape)
+    values = code.to(torch.uint8).view(FLOAT8)
+    return read(values, _tensor(scale, "cpu"))
 
 
 def _same(t: Tensor) -> Tensor:
@@ -310,4 +348,33 @@ QUERY_CASES = {
             lengths=(1500, 611),
         ),
     )
+}
+
+
+def _in_float8(case: Case, number: int) -> Case:
+    """The case with scales of one kind or another."""
+    heads = case.kv_heads
+    kinds = (
+        Scales((1 / 64,), (0.02,)),
+        Scales(((0.01, 0.5, 0.03) * heads)[:heads], ((2.0, 0.02, 0.1) * heads)[:heads]),
+        Scales(((0.05, 0.02) * heads)[:heads], (0.01,)),
+        Scales(),
+    )
+    return dataclasses.replace(case, scales=kinds[-1 if case.values == "huge" else number % 4])
+
+
+_EXTREMES = (
+    Case("finite", (_TWO_IMAGES, ((10, 90),)), values="finite", scales=Scales((1e-2,), (1e-2,))),
+    Case("scale-1e-4", (_TWO_IMAGES,), values="finite", scales=Scales((1e-4, 1e-4), (1e-4,))),
+    Case("scale-1e4", (_TWO_IMAGES,), values="subnormal", scales=Scales((1e4,), (1e4, 1e4))),
+    Case("subnormal", (_TWO_IMAGES,), values="subnormal", scales=Scales((40.0, 90.0), ())),
+    Case("clamped", (_TWO_IMAGES,), values="huge", scales=Scales((0.002, 0.02), (0.002,))),
+)
+# K and V of float8_e4m3fn, beside q in any other dtype
+FLOAT8_CASES = {
+    case.name: case
+    for case in (*(_in_float8(case, i) for i, case in enumerate(CASES.values())), *_EXTREMES)
+}
+FLOAT8_QUERY_CASES = {
+    case.name: case for case in (_in_float8(case, i) for i, case in enumerate(QUERY_CASES.values()))
 }

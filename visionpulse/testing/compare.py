@@ -10,6 +10,7 @@ from .. import reference
 from ..budgets import clamp_count
 from ..cache import Cache, KVCache, PagedKVCache
 from ..call import Params
+from ..float8 import FLOAT8
 from ..selection import Selection
 from ..visual import VisualTokens
 from .cases import Problem
@@ -44,10 +45,10 @@ watches: list[Watch] = []
 
 
 def _double(kv: Cache) -> Cache:
+    k, v = reference.dequantised(kv, torch.float64)
     if isinstance(kv, PagedKVCache):
-        pages = kv.k_pages.double(), kv.v_pages.double()
-        return PagedKVCache(*pages, kv.block_table, kv.lengths, kv.starts, kv.layout)
-    return KVCache(kv.k.double(), kv.v.double(), kv.lengths, kv.starts)
+        return PagedKVCache(k, v, kv.block_table, kv.lengths, kv.starts, kv.layout)
+    return KVCache(k, v, kv.lengths, kv.starts)
 
 
 class Exact:
@@ -79,24 +80,27 @@ class Exact:
         return reference.weigh(self.z, self.v, attended, torch.float64)
 
     def torch_output(self, attended: Tensor) -> Tensor:
-        """What torch makes of the same keys in the backend's dtype, row by row."""
-        rows = []
+        """What torch makes of the same keys in the backend's dtype, row by row.
+
+        K and V of 8 bits times their scale fit no 16-bit dtype: torch has them in float32.
+        """
+        rows, dtype = [], torch.float32 if self.kv.dtype == FLOAT8 else self.dtype
         for b, keys in enumerate(attended):
-            q = self.q[b, :, None]  # [H, 1, D]
-            k, v = (t[b][:, keys].to(self.dtype) for t in (self.k, self.v))
+            q = self.q[b, :, None].to(dtype)  # [H, 1, D]
+            k, v = (t[b][:, keys].to(dtype) for t in (self.k, self.v))
             if not keys.any():
                 rows.append(torch.zeros_like(q[:, 0]))
             elif self.params.softcap:
                 z = self.params.scale * (q.float() @ k.float().transpose(1, 2))
                 z = self.params.softcap * torch.tanh(z / self.params.softcap)
-                rows.append((z.softmax(-1) @ v.float())[:, 0].to(self.dtype))
+                rows.append((z.softmax(-1) @ v.float())[:, 0].to(dtype))
             else:
                 with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
                     out = torch.nn.functional.scaled_dot_product_attention(
                         q[None], k[None], v[None], scale=self.params.scale
                     )
                 rows.append(out[0, :, 0])
-        return torch.stack(rows)
+        return torch.stack(rows).to(self.dtype)
 
     def attended(self, selection: Selection | None) -> Tensor:
         """Text and selected keys, or all visible ones: bool [B, N]."""

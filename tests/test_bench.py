@@ -14,7 +14,7 @@ from visionpulse.bench import cost, layers, plots, rows, timing
 from visionpulse.bench.ceilings import measure
 from visionpulse.bench.progress import progress_bar
 from visionpulse.bench.report import PLAIN, TODAY
-from visionpulse.cli.bench import _threads, main
+from visionpulse.cli.bench import main, threads_of
 
 TINY = [
     "--device",
@@ -95,8 +95,8 @@ def test_the_verb_refuses_with_a_way_out(wrong, words, capsys):
 
 def test_a_busy_machine_is_measured_on_one_thread(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
-    assert _threads(load=0.1) == 8
-    assert _threads(load=3.0) == 1
+    assert threads_of(load=0.1) == 8
+    assert threads_of(load=3.0) == 1
 
 
 class Terminal(io.StringIO):

@@ -314,26 +314,8 @@ class ForcedAnswers:
         self.dense = [made for made in self._logits()]  # per input [B, T, vocabulary]
 
     def _logits(self) -> Iterator[Tensor]:
-        """Log-probabilities of every position of the answers but the first, [B, T - 1, vocab]."""
-        from transformers import LogitsProcessorList
-
         for batch, answers in zip(self.batches, self.answers, strict=True):
-            path, size = _padded(answers), batch["input_ids"].shape[1]
-            logits: list[Tensor] = []
-
-            def force(ids: Tensor, scores: Tensor, path: Any = path, size: Any = size,
-                      logits: Any = logits) -> Tensor:  # fmt: skip
-                at = ids.shape[1] - size
-                if at:
-                    logits.append(scores.float().log_softmax(-1))
-                only = torch.full_like(scores, -torch.inf)
-                return only.scatter_(1, path[:, at : at + 1].to(scores.device), 0.0)
-
-            self.model.generate(
-                **batch, **(self.options | {"do_sample": False}), max_new_tokens=path.shape[1],
-                logits_processor=LogitsProcessorList([force]),
-            )  # fmt: skip
-            yield torch.stack(logits, 1)
+            yield along(self.model, batch, answers, self.options)
 
     def run(self, name: str, config: PulseConfig) -> Trial:
         """Compare one setting with the dense answers."""
@@ -352,6 +334,29 @@ class ForcedAnswers:
                 steps += int(live.sum())
             retention = session.stats.retention.mean
         return Trial(config, name, steps, differs, distance / max(steps, 1), retention)
+
+
+def along(
+    model: Any, batch: Mapping[str, Any], answers: Sequence[tuple[int, ...]], options: Any
+) -> Tensor:
+    """Log-probabilities of every position of the answers but the first, [B, T - 1, vocabulary]."""
+    from transformers import LogitsProcessorList
+
+    path, size = _padded(answers), batch["input_ids"].shape[1]
+    logits: list[Tensor] = []
+
+    def force(ids: Tensor, scores: Tensor) -> Tensor:
+        at = ids.shape[1] - size
+        if at:
+            logits.append(scores.float().log_softmax(-1))
+        only = torch.full_like(scores, -torch.inf)
+        return only.scatter_(1, path[:, at : at + 1].to(scores.device), 0.0)
+
+    model.generate(
+        **batch, **(options | {"do_sample": False}), max_new_tokens=path.shape[1],
+        logits_processor=LogitsProcessorList([force]),
+    )  # fmt: skip
+    return torch.stack(logits, 1)
 
 
 def _padded(answers: Sequence[tuple[int, ...]]) -> Tensor:

@@ -12,6 +12,7 @@ VERBS = {
     "demo": "a picture answered dense and with VisionPulse, side by side",
     "run": "a program, with every model that it loads patched",
     "calibrate": "anchor, tau and bounds for a model, from your own inputs",
+    "acceptance": "whether lossless decoding would pay, from your own inputs",
     "plot": "a saved trace, drawn again without the model",
     "serve-check": "whether a serving engine can run it, and what it would do",
     "bench": "what you would gain on this machine, for a model's config",

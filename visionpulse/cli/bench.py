@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
         check_writable(folder)
     except ValueError as error:
         return failure("bench", error, 2)
-    threads = options.threads or _threads(rows_.Machine.here().load)
+    threads = options.threads or threads_of(rows_.Machine.here().load)
     torch.set_num_threads(threads)
     device, dtype = torch.device(options.device), rows_.DTYPES[options.dtype]
     tick = progress_bar(options.progress)
@@ -93,7 +93,7 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _threads(load: float) -> int:
+def threads_of(load: float) -> int:
     """All of torch's threads on an idle machine; one on a busy one, on its own CPU time.
 
     OpenMP waits for its slowest thread, so beside busy neighbours torch would look slower than it

@@ -39,10 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return failure("calibrate", error, 2)
     try:
         check_writable(args.out.parent)
-        model, inputs, options = _tiny(args.count) if args.model == TINY else _loaded(args)
+        model, inputs = _tiny(args.count) if args.model == TINY else loaded(args)
         calibration = calibrate(
             model, inputs, start=start, max_new_tokens=args.tokens,
-            tick=progress_bar(), **options,
+            tick=progress_bar(),
         )  # fmt: skip
     except (ImportError, OSError, ValueError) as error:
         return failure("calibrate", error)
@@ -54,13 +54,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _tiny(count: int) -> tuple[Any, list[Any], dict[str, Any]]:
+def _tiny(count: int) -> tuple[Any, list[Any]]:
     drawn = trail.test_set(11, 4 * count, tiny.SIDE, "crowded")
     batches = [tiny.inputs_of(drawn[i : i + 4]) for i in range(0, len(drawn), 4)]
-    return tiny.load(), batches, {}
+    return tiny.load(), batches
 
 
-def _loaded(args: argparse.Namespace) -> tuple[Any, list[Any], dict[str, Any]]:
+def loaded(args: argparse.Namespace) -> tuple[Any, list[Any]]:
+    """The model of `--model`, and the inputs of the lines of `--data`."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     models: Any = AutoModelForImageTextToText
@@ -69,7 +70,7 @@ def _loaded(args: argparse.Namespace) -> tuple[Any, list[Any], dict[str, Any]]:
     processor = processors.from_pretrained(args.model)
     lines = args.data.read_text().splitlines()[: args.count]
     items = [_item(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    return model, list(prompts(processor, items, args.data.parent)), {}
+    return model, list(prompts(processor, items, args.data.parent))
 
 
 def _item(number: int, line: str) -> dict[str, Any]:

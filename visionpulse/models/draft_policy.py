@@ -6,6 +6,7 @@ draft by a moving average, and takes what gives most tokens a second. Where noth
 dense steps it takes these, and tries again later.
 """
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -135,6 +136,7 @@ class FixedDraft:
 
     def __init__(self, tokens: int) -> None:
         self._plan = Plan(0, tokens)
+        self.seconds: deque[tuple[float, float]] = deque(maxlen=64)  # of the last drafts and checks
 
     def plan(self) -> Plan:
         """What the next round does."""
@@ -144,7 +146,8 @@ class FixedDraft:
         """Nothing to learn."""
 
     def time(self, plan: Plan, draft_seconds: float, check_seconds: float) -> None:
-        """Nothing to learn."""
+        """Keep what a round cost."""
+        self.seconds.append((draft_seconds, check_seconds))
 
 
 def ways_of(config: Any, anchors: Sequence[int], able: Sequence[int]) -> list[Any]:

@@ -16,6 +16,7 @@ from ..config import resolve as resolve_config
 from ..trace.record import Trace, trace_of
 from . import ragged, registry
 from .attention import attention
+from .draft_policy import FixedDraft
 from .families import Anatomy, UnsupportedModelError, anatomy
 from .hooks import Hooks
 from .kv_layers import release
@@ -60,6 +61,12 @@ class Session:
     def draft(self) -> int | str:
         """Tokens that a round of lossless decoding drafts, or "auto"; 0 without it."""
         return self._draft
+
+    @property
+    def round_seconds(self) -> list[tuple[float, float]]:
+        """What the last rounds cost, of a fixed number of drafted tokens: drafts, and check."""
+        policy = None if self._ahead is None else self._ahead.policy
+        return list(policy.seconds) if isinstance(policy, FixedDraft) else []
 
     @property
     def anchors(self) -> tuple[int, ...]:

@@ -1,0 +1,57 @@
+"""`visionpulse acceptance`: would lossless decoding pay, on your own inputs and this machine."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ..bench.progress import progress_bar
+from ..bench.rows import Machine
+from ..calibration.acceptance import measure_acceptance
+from ..config import resolve as resolve_config
+from ..data import tiny, trail
+from ..files import check_writable
+from .bench import threads_of
+from .calibrate import TINY, loaded
+from .parser import add_preset, failure, parser_of
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure how many drafted tokens the dense model would accept, and what rounds cost here."""
+    example = "visionpulse acceptance --model Qwen/Qwen3-VL-4B-Instruct --data prompts.jsonl"
+    parser = parser_of("acceptance", main.__doc__ or "", example)
+    add = parser.add_argument
+    add("--model", required=True, help=f"folder or name for from_pretrained, or {TINY!r}")
+    add(
+        "--data", type=Path,
+        help='JSON lines like {"image": "a.png", "prompt": "..."}; several images as a list',
+    )  # fmt: skip
+    add("--count", type=int, default=8, help="lines of --data to use")
+    add("--tokens", type=int, default=128, help="of each dense answer")
+    add_preset(parser, "10pct", "the setting that drafts")
+    add("--out", type=Path, default=Path("visionpulse-acceptance.json"))
+    args = parser.parse_args(argv)
+    if args.model != TINY and args.data is None:
+        parser.error("--data is needed: acceptance is that of inputs like those you will serve")
+    try:
+        config = resolve_config(args.preset)
+    except ValueError as error:
+        return failure("acceptance", error, 2)
+    torch.set_num_threads(threads_of(Machine.here().load))
+    try:
+        check_writable(args.out.parent)
+        model, inputs = _tiny(args) if args.model == TINY else loaded(args)
+        report = measure_acceptance(
+            model, inputs, config, max_new_tokens=args.tokens, tick=progress_bar()
+        )
+    except (ImportError, OSError, ValueError) as error:
+        return failure("acceptance", error)
+    print(report)
+    print(f"\nThe numbers are in {report.save(args.out)}.")
+    return 0
+
+
+def _tiny(args: argparse.Namespace) -> tuple[object, list[dict[str, object]]]:
+    drawn = trail.test_set(12, args.count, tiny.SIDE, "crowded")
+    return tiny.load(), [tiny.inputs_of([pair]) for pair in drawn]

@@ -140,7 +140,9 @@ def closed(folder):
 # name: (arguments, exit code, words of the one line on stderr)
 ERRORS = {
     "no such script": (["run", "none.py"], 1, "no script 'none.py'; with -m"),
-    "no such module": (["run", "-m", "none_such.run"], 1, "no module 'none_such.run'"),
+    "no such module": (["run", "-m", "none_such.run"], 1, "No module named 'none_such'"),
+    "no such submodule": (["run", "-m", "json.none"], 1, "No module named json.none; without -m"),
+    "package alone": (["run", "-m", "xml"], 1, "cannot be directly executed"),
     "log not writable": (["run", "--log", "CLOSED", "SCRIPT"], 1, "file"),
     "trace broken": (["plot", "SCRIPT"], 1, "no .npz file"),
     "page not writable": (["plot", "TRACE", "--out", "CLOSED"], 1, "cannot use"),
@@ -175,6 +177,18 @@ def test_an_error_is_one_line_and_an_exit_code(name, tmp_path, saved, capsys, mo
     said = capsys.readouterr().err.strip()
     assert words in said and said.splitlines()[-1].startswith(f"visionpulse {arguments[0]}: ")
     assert "Traceback" not in said and len(said.splitlines()[-1]) < 600
+
+
+def test_a_module_that_the_program_misses_keeps_its_traceback(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    for name, line in (
+        ("needs", "import none_such"),
+        ("asks", "import runpy; runpy.run_module('x')"),
+    ):
+        (tmp_path / f"{name}.py").write_text(line)
+        with pytest.raises(ImportError, match=r"none_such|x"):
+            cli.main(["run", "-m", name])
 
 
 def test_a_line_of_data_that_is_no_json_is_named():

@@ -1,11 +1,11 @@
 """`visionpulse run`: run a program in which every model that it loads is patched."""
 
 import argparse
-import importlib.util
 import runpy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import TracebackType
 
 from ..files import check_writable
 from ..models.config_text import config_from_text
@@ -48,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     log = Path(options.log).resolve()  # the program may change the working directory
     try:
-        _check_program(options.program, options.module)
+        if not options.module and not Path(options.program).exists():
+            raise ValueError(f"no script {options.program!r}; with -m a module is run by its name")
         check_writable(log.parent)
     except (OSError, ValueError) as error:
         return failure("run", error)
@@ -62,6 +63,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             sys.path.insert(0, str(Path(options.program).resolve().parent))
             runpy.run_path(options.program, run_name="__main__")
+    except ImportError as error:
+        if not (options.module and _began_nothing(error.__traceback__)):
+            raise
+        way_out = "without -m a script is run by its path"
+        return failure("run", ValueError(f"cannot run {options.program!r}: {error}; {way_out}"))
     finally:
         sys.argv, sys.path[:] = before
         for report in installed_reports():
@@ -71,13 +77,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _check_program(program: str, is_module: bool) -> None:
-    """Refuse a program that is not there, before anything is patched."""
-    if is_module:
-        first = program.split(".")[0]  # to look for the whole name would import its parents
-        if not (
-            importlib.util.find_spec(first) or Path(first).is_dir() or Path(f"{first}.py").exists()
-        ):
-            raise ValueError(f"no module {program!r}; without -m a script is run by its path")
-    elif not Path(program).exists():
-        raise ValueError(f"no script {program!r}; with -m a module is run by its name")
+def _began_nothing(trace: TracebackType | None) -> bool:
+    """Whether an error comes from the search for a module, before any of the program's lines."""
+    while trace is not None:
+        if trace.tb_frame.f_globals["__name__"] not in (__name__, "runpy"):
+            return False
+        trace = trace.tb_next
+    return True

@@ -62,6 +62,17 @@ void read_query(Call& c, const py::tuple& items) {
     throw std::invalid_argument("query shape or dtype outside what the kernels serve");
 }
 
+// The queries of a row.
+inline void read_queries(QueriesArgs& queries, const py::tuple& items) {
+  Reader r(items, 4);
+  queries.count = r.small();
+  queries.q_stride = r.integer();
+  queries.out_stride = r.integer();
+  queries.real = r.address<const int32_t>();
+  if (queries.count < 1 || queries.count > kMaxQueries)
+    throw std::invalid_argument("queries of a row outside what the kernels serve");
+}
+
 inline void read_cache(CacheArgs& a, const py::tuple& items) {
   Reader r(items, 20);
   a.k = r.address<const void>();

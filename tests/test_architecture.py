@@ -41,7 +41,7 @@ ALLOWED = {
         "backends", "backends.packing", "call", "selection", "visual", "workspace"
     },
     "backends.cpu": {
-        "_native", "backends.native", "backends.packing", "call", "visual", "workspace"
+        "_native", "backends.native", "backends.packing", "cache", "call", "visual", "workspace"
     },
     "backends.cuda": {
         "_native", "backends.native", "backends.packing", "call", "selection", "visual", "workspace"

@@ -26,9 +26,10 @@ inline Scratch read_scratch(const py::tuple& items) {
   return scratch;
 }
 
-inline Call read_call(const py::tuple& query, const py::tuple& cache, const py::tuple& visual,
-                      const py::tuple& params) {
+inline Call read_call(const py::tuple& queries, const py::tuple& query, const py::tuple& cache,
+                      const py::tuple& visual, const py::tuple& params) {
   Call c = {};
+  read_queries(c.queries, queries);
   read_query(c, query);
   read_cache(c.cache, cache);
   read_visual(c.visual, visual);
@@ -45,10 +46,11 @@ int64_t unlocked(const py::tuple& scratch, Op op) {
   return op(kernels, memory);
 }
 
-inline int64_t bound_attend(const py::tuple& query, const py::tuple& cache, const py::tuple& visual,
+inline int64_t bound_attend(const py::tuple& queries, const py::tuple& query,
+                            const py::tuple& cache, const py::tuple& visual,
                             const py::tuple& selection, const py::tuple& params,
                             const py::tuple& out, const py::tuple& scratch) {
-  Call c = read_call(query, cache, visual, params);
+  Call c = read_call(queries, query, cache, visual, params);
   Reader r(selection, 3);
   c.selection.indices = r.address<const int32_t>();
   c.selection.counts = r.address<const int32_t>();
@@ -59,10 +61,11 @@ inline int64_t bound_attend(const py::tuple& query, const py::tuple& cache, cons
   });
 }
 
-inline int64_t bound_score(const py::tuple& query, const py::tuple& cache, const py::tuple& visual,
-                           const py::tuple& params, const py::tuple& chosen, const py::tuple& out,
-                           uintptr_t scores, const py::tuple& scratch) {
-  Call c = read_call(query, cache, visual, params);
+inline int64_t bound_score(const py::tuple& queries, const py::tuple& query, const py::tuple& cache,
+                           const py::tuple& visual, const py::tuple& params,
+                           const py::tuple& chosen, const py::tuple& out, uintptr_t scores,
+                           const py::tuple& scratch) {
+  Call c = read_call(queries, query, cache, visual, params);
   read_chosen(c, chosen);
   read_out(c, out);
   return unlocked(scratch, [&](const Kernels& kernels, const Scratch& memory) {
@@ -70,11 +73,12 @@ inline int64_t bound_score(const py::tuple& query, const py::tuple& cache, const
   });
 }
 
-inline int64_t bound_select(int rows, int capacity, uintptr_t starts, uintptr_t lengths,
-                            const py::tuple& visual, const py::tuple& params,
+inline int64_t bound_select(const py::tuple& queries, int rows, int capacity, uintptr_t starts,
+                            uintptr_t lengths, const py::tuple& visual, const py::tuple& params,
                             const py::tuple& chosen, uintptr_t scores, const py::tuple& scratch) {
   Call c = {};
-  c.B = rows;
+  read_queries(c.queries, queries);
+  c.B = rows / c.queries.count;
   c.H = c.G = c.D = 1;
   c.cache.capacity = capacity;
   c.cache.starts = reinterpret_cast<const int32_t*>(starts);
@@ -87,10 +91,11 @@ inline int64_t bound_select(int rows, int capacity, uintptr_t starts, uintptr_t 
   });
 }
 
-inline int64_t bound_decode(const py::tuple& query, const py::tuple& cache, const py::tuple& visual,
+inline int64_t bound_decode(const py::tuple& queries, const py::tuple& query,
+                            const py::tuple& cache, const py::tuple& visual,
                             const py::tuple& params, const py::tuple& chosen, const py::tuple& out,
                             bool dense, uintptr_t scores, const py::tuple& scratch) {
-  Call c = read_call(query, cache, visual, params);
+  Call c = read_call(queries, query, cache, visual, params);
   read_chosen(c, chosen);
   read_out(c, out);
   return unlocked(scratch, [&](const Kernels& kernels, const Scratch& memory) {

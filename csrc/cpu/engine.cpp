@@ -33,19 +33,31 @@ struct Needs {
   int32_t k_max = 0;
 };
 
+// A pass over all visible keys is one of each cache row, for all of its queries.
 struct Plan {
-  Row* rows;
-  Cut *visible, *attended;
-  int32_t* chunks;  // [B + 1] score tasks of the rows before
+  Row* rows;                // [B * Q]
+  SharedPass* passes;       // [B] of several queries
+  Cut *visible, *attended;  // [B], [B * Q]
+  int32_t* chunks;          // [B + 1] score tasks of the cache rows before
   int32_t visible_parts, n_chunks;
+  int32_t shared_heads, row_heads;  // in a part of a cache row, and of a row
+  int64_t shared_floats, row_floats;
 };
 
-Row row_of(const Call& c, int b) {
+int rows_of(const Call& c) { return c.B * c.queries.count; }
+
+Row row_of(const Call& c, int index) {
   Row row = {};
   const CacheArgs& a = c.cache;
+  const int queries = c.queries.count, b = index / queries, query = index % queries;
+  row.cache_row = b;
+  row.query = query;
+  // its own key is its last; a query that is not real has none
+  int32_t end = a.lengths != nullptr ? std::min(a.lengths[b], a.capacity) : a.capacity;
+  end -= queries - 1 - query;
+  if (c.queries.real != nullptr && query < queries - c.queries.real[b]) end = 0;
   row.visible =
-      visible_range(a.starts != nullptr ? a.starts[b] : 0,
-                    a.lengths != nullptr ? a.lengths[b] : a.capacity, a.capacity, c.score.window);
+      visible_range(a.starts != nullptr ? a.starts[b] : 0, end, a.capacity, c.score.window);
   row.padded_keys = (row.visible.end - row.visible.begin + kBlock - 1) / kBlock * kBlock;
   if (c.visual.spans != nullptr) {
     const int32_t s = c.visual.spans_per_row;
@@ -57,6 +69,23 @@ Row row_of(const Call& c, int b) {
   return row;
 }
 
+// What the queries of a cache row share; `rows` are their rows, whose first heads it sets.
+SharedPass shared_pass_of(const Call& c, int width, Row* rows) {
+  SharedPass all = {};
+  const int queries = c.queries.count, group = c.H / c.G;
+  const auto sees = [&](int i) { return rows[i].visible.begin < rows[i].visible.end; };
+  while (all.first < queries && !sees(all.first)) ++all.first;
+  if (all.first == queries) return all;
+  const Range from = rows[all.first].visible, to = rows[queries - 1].visible;
+  all.seen = {from.begin, to.end};
+  all.common = {to.begin, from.end};
+  all.count = (queries - all.first) * group;
+  all.padded = (all.count + width - 1) / width * width;
+  all.padded_keys = (all.seen.end - all.seen.begin + kBlock - 1) / kBlock * kBlock;
+  for (int i = all.first; i < queries; ++i) rows[i].first_head = (i - all.first) * group;
+  return all;
+}
+
 Cut cut_of(const int32_t* attended, int32_t begin, int32_t keys, int32_t kv_heads) {
   Cut cut = {attended, begin, keys, 0, 0, 0};
   if (keys > 0) {
@@ -66,50 +95,83 @@ Cut cut_of(const int32_t* attended, int32_t begin, int32_t keys, int32_t kv_head
   return cut;
 }
 
+// What a phase of rows keeps for each of them.
+void lay_out_row(const Call& c, const Needs& needs, Arena& arena, Row& row, int64_t* parts) {
+  const int32_t visible = row.visible.end - row.visible.begin;
+  if (needs.scores) row.scores = arena.take<float>(row.padded_keys);
+  row.scores_begin = row.visible.begin;
+  if (needs.attended) {
+    const int32_t most =
+        std::min(visible, visible - row.n_visual + std::min(needs.k_max, row.n_visual));
+    row.attended = arena.take<int32_t>(most);
+    *parts += c.G * most_parts(most, c.G);
+  }
+  if (needs.sort_codes) {
+    row.sort_codes = arena.take<uint32_t>(row.n_visual + kLanes);
+    row.bin_codes = arena.take<uint32_t>(row.n_visual + kLanes);
+  }
+}
+
 void lay_out(const Kernels& kernels, Call& c, const Needs& needs, Arena& arena, Plan& plan) {
-  const int group = c.H / c.G, heads = padded_heads(group);
-  plan = {arena.take<Row>(c.B),
-          arena.take<Cut>(c.B),
-          arena.take<Cut>(c.B),
-          arena.take<int32_t>(c.B + 1),
-          0,
-          0};
+  const int group = c.H / c.G, queries = c.queries.count, columns = padded_dim(c.D, kernels.unit);
+  const bool several = queries > 1;
+  plan = {};
+  plan.rows = arena.take<Row>(rows_of(c));
+  plan.passes = arena.take<SharedPass>(several ? c.B : 0);
+  plan.visible = arena.take<Cut>(c.B);
+  plan.attended = arena.take<Cut>(rows_of(c));
+  plan.chunks = arena.take<int32_t>(c.B + 1);
   int64_t attended_parts = 0;
+  int32_t most_heads = several ? 0 : padded_heads(group);
   for (int b = 0; b < c.B; ++b) {
-    Row row = row_of(c, b);
-    const int32_t visible = row.visible.end - row.visible.begin;
-    if (needs.logits) row.stored_logits = arena.take<float>(int64_t{c.G} * row.padded_keys * heads);
-    if (needs.scores) row.scores = arena.take<float>(row.padded_keys);
-    row.scores_begin = row.visible.begin;
-    if (needs.attended) {
-      const int32_t most =
-          std::min(visible, visible - row.n_visual + std::min(needs.k_max, row.n_visual));
-      row.attended = arena.take<int32_t>(most);
-      attended_parts += c.G * most_parts(most, c.G);
+    Row rows[kMaxQueries];
+    for (int i = 0; i < queries; ++i) rows[i] = row_of(c, b * queries + i);
+    SharedPass all = several ? shared_pass_of(c, kernels.width, rows) : SharedPass{};
+    if (!several) {
+      all.seen = rows[0].visible;
+      all.padded = padded_heads(group);
+      all.padded_keys = rows[0].padded_keys;
     }
-    if (needs.sort_codes) {
-      row.sort_codes = arena.take<uint32_t>(row.n_visual + kLanes);
-      row.bin_codes = arena.take<uint32_t>(row.n_visual + kLanes);
+    most_heads = std::max(most_heads, all.padded);
+    if (needs.logits) {
+      // the last query's tiles of heads reach past its heads
+      const int64_t floats = int64_t{c.G} * all.padded_keys * all.padded;
+      all.stored_logits = arena.take<float>(floats == 0 ? 0 : floats + (several ? kLanes : 0));
     }
-    Cut cut = cut_of(nullptr, row.visible.begin, visible, c.G);
+    if (several && needs.stream) all.q = arena.take<float>(int64_t{c.G} * all.padded * columns);
+    for (int i = 0; i < queries; ++i) {
+      rows[i].stored_logits = all.stored_logits;
+      if (all.stored_logits != nullptr) rows[i].stored_logits += rows[i].first_head;
+      lay_out_row(c, needs, arena, rows[i], &attended_parts);
+      if (plan.rows != nullptr) plan.rows[b * queries + i] = rows[i];
+    }
+    const int32_t seen = all.seen.end - all.seen.begin;
+    Cut cut = cut_of(nullptr, all.seen.begin, seen, c.G);
     cut.first_part = plan.visible_parts;
     plan.visible_parts += needs.stream ? c.G * cut.n_parts : 0;
     if (plan.rows != nullptr) {
-      plan.rows[b] = row;
+      if (several) plan.passes[b] = all;
       plan.visible[b] = cut;
       plan.chunks[b] = plan.n_chunks;
     }
-    plan.n_chunks += (visible + kScoreChunk - 1) / kScoreChunk;
+    plan.n_chunks += (seen + kScoreChunk - 1) / kScoreChunk;
   }
   if (plan.rows != nullptr) plan.chunks[c.B] = plan.n_chunks;
   c.rows = plan.rows;
-  c.part_floats =
-      (4 * heads + kLanes - 1) / kLanes * kLanes + int64_t{group} * padded_dim(c.D, kernels.unit);
-  c.parts =
-      arena.take<float>(std::max<int64_t>(plan.visible_parts, attended_parts) * c.part_floats);
-  const int64_t lanes = needs.logits ? int64_t{c.B} * c.G * head_tiles(group) * kLanes : 0;
-  c.head_max = arena.take<float>(lanes);
-  c.head_weight = arena.take<float>(lanes);
+  c.passes = plan.passes;
+  const auto part_floats = [&](int64_t padded, int64_t heads) {
+    return (4 * padded + kLanes - 1) / kLanes * kLanes + heads * columns;
+  };
+  plan.row_heads = padded_heads(group);
+  plan.row_floats = part_floats(plan.row_heads, group);
+  plan.shared_heads = most_heads;
+  plan.shared_floats = several ? part_floats(most_heads, most_heads) : plan.row_floats;
+  c.parts = arena.take<float>(
+      std::max(plan.visible_parts * plan.shared_floats, attended_parts * plan.row_floats));
+  const int64_t lanes = several ? most_heads : head_tiles(group) * kLanes;
+  const int64_t numbers = needs.logits ? int64_t{c.B} * c.G * lanes : 0;
+  c.head_max = arena.take<float>(numbers);
+  c.head_weight = arena.take<float>(numbers);
 }
 
 // Plans a call in the scratch memory. Returns 0, or the bytes it needs if there are fewer.
@@ -148,10 +210,11 @@ using PartEntry = void (*)(const Call&, int32_t, int32_t, int32_t, Run);
 // keys. A row stays on one memory node, or one of its KV heads where there are fewer rows than
 // nodes.
 void run_parts(const Call& c, int parts, int threads, PartEntry entry) {
+  const int cuts = c.shared ? c.B : rows_of(c);
   constexpr int kTurns = 8;  // of a thread, so that a slow one leaves little undone
   const int length = threads > 1 ? std::max(1, parts / (threads * kTurns)) : std::max(1, parts);
   const auto row_of_part = [&](int part) {
-    return row_of_task(c.B, part, [&](int b) { return c.cuts[b].first_part; });
+    return row_of_task(cuts, part, [&](int b) { return c.cuts[b].first_part; });
   };
   const auto take = [&](int turn) {
     const int begin = turn * length, end = std::min(parts, begin + length);
@@ -165,19 +228,27 @@ void run_parts(const Call& c, int parts, int threads, PartEntry entry) {
   parallel((parts + length - 1) / length, threads, take, [&](int turn) {
     const int part = turn * length;
     const Cut& cut = c.cuts[row_of_part(part)];
-    const int unit = c.B > 1 ? cut.n_parts * c.G : cut.n_parts;
+    const int unit = cuts > 1 ? cut.n_parts * c.G : cut.n_parts;
     return (cut.first_part + (part - cut.first_part) / unit * unit) / length;
   });
 }
 
 void merge(const Kernels& kernels, const Call& c, int threads) {
   const auto entry = kernels.merge[static_cast<int>(c.dtype)];
-  parallel(c.B * c.G, threads, [&](int task) { entry(c, task / c.G, task % c.G); });
+  parallel(rows_of(c) * c.G, threads, [&](int task) { entry(c, task / c.G, task % c.G); });
 }
 
+// The pass over all visible keys.
 void stream(const Kernels& kernels, Call& c, const Plan& plan, int threads) {
+  const int type = static_cast<int>(c.dtype);
   c.cuts = plan.visible;
-  run_parts(c, plan.visible_parts, threads, kernels.stream[static_cast<int>(c.dtype)]);
+  c.shared = c.queries.count > 1;
+  c.part_heads = plan.shared_heads;
+  c.part_floats = plan.shared_floats;
+  if (!c.shared) return run_parts(c, plan.visible_parts, threads, kernels.stream[type]);
+  const auto pack = kernels.pack_queries[type];
+  parallel(c.B * c.G, threads, [&](int task) { pack(c, task / c.G, task % c.G); });
+  run_parts(c, plan.visible_parts, threads, kernels.stream_shared[type]);
 }
 
 // Lists the visible text and kept positions, ascending. Skips an index that is no visible visual
@@ -185,7 +256,7 @@ void stream(const Kernels& kernels, Call& c, const Plan& plan, int threads) {
 int32_t list_attended(const Call& c, const Row& row, int b) {
   const int32_t* indices = c.selection.indices + int64_t{b} * c.selection.k_max;
   const int32_t count = std::min(std::max(c.selection.counts[b], 0), c.selection.k_max);
-  const int32_t* spans = c.visual.spans + int64_t{b} * c.visual.spans_per_row * 2;
+  const int32_t* spans = c.visual.spans + int64_t{row.cache_row} * c.visual.spans_per_row * 2;
   int32_t* out = row.attended;
   int32_t text = row.visible.begin, at = 0;
   for (int32_t s = span_after(spans, c.visual.spans_per_row, text);; ++s) {
@@ -206,22 +277,26 @@ int32_t list_attended(const Call& c, const Row& row, int b) {
 
 // Cuts the attended keys of every row. Returns the parts of all rows.
 int cut_attended(Call& c, const Plan& plan, int threads) {
-  parallel(c.B, threads, [&](int b) {
+  const int rows = rows_of(c);
+  parallel(rows, threads, [&](int b) {
     plan.attended[b] = cut_of(c.rows[b].attended, 0, list_attended(c, c.rows[b], b), c.G);
   });
   int parts = 0;
-  for (int b = 0; b < c.B; ++b) {
+  for (int b = 0; b < rows; ++b) {
     plan.attended[b].first_part = parts;
     parts += c.G * plan.attended[b].n_parts;
   }
   c.cuts = plan.attended;
+  c.shared = false;
+  c.part_heads = plan.row_heads;
+  c.part_floats = plan.row_floats;
   return parts;
 }
 
 // From stored logits to masses and scores.
 void score_rows(const Kernels& kernels, Call& c, const Plan& plan, float* scores, int threads) {
   c.fill_scores = scores != nullptr;
-  parallel(c.B, threads, [&](int b) {
+  parallel(rows_of(c), threads, [&](int b) {
     Row& row = plan.rows[b];
     if (scores != nullptr) {
       float* all = scores + int64_t{b} * c.cache.capacity;
@@ -235,7 +310,8 @@ void score_rows(const Kernels& kernels, Call& c, const Plan& plan, float* scores
   });
   parallel(plan.n_chunks, threads, [&](int task) {
     const int row = row_of_task(c.B, task, [&](int b) { return plan.chunks[b]; });
-    kernels.score(c, row, task - plan.chunks[row]);
+    const auto entry = c.shared ? kernels.score_shared : kernels.score;
+    entry(c, row, task - plan.chunks[row]);
   });
 }
 
@@ -278,7 +354,7 @@ int64_t select(const Kernels& kernels, Call c, const float* scores, const Scratc
   needs.sort_codes = true;
   Plan plan;
   if (const int64_t lacking = plan_call(kernels, c, needs, scratch, plan)) return lacking;
-  parallel(c.B, scratch.threads, [&](int b) {
+  parallel(rows_of(c), scratch.threads, [&](int b) {
     plan.rows[b].scores = const_cast<float*>(scores) + int64_t{b} * c.cache.capacity;
     plan.rows[b].scores_begin = 0;
     kernels.select(c, b);
@@ -300,7 +376,7 @@ int64_t decode(const Kernels& kernels, Call c, bool dense, float* scores, const 
   stream(kernels, c, plan, scratch.threads);
   score_rows(kernels, c, plan, scores, scratch.threads);
   if (dense) merge(kernels, c, scratch.threads);
-  parallel(c.B, scratch.threads, [&](int b) { kernels.select(c, b); });
+  parallel(rows_of(c), scratch.threads, [&](int b) { kernels.select(c, b); });
   if (dense) return 0;
   c.selection = {c.indices, c.counts, c.score.k_max};
   c.with_values = true;

@@ -21,6 +21,9 @@ struct Scratch {
 // Attention over all visible keys, or over text and kept tokens where `call.selection` is set.
 int64_t attend(const Kernels& kernels, Call call, const Scratch& scratch);
 
+// Several queries of a row share the passes over all visible keys; each has scores, a selection and
+// lists of its own: rows below are B * Q.
+
 // Scores [B, N], -inf where there is no candidate, and masses; also dense attention where
 // `call.out` is set.
 int64_t score(const Kernels& kernels, Call call, float* scores, const Scratch& scratch);

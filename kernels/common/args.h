@@ -8,6 +8,7 @@ namespace visionpulse {
 
 constexpr int32_t kMaxGroup = 32;  // query heads of one KV head
 constexpr int32_t kMaxHeadDim = 256;
+constexpr int32_t kMaxQueries = 16;  // of a row
 
 // Of q, K, V and the output; K and V alone may be kFloat8 (e4m3fn), beside q in any other.
 enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat8 = 3 };
@@ -20,7 +21,7 @@ struct Strides {
   int64_t outer, head, token;
 };
 
-// Of q or the output, [B, H, D].
+// Of q or the output, [B, H, D] or [B, Q, H, D].
 struct HeadStrides {
   int64_t row, head;
 };
@@ -34,6 +35,13 @@ struct CacheScale {
 VP_HD float scale_of(const CacheScale& scale, int32_t kv_head) {
   return scale.values == nullptr ? 1.0f : scale.values[kv_head * scale.stride];
 }
+
+// Several queries of a row: query i of Q has its own key at length - Q + i.
+struct QueriesArgs {
+  int32_t count = 1;                     // Q
+  int64_t q_stride = 0, out_stride = 0;  // from one query of a row to the next
+  const int32_t* real = nullptr;         // [B] the last ones, which are real; nullptr: all
+};
 
 struct CacheArgs {
   const void* k;           // [B, G, N, D], or pages [P, G, page, D] in any order

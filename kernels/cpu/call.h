@@ -28,21 +28,39 @@ struct Run {
   bool is_first, is_last;
 };
 
+// A query: a row of the cache, or one of its Q queries.
 struct Row {
+  int32_t cache_row, query;  // query: of the cache row's Q
   Range visible;
-  int32_t n_visual;      // visual tokens among the visible keys
-  int32_t padded_keys;   // visible keys rounded up to whole blocks
-  float* stored_logits;  // [G, padded_keys / keys of a tile, head tiles, kLanes] times log2(e)
-  float* scores;         // the score of position n is scores[n - scores_begin]
+  int32_t n_visual;     // visual tokens among the visible keys
+  int32_t padded_keys;  // visible keys rounded up to whole blocks
+  // Times log2(e): [G, padded_keys / keys of a tile, head tiles, kLanes]. Those of a pass that the
+  // queries of a row share are SharedPass::stored_logits, here from this query's heads on.
+  float* stored_logits;
+  int32_t first_head;  // among the heads of such a pass
+  float* scores;       // the score of position n is scores[n - scores_begin]
   int32_t scores_begin;
   int32_t* attended;     // space for text and kept positions
   uint32_t* sort_codes;  // [n_visual + kLanes] of the candidates
   uint32_t* bin_codes;   // [n_visual + kLanes] sort codes in the histogram bin of the pivot
 };
 
+// What the queries of a cache row share in one pass over K and V. Its heads of a KV head are those
+// of every query that sees a key, query * group + head.
+struct SharedPass {
+  Range seen;             // all that any of them sees
+  Range common;           // what each of them sees
+  int32_t first;          // the first query that sees a key; those after it do too
+  int32_t count, padded;  // heads of a KV head; rounded up to whole registers
+  int32_t padded_keys;    // of `seen`, rounded up to whole blocks
+  void* q;                // [G, padded, D], in the layout and type of the arithmetic
+  float* stored_logits;   // [G, padded_keys, padded] times log2(e)
+};
+
 struct Call {
-  const void* q;  // [B, H, D]
+  const void* q;  // [B, H, D], or [B, Q, H, D]
   HeadStrides q_stride;
+  QueriesArgs queries;
   CacheArgs cache;
   VisualArgs visual;
   SelectionArgs selection;
@@ -50,24 +68,27 @@ struct Call {
   DType dtype;
   int32_t B, H, G, D;
 
-  void* out;  // [B, H, D]; nullptr: no output
+  void* out;  // as q; nullptr: no output
   HeadStrides out_stride;
-  float* mass;       // [B]
-  float* mass_mean;  // [B]
-  int32_t* indices;  // [B, K_max]
-  int32_t* counts;   // [B]
+  float* mass;       // [B * Q]
+  float* mass_mean;  // [B * Q]
+  int32_t* indices;  // [B * Q, K_max]
+  int32_t* counts;   // [B * Q]
 
-  const Row* rows;        // [B]
-  const Cut* cuts;        // [B] of the phase that runs
-  bool store_logits;      // of the blocks that hold a visual token
-  bool store_all_logits;  // of the other blocks too
-  bool with_values;       // the pass over K also sums V
-  bool fill_scores;       // -inf where there is no candidate, up to N
+  const Row* rows;           // [B * Q]
+  const SharedPass* passes;  // [B] of several queries; nullptr: of one
+  const Cut* cuts;           // of the phase that runs: [B * Q], or [B] where `shared`
+  bool shared;               // the parts are of all queries of a cache row
+  bool store_logits;         // of the blocks that hold a visual token
+  bool store_all_logits;     // of the other blocks too
+  bool with_values;          // the pass over K also sums V
+  bool fill_scores;          // -inf where there is no candidate, up to N
 
   float* parts;  // [parts, part_floats]
   int64_t part_floats;
+  int32_t part_heads;  // padded
   // [B, G, head tiles, kLanes], each head's number repeated over its lanes: the maximum, and
-  // 1 / (sum * H) of the softmax that scores.
+  // 1 / (sum * H) of the softmax that scores. Of several queries [B, G, heads of a shared pass].
   float* head_max;
   float* head_weight;
 };
@@ -95,17 +116,23 @@ struct GatherProbe {
 struct Kernels {
   const char* name;
   int32_t unit;              // columns of a value step
+  int32_t width;             // floats in a register
   bool rounds_bf16_weights;  // those of V in bfloat16 are rounded to it; else float32
   // One part of one KV head, in one pass: logits, statistics and, if wanted, the sum of V.
   void (*stream[3])(const Call&, int32_t row, int32_t kv_head, int32_t part, Run);
   // The same from stored logits in place of K.
   void (*weigh[3])(const Call&, int32_t row, int32_t kv_head, int32_t part, Run);
+  // The stream of all queries of a cache row, and before it their q in its layout.
+  void (*stream_shared[3])(const Call&, int32_t cache_row, int32_t kv_head, int32_t part, Run);
+  void (*pack_queries[3])(const Call&, int32_t cache_row, int32_t kv_head);
   // Makes the parts of one KV head one, in order, and writes the output.
   void (*merge[3])(const Call&, int32_t row, int32_t kv_head);
   // From the parts of a row to its masses, and what its scores need of each head.
   void (*statistics)(const Call&, int32_t row);
   // Scores of the visible keys [chunk * kScoreChunk, ...) of a row.
   void (*score)(const Call&, int32_t row, int32_t chunk);
+  // The same of all queries of a cache row.
+  void (*score_shared)(const Call&, int32_t cache_row, int32_t chunk);
   // Budget and top-K of a row.
   void (*select)(const Call&, int32_t row);
   // The fastest reads there are, of a buffer and of scattered vectors: the ceilings that benchmarks

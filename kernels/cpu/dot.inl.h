@@ -58,7 +58,8 @@ struct Query {
   VP_INLINE void load(Query& into, const Call& c, int row, int kv_head) {
     const int group = c.H / c.G, whole = c.D / kUnit, rest = c.D % kUnit;
     into.stride = padded_dim(c.D, kUnit);
-    const T* q = static_cast<const T*>(c.q) + row * c.q_stride.row +
+    const T* q = static_cast<const T*>(c.q) + c.rows[row].cache_row * c.q_stride.row +
+                 c.rows[row].query * c.queries.q_stride +
                  int64_t{kv_head} * group * c.q_stride.head;
     for (int h = 0; h < padded_heads(group); ++h) {
       auto* to = into.data + h * into.stride;

@@ -45,20 +45,22 @@ VP_INLINE void store_as(f16* to, float x) {
 
 template <class T>
 static void merge_parts(const Call& c, int row, int kv_head) {
-  const Cut& cut = c.cuts[row];
+  const RowParts parts = parts_of_row(c, row);
   const int group = c.H / c.G, columns = padded_dim(c.D, kUnit);
-  const int64_t first = part_index(cut, kv_head, 0);
-  for (int h = 0; h < group; ++h) {
-    T* out = static_cast<T*>(c.out) + row * c.out_stride.row +
-             (int64_t{kv_head} * group + h) * c.out_stride.head;
+  const int64_t first = part_index(parts.cut, kv_head, 0);
+  T* const of_query = static_cast<T*>(c.out) + c.rows[row].cache_row * c.out_stride.row +
+                      c.rows[row].query * c.queries.out_stride;
+  for (int i = 0; i < group; ++i) {
+    T* out = of_query + (int64_t{kv_head} * group + i) * c.out_stride.head;
+    const int h = parts.first_head + i;
     float m = minus_infinity(), l = 0.0f;
-    for (int s = 0; s < cut.n_parts; ++s) {
+    for (int s = 0; s < parts.count; ++s) {
       const float part_m = part_at(c, first + s).m[h];
       m = part_m > m ? part_m : m;
     }
     alignas(64) float sum[kMaxHeadDim + kUnit];
     clear(sum, columns);
-    for (int s = 0; s < cut.n_parts; ++s) {
+    for (int s = 0; s < parts.count; ++s) {
       const Part part = part_at(c, first + s);
       const float w = exp2_scalar(rescale_exponent(part.m[h], m));
       l += w * part.l[h];

@@ -6,13 +6,13 @@
 
 namespace visionpulse::cpu::VP_ISA {
 
-// In memory [4, padded heads], then [group, padded D].
+// In memory [4, padded heads], then [heads, padded D].
 struct Part {
   float *m, *l, *text, *visual, *acc;
 };
 
 VP_INLINE Part part_at(const Call& c, int64_t index) {
-  const int heads = padded_heads(c.H / c.G);
+  const int heads = c.part_heads;
   float* p = c.parts + index * c.part_floats;
   return {p, p + heads, p + 2 * heads, p + 3 * heads,
           p + (4 * heads + kLanes - 1) / kLanes * kLanes};
@@ -20,6 +20,19 @@ VP_INLINE Part part_at(const Call& c, int64_t index) {
 
 VP_INLINE int64_t part_index(const Cut& cut, int kv_head, int part) {
   return cut.first_part + int64_t{kv_head} * cut.n_parts + part;
+}
+
+// The parts that hold a row, and the first of its heads in them.
+struct RowParts {
+  const Cut& cut;
+  int count, first_head;
+};
+VP_INLINE RowParts parts_of_row(const Call& c, int index) {
+  const Row& row = c.rows[index];
+  const Cut& cut = c.cuts[c.shared ? row.cache_row : index];
+  // a query that sees no key has no heads there
+  const bool sees = row.visible.begin < row.visible.end;
+  return {cut, sees ? cut.n_parts : 0, c.shared ? row.first_head : 0};
 }
 
 VP_INLINE void clear(float* p, int64_t count) {

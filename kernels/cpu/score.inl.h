@@ -16,15 +16,16 @@ struct HeadSums {
 };
 
 // Takes the parts in order.
-VP_INLINE HeadSums sum_of_parts(const Call& c, const Cut& cut, int kv_head, int h) {
-  const int64_t first = part_index(cut, kv_head, 0);
+VP_INLINE HeadSums sum_of_parts(const Call& c, const RowParts& parts, int kv_head, int i) {
+  const int64_t first = part_index(parts.cut, kv_head, 0);
+  const int h = parts.first_head + i;
   const float inv_tau = 1.0f / c.score.tau;
   HeadSums sums = {minus_infinity(), 0.0f, 0.0f, 0.0f};
-  for (int s = 0; s < cut.n_parts; ++s) {
+  for (int s = 0; s < parts.count; ++s) {
     const float m = part_at(c, first + s).m[h];
     sums.m = m > sums.m ? m : sums.m;
   }
-  for (int s = 0; s < cut.n_parts; ++s) {
+  for (int s = 0; s < parts.count; ++s) {
     const Part part = part_at(c, first + s);
     const float exponent = rescale_exponent(part.m[h], sums.m);
     const float w = exp2_scalar(exponent), w_tau = exp2_scalar(exponent * inv_tau);
@@ -36,19 +37,26 @@ VP_INLINE HeadSums sum_of_parts(const Call& c, const Cut& cut, int kv_head, int 
 }
 
 static void row_statistics(const Call& c, int row) {
-  const int group = c.H / c.G, heads = padded_heads(group), tiles = head_tiles(group);
-  const int tile = tile_heads(group);
+  const RowParts parts = parts_of_row(c, row);
+  const int group = c.H / c.G, tiles = head_tiles(group), tile = tile_heads(group);
+  const int heads = c.shared ? group : padded_heads(group);
   float mass[kMaxGroup], sum = 0.0f, largest = 0.0f;
   for (int g = 0; g < c.G; ++g) {
-    const int64_t at = (int64_t{row} * c.G + g) * tiles * kLanes;
+    const int64_t at =
+        c.shared ? (int64_t{c.rows[row].cache_row} * c.G + g) * c.part_heads + parts.first_head
+                 : (int64_t{row} * c.G + g) * tiles * kLanes;
     for (int h = 0; h < heads; ++h) {
-      const HeadSums sums = sum_of_parts(c, c.cuts[row], g, h);
+      const HeadSums sums = sum_of_parts(c, parts, g, h);
       const float all = sums.text + sums.visual;
       if (h < group) mass[h] = c.rows[row].n_visual == 0 || all == 0.0f ? 0.0f : sums.visual / all;
       const float denominator = c.score.kind == ScoreKind::kProbTau ? all : sums.l;
       float weight = 0.0f;
       if (h < group && denominator != 0.0f) weight = 1.0f / (denominator * static_cast<float>(c.H));
-      for (int i = h % tile; i < kLanes; i += tile) {
+      if (c.shared && parts.count > 0) {
+        c.head_max[at + h] = safe_max(sums.m);
+        c.head_weight[at + h] = weight;
+      }
+      for (int i = h % tile; !c.shared && i < kLanes; i += tile) {
         c.head_max[at + h / tile * kLanes + i] = safe_max(sums.m);
         c.head_weight[at + h / tile * kLanes + i] = weight;
       }

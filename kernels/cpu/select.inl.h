@@ -54,8 +54,8 @@ VP_INLINE Pivot find_pivot(const uint32_t* codes, int count, int k, uint32_t* bi
 
 // Calls f(position, length) for each run of visible visual tokens, in ascending order.
 template <class F>
-VP_INLINE void for_candidates(const Call& c, const Row& row, int row_index, F f) {
-  const int32_t* spans = c.visual.spans + int64_t{row_index} * c.visual.spans_per_row * 2;
+VP_INLINE void for_candidates(const Call& c, const Row& row, F f) {
+  const int32_t* spans = c.visual.spans + int64_t{row.cache_row} * c.visual.spans_per_row * 2;
   const int count = c.visual.spans_per_row;
   const Range visible = row.visible;
   for (int s = span_after(spans, count, visible.begin); s < count && spans[2 * s] < visible.end;
@@ -87,7 +87,7 @@ static void select_row(const Call& c, int row_index) {
   int written = 0;
   if (count > 0) {
     int filled = 0;
-    for_candidates(c, row, row_index, [&](int begin, int length) {
+    for_candidates(c, row, [&](int begin, int length) {
       const float* score = row.scores + (begin - row.scores_begin);
       for (int i = 0; i < length; ++i) row.sort_codes[filled + i] = sort_code(score[i]);
       filled += length;
@@ -96,7 +96,7 @@ static void select_row(const Call& c, int row_index) {
     Pivot pivot = {0, filled};
     if (count < filled) pivot = find_pivot(row.sort_codes, filled, count, row.bin_codes);
     int read = 0;
-    for_candidates(c, row, row_index, [&](int begin, int length) {
+    for_candidates(c, row, [&](int begin, int length) {
       written +=
           write_kept(row.sort_codes + read, length, begin, pivot.code, pivot.ties, out + written);
       read += length;

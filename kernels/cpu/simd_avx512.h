@@ -137,6 +137,11 @@ VP_INLINE void interleave(Pairs x, Pairs y, Pairs& a, Pairs& b) {
 VP_INLINE Pairs repeat_pair(const float* pair) {
   return {(__m512bh)_mm512_castps_si512(_mm512_set1_ps(*pair))};
 }
+VP_INLINE Pairs repeat_pair(const bf16* pair) {
+  int bits;
+  __builtin_memcpy(&bits, pair, sizeof bits);
+  return {(__m512bh)_mm512_set1_epi32(bits)};
+}
 // From weights p [tiles, 16 lanes], lane = key * HT + head, to bfloat16 pairs of neighbouring keys
 // [tiles, 8], each with its head at key / 2 * HT + head.
 template <int HT>

@@ -30,6 +30,7 @@ VP_INLINE void store_logits(const Call& c, const Row& row, int kv_head, int firs
 template <class T, int HT>
 static void stream_part(const Call& c, int row, int kv_head, int index, Run run) {
   const Cut& cut = c.cuts[row];
+  const int cache_row = c.rows[row].cache_row;
   const int group = c.H / c.G, tiles = head_tiles(group), heads = tiles * HT;
   const PartRange range = range_of_part(cut, index);
   const Part part = part_at(c, part_index(cut, kv_head, index));
@@ -42,14 +43,14 @@ static void stream_part(const Call& c, int row, int kv_head, int index, Run run)
   if (c.with_values) clear(part.acc, int64_t{group} * padded_dim(c.D, kUnit));
   BlockVisual visual;
   visual.content = Content::kText;
-  const int32_t* spans = c.visual.spans + int64_t{row} * c.visual.spans_per_row * 2;
+  const int32_t* spans = c.visual.spans + int64_t{cache_row} * c.visual.spans_per_row * 2;
   int span = args.at_tau ? span_after(spans, c.visual.spans_per_row, cut.begin + range.begin) : 0;
 
   const int block = block_keys<T>(cut), tiles_of_values = value_tiles(group, c.D);
   alignas(64) float x[kListBlock * kMaxGroup];
   Rescales rescales;
   BlockKeys<T> buffers[2];
-  locate(c, cut, row, kv_head, range.begin, range.end, buffers[0]);
+  locate(c, cut, cache_row, kv_head, range.begin, range.end, buffers[0]);
   // the hardware's prefetcher finds the first keys of a stream, but not those of a list
   if (cut.attended != nullptr && run.is_first) {
     prefetch_all(buffers[0].k, buffers[0].count, c.D);
@@ -59,15 +60,15 @@ static void stream_part(const Call& c, int row, int kv_head, int index, Run run)
     BlockKeys<T>& keys = buffers[turn];
     BlockKeys<T>& next = buffers[turn ^ 1];
     if (first + block < range.end || run.is_last) {
-      locate(c, cut, row, kv_head, first + block, range.end, next);
+      locate(c, cut, cache_row, kv_head, first + block, range.end, next);
     } else {
-      locate_next_part(c, cut, row, kv_head, index, next);
+      locate_next_part(c, cut, cache_row, kv_head, index, next);
     }
     Prefetch<T> prefetch = Prefetch<T>::make(next.k, c.with_values ? next.v : nullptr, next.count,
                                              c.D, c.with_values ? 1 + tiles_of_values : 1);
     dot_block<T, HT>(q, keys, c.D, tiles, scaling, prefetch, x);
     if (args.at_tau) {
-      find_visual<HT>(c.visual, row, cut.begin + first, keys.count, span, visual);
+      find_visual<HT>(c.visual, cache_row, cut.begin + first, keys.count, span, visual);
       const int floats = (keys.count + kLanes / HT - 1) / (kLanes / HT) * (kLanes / HT) * heads;
       if (c.store_all_logits || visual.content != Content::kText)
         store_logits(c, c.rows[row], kv_head, first, x, floats);

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
+from ..cache import MAX_QUERIES
 from ..call import Call, Scored
 from ..visual import VisualTokens
 from ..workspace import Workspace
@@ -64,6 +65,7 @@ class CpuBackend(NativeBackend):
 
     name = "cpu"
     auto_devices = ("cpu",)
+    max_queries = MAX_QUERIES
 
     def unavailable(self) -> str | None:
         reason = _native.failure()
@@ -83,6 +85,9 @@ class CpuBackend(NativeBackend):
 
     def rounds_weights(self, dtype: torch.dtype) -> bool:
         return dtype == torch.bfloat16 and bool(_entries().rounds_bf16_weights())
+
+    def _queries(self, packed: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+        return (packed,)
 
     def _run(
         self,

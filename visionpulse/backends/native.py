@@ -28,13 +28,14 @@ class NativeBackend(Backend):
         visual: VisualTokens | None,
         packed: tuple[Any, ...],
     ) -> None:
-        """Enter the engine for a stage; `like` is q [B, H, D], or the scores [B, N] of select."""
+        """Enter the engine for a stage; `like` is q, or the scores [B, N] of select."""
         raise NotImplementedError
 
     def score(self, call: Call) -> tuple[Scored, Tensor | None]:
         mass, mass_mean = call.new_masses()
         scores, out = call.new_scores(), call.new_out() if call.is_dense else None
         packed = (
+            *self._queries(pack.queries(call.q, out, call.q_counts)),
             *(pack.query(call.q, call.kv), pack.cache(call.kv), pack.visual(call.visual)),
             *(pack.params(call.params), (0, 0, mass.data_ptr(), mass_mean.data_ptr())),
             *(pack.output(out), scores.data_ptr()),
@@ -46,7 +47,9 @@ class NativeBackend(Backend):
         scores, params = scored.scores, scored.params
         masses = (scored.mass.float().contiguous(), scored.mass_mean.float().contiguous())
         selection = scored.new_selection(*masses)
+        queries = len(scores) // scored.visual.batch
         packed = (
+            *self._queries((queries, 0, 0, pack.address(scored.q_counts))),
             *(*scores.shape, pack.address(scored.starts), pack.address(scored.lengths)),
             *(pack.visual(scored.visual), pack.params(params), pack.chosen(selection)),
             scores.data_ptr(),
@@ -58,6 +61,7 @@ class NativeBackend(Backend):
         q, kv, params, visual, selection, *_ = call
         out = call.new_out()
         packed = (
+            *self._queries(pack.queries(q, out, call.q_counts)),
             *(pack.query(q, kv), pack.cache(kv)),
             *(pack.visual(visual if selection is not None else None), self._kept(selection)),
             *(pack.params(params), pack.output(out)),
@@ -65,12 +69,17 @@ class NativeBackend(Backend):
         self._run("attend", q, call.scratch, None, packed)
         return out
 
+    def _queries(self, packed: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+        """The queries of a row, to an engine whose kernels take several."""
+        return ()
+
     def _kept(self, selection: Selection | None) -> tuple[int, ...]:
         return pack.kept(selection)
 
     def decode(self, call: Call) -> tuple[Tensor, Selection]:
         selection, out = call.new_selection(), call.new_out()
         packed = (
+            *self._queries(pack.queries(call.q, out, call.q_counts)),
             *(pack.query(call.q, call.kv), pack.cache(call.kv), pack.visual(call.visual)),
             *(pack.params(call.params), pack.chosen(selection), pack.output(out)),
             *(call.is_dense, pack.address(call.scores)),

@@ -23,10 +23,17 @@ def address(tensor: Tensor | None) -> int:
 
 
 def query(q: Tensor, kv: Cache) -> tuple[int, ...]:
-    """Q [B, H, D], and the sizes of the call."""
-    rows, heads, dim = q.shape
-    row_stride, head_stride, _ = q.stride()
-    return q.data_ptr(), row_stride, head_stride, DTYPES[q.dtype], rows, heads, kv.kv_heads, dim
+    """Q [B, H, D] or [B, Q, H, D], and the sizes of the call."""
+    heads, dim = q.shape[-2:]
+    strides = q.stride(0), q.stride(-2)
+    return q.data_ptr(), *strides, DTYPES[q.dtype], q.shape[0], heads, kv.kv_heads, dim
+
+
+def queries(q: Tensor, out: Tensor | None, q_counts: Tensor | None) -> tuple[int, int, int, int]:
+    """The queries of a row: how many, the strides from one to the next, and which are real."""
+    if q.dim() == 3:
+        return 1, 0, 0, 0
+    return q.shape[1], q.stride(1), 0 if out is None else out.stride(1), address(q_counts)
 
 
 def cache(kv: Cache) -> tuple[int, ...]:
@@ -66,10 +73,10 @@ def params(given: Params) -> tuple[float, ...]:
 
 
 def output(out: Tensor | None) -> tuple[int, int, int]:
-    """Where the output [B, H, D] goes."""
+    """Where the output [B, H, D] or [B, Q, H, D] goes."""
     if out is None:
         return 0, 0, 0
-    return out.data_ptr(), out.stride(0), out.stride(1)
+    return out.data_ptr(), out.stride(0), out.stride(-2)
 
 
 def kept(selection: Selection | None) -> tuple[int, int, int]:

@@ -50,6 +50,10 @@ def test_the_verb_answers_in_a_table_a_file_and_plots(tmp_path, capsys):
     for step in data["steps_seconds"]:
         assert set(step["attention"]) == {TODAY, PLAIN, "dense", "paper"}
         assert all(seconds > 0 for seconds in step["attention"].values())
+        pays = step["lossless"]
+        assert list(pays) == ["0.8", "0.9", "0.95", "0.99"] and step["attention_over_weights"] > 0
+        assert pays["0.99"]["speed"] >= pays["0.8"]["speed"] > 0
+    assert "Lossless decoding over our dense steps" in printed
     backends = {row["backend"] for row in data["rows"]}
     assert backends == {TODAY, PLAIN, "dense", "anchor", "follower"}
     assert all(row["pct_ceiling"] > 0 and row["ratio"] > 0 for row in data["rows"])

@@ -25,6 +25,7 @@ from visionpulse.files import append_line
 
 P5, P10 = vp.PRESETS["5pct"], vp.PRESETS["10pct"]
 LOOKBACK = P5.updated(schedule="lookback", refresh=0)
+BLIND = P5.updated(budget=vp.TopK(1), schedule="per_layer")  # an absurd draft
 OUT = Path(__file__).parents[1] / "results" / "accuracy-lossless.jsonl"
 
 
@@ -43,19 +44,19 @@ class Condition(NamedTuple):
 CONDITIONS = (
     Condition("5pct, lookback", LOOKBACK, 4, n=500),
     Condition("5pct, lookback", LOOKBACK, 4, temperature=1.0),
-    Condition("10pct", P10, 4, n=500),
-    Condition("10pct", P10, 4, temperature=1.0),
-    Condition("5pct, lookback", LOOKBACK, 4, batch=1),
-    Condition("5pct, lookback", LOOKBACK, 4, temperature=2.0, batch=1),
-    *(Condition("5pct, lookback", LOOKBACK, g) for g in (2, 8, 15)),
-    *(Condition("10pct", P10, g) for g in (2, 8, 15)),
+    Condition("one token a layer", BLIND, 4),
+    Condition("5pct, lookback", LOOKBACK, 15),
     Condition("5pct, lookback", LOOKBACK, 4, "sparse"),
     Condition("5pct, lookback", LOOKBACK, 4, "large", n=50, batch=5),
-    # absurd drafts
-    Condition("random tokens, 1 %", P5.updated(budget=vp.Random(seed=1), ratio=(0.0, 0.01)), 4),
-    Condition("one token a layer", P5.updated(budget=vp.TopK(1), schedule="per_layer"), 4),
-    Condition("one token a layer", P5.updated(budget=vp.TopK(1), schedule="per_layer"), 4,
-              temperature=1.0),
+    Condition("10pct", P10, 4),
+    Condition("10pct", P10, 4, temperature=1.0),
+    Condition("5pct, lookback", LOOKBACK, 4, batch=1),
+    *(Condition("5pct, lookback", LOOKBACK, g) for g in (2, 8)),
+    *(Condition("10pct", P10, g) for g in (2, 8, 15)),
+    Condition("5pct, lookback", LOOKBACK, 4, temperature=2.0, batch=1),
+    Condition("random budget", P5.updated(budget=vp.Random(seed=1), ratio=(0.0, 0.01)), 4),
+    Condition("one token a layer", BLIND, 4, temperature=1.0),
+    Condition("10pct", P10, 4, n=500),
 )  # fmt: skip
 SETS = {"crowded": ("crowded", tiny.SIDE), "sparse": ("sparse", tiny.SIDE),
         "large": ("crowded", LARGE_SIDE)}  # fmt: skip

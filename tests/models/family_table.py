@@ -53,15 +53,15 @@ def look(kind: str) -> Found:
     except UnsupportedModelError as refusal:
         return Found(REFUSED, str(refusal).removeprefix(f"{kind} cannot be pruned: "))
     except Exception as failure:  # whatever a config of strange widths runs into
-        return Found(UNTRIED, _line(failure))
+        return Found(UNTRIED, _line("it could not be built tiny", failure))
     return _decoded(model, inputs)
 
 
-def _line(failure: Exception) -> str:
+def _line(what: str, failure: Exception) -> str:
     text = " ".join(str(failure).split())
     if "timm" in text:
         return "its vision tower comes from the package timm"
-    return f"it could not be built tiny: {type(failure).__name__}: {text[:120]}"
+    return f"{what}: {type(failure).__name__}: {text[:120]}"
 
 
 def _made(kind: str) -> tuple[Any, dict[str, Any]]:
@@ -102,7 +102,7 @@ def _decoded(model: Any, inputs: dict[str, Any]) -> Found:
     try:
         own = answer()
     except Exception as failure:  # its unpatched self
-        return Found(UNTRIED, f"unpatched: {_line(failure)}")
+        return Found(UNTRIED, _line("its generate() fails unpatched", failure))
     with vp.patch(model, ratio=(1.0, 1.0)) as session:
         anatomy, everything = session.anatomy, answer()
         if anatomy.dense_because:
@@ -145,12 +145,7 @@ def page() -> str:
         + " |"
         for kind in kinds
     )
-    newest_first = list(reversed(by_version.values()))
-    reasons = "\n".join(
-        f"- `{kind}`: {one.because}"
-        for kind in kinds
-        if (one := next(f[kind] for f in newest_first if kind in f)).outcome != WORKS
-    )
+    reasons = "\n".join(filter(None, (_reasons(kind, by_version) for kind in kinds)))
     names = " | ".join(by_version)
     return f"""# Model families
 
@@ -175,6 +170,15 @@ tower. {len(_tested())} of them run every situation of the test matrix, too.
 
 Made by `python tests/models/family_table.py`; a deep test tries all of them again.
 """
+
+
+def _reasons(kind: str, by_version: dict[str, dict[str, Found]]) -> str:
+    """Why a type does not work; with its version where versions differ."""
+    rows = {version: found[kind] for version, found in by_version.items() if kind in found}
+    texts = {version: one.because for version, one in rows.items() if one.outcome != WORKS}
+    if len(texts) == len(rows) and len(set(texts.values())) == 1:
+        return f"- `{kind}`: {next(iter(texts.values()))}"
+    return "\n".join(f"- `{kind}` ({version}): {text}" for version, text in texts.items())
 
 
 def _tested() -> tuple[str, ...]:

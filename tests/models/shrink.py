@@ -17,8 +17,9 @@ SIZES: dict[str, int] = dict.fromkeys(WIDTHS, WIDTH) | {
     "encoder_attention_heads": 4, "encoder_ffn_dim": 96, "swa_num_attention_heads": 4,
     "swa_num_key_value_heads": 2, "projector_input_dim": WIDTH, "projector_output_dim": WIDTH,
     "alignment_intermediate_size": 96, "base_channels": 32, "codebook_dim": WIDTH,
-    "adapter_in_dim": WIDTH, "adapter_input_size": WIDTH, "num_embeddings": 64, "rel_extent":
-    32, "projection_intermediate_size": 96, "kv_lora_rank": 32, "q_lora_rank": 32,
+    "adapter_in_dim": WIDTH, "adapter_out_dim": WIDTH, "adapter_input_size": WIDTH,
+    "num_embeddings": 64, "rel_extent": 32, "projection_intermediate_size": 96,
+    "kv_lora_rank": 32, "q_lora_rank": 32,
     "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "qk_head_dim": 16, "v_head_dim": HEAD,
     "hc_lowrank": 8, "ple_embed_dim": 16, "ngram_vocab_size_base": 64, "split_ngram_parts": 2,
     "laurel_rank": 8, "decoder_ffn_dim": 96, "decoder_attention_heads": 4, "d_ff": 96, "d_kv":

@@ -337,6 +337,15 @@ def test_sinks_stay_dense_and_explain_says_so(tiny):
         assert "sinks" in str(vp.explain(vlm.model))
 
 
+def test_latent_attention_is_refused_by_its_name(tiny):
+    """DeepSeek's, as in kimi_k25: a key is wider than a value."""
+    vlm = tiny("llava", num_hidden_layers=3)
+    vlm.model.get_decoder().layers[1].self_attn.kv_lora_rank = 8
+    with pytest.raises(vp.UnsupportedModelError, match="layers have latent attention"):
+        vp.patch(vlm.model)
+    assert vlm.model.get_decoder().config._attn_implementation != "visionpulse"
+
+
 def test_wrapped_models_are_unwrapped(tiny):
     peft = pytest.importorskip("peft")
     vlm = tiny("llava", num_hidden_layers=4)

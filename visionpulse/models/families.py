@@ -164,6 +164,11 @@ def anatomy(model: Any) -> Anatomy:
         raise UnsupportedModelError(
             f"{kind} has no full-attention layer to prune: {_kinds(config)}"
         )
+    if any(hasattr(layer, "kv_lora_rank") for layer in attention_layers(decoder)):
+        raise UnsupportedModelError(
+            f"{kind} has no full-attention layer to prune: its layers have latent attention, "
+            "whose keys and values differ in width"
+        )
     base = getattr(model, "base_model", model)
     return Anatomy(
         model, base, decoder, config, full, ids, _published(model, full), _dense_because(decoder)
@@ -231,8 +236,6 @@ def _dense_because(decoder: nn.Module) -> str | None:
     for layer in attention_layers(decoder):
         if getattr(layer, "sinks", None) is not None:
             return "its attention has sinks, which the ops do not take yet"
-        if hasattr(layer, "kv_lora_rank"):
-            return "its keys and values have different widths (latent attention)"
     return None
 
 

@@ -168,10 +168,11 @@ PROOFS = {
         ("torch", "transformers"),
     ),
     "answers": Proof(
-        ("tests/test_accuracy.py", "tests/test_calibration.py", *TWO),
+        ("tests/test_accuracy.py", "tests/test_calibration.py", "tests/test_early_looker.py",
+         *TWO),
         (*MODELS, "visionpulse/calibration/", "visionpulse/bench/progress.py",
          "benchmarks/accuracy/", "benchmarks/methods/", "tests/test_accuracy.py",
-         "tests/test_calibration.py"),
+         "tests/test_calibration.py", "tests/test_early_looker.py", "tests/early_looker/"),
         ("torch", "transformers"),
     ),
     "serving-engine": Proof(

@@ -8,6 +8,9 @@ What the training is helped by, beside the answers:
   (a stand-in for the caption alignment of large models; those heads are dropped afterwards);
 - from side 8 on the mean attention that text positions pay to visual tokens is penalised, the same
   for all positions. Large models pay little in text steps by themselves; this one would not.
+
+`--late W` weighs that penalty by W in the layers from the default anchor on, so that a model looks
+things up before it: a layer profile on which other settings break.
 """
 
 import argparse
@@ -22,7 +25,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from model import WIDTH, make
+from model import LAYERS, WIDTH, make
+from rows import ANCHOR
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
@@ -155,11 +159,21 @@ def positions(model, side):
 
 
 class Trainer:
-    def __init__(self, seed: int, steps: int, decay_from: int, penalty: float) -> None:
+    def __init__(
+        self,
+        seed: int,
+        steps: int,
+        decay_from: int,
+        penalty: float,
+        late: float = 1.0,
+        side: int = STAGES[-1].side,
+    ) -> None:
         self.rng = np.random.default_rng([seed, 1])
         self.model = make(seed).train()
         self.align = Alignment()
         self.steps, self.decay_from, self.penalty = steps, decay_from, penalty
+        self.weights = torch.tensor([1.0 if i < ANCHOR else late for i in range(LAYERS)])
+        self.stages = [stage for stage in STAGES if stage.side <= side]
         self.packed = Packed()
         name = f"trail_packed_{id(self.packed)}"
         AttentionInterface.register(name, self.packed)
@@ -186,8 +200,8 @@ class Trainer:
         self.seen = output.pooler_output
 
     def _enter(self) -> None:
-        self.packed.aim(STAGES[self.at].side)
-        self.positions = positions(self.model, STAGES[self.at].side)
+        self.packed.aim(self.stages[self.at].side)
+        self.positions = positions(self.model, self.stages[self.at].side)
 
     def rate(self, step: int) -> float:
         if step < self.decay_from:
@@ -196,7 +210,7 @@ class Trainer:
         return LEARNING_RATE * (LOWEST + (1 - LOWEST) * 0.5 * (1 + math.cos(math.pi * part)))
 
     def step(self, number: int) -> dict:
-        stage = STAGES[self.at]
+        stage = self.stages[self.at]
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate(number)
         pictures, tokens, labels = batch_of(self.rng, stage)
@@ -218,8 +232,9 @@ class Trainer:
         wanted = labels.flatten(1)[asked]
         answers = F.cross_entropy(logits, wanted)
         real = tokens.flatten(1) != trail.PAD
-        mass = torch.stack([m.mean((1, 2))[real].mean() for m in self.packed.masses]).mean()
-        loss = answers + self.penalty * (self.at >= PENALISED_FROM) * mass
+        masses = torch.stack([m.mean((1, 2))[real].mean() for m in self.packed.masses])
+        mass, penalised = masses.mean(), (masses * self.weights).mean()
+        loss = answers + self.penalty * (self.at >= PENALISED_FROM) * penalised
         if self.at < ALIGNED:
             cells = torch.from_numpy(np.concatenate([p.cells for p in pictures]))
             embedding = self.model.get_input_embeddings().weight
@@ -243,8 +258,10 @@ class Trainer:
         self.since += 1
         for kind in self.running:
             self.running[kind] += 0.03 * (accuracy[kind] - self.running[kind])
-        is_ready = min(self.running.values()) > READY or self.since >= STAGES[self.at].most_steps
-        if is_ready and self.at + 1 < len(STAGES):
+        is_ready = (
+            min(self.running.values()) > READY or self.since >= self.stages[self.at].most_steps
+        )
+        if is_ready and self.at + 1 < len(self.stages):
             self.at, self.since = self.at + 1, 0
             self.running = {kind: value / 2 for kind, value in self.running.items()}
             self._enter()
@@ -282,12 +299,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3700)
     parser.add_argument("--decay-from", type=int, default=3000, help="step of the full rate's end")
     parser.add_argument("--penalty", type=float, default=0.05, help="weight of the visual mass")
+    parser.add_argument("--late", type=float, default=1.0, help="its factor from the anchor on")
+    parser.add_argument("--side", type=int, default=STAGES[-1].side, help="of the largest grids")
     parser.add_argument("--resume", type=Path, help="folder of a checkpoint to go on from")
     args = parser.parse_args()
     torch.set_num_threads(1)
     keep_memory()
     args.out.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(args.seed, args.steps, args.decay_from, args.penalty)
+    trainer = Trainer(args.seed, args.steps, args.decay_from, args.penalty, args.late, args.side)
     first, begun = trainer.resume(args.resume) if args.resume else 0, time.monotonic()
     tick = progress_bar()
     with open(args.out / "log.jsonl", "w") as log:
@@ -303,7 +322,10 @@ def main() -> None:
             if number % 250 == 249:
                 trainer.save(args.out, number + 1)
     trainer.save(args.out, args.steps)
-    asked = {name: getattr(args, name) for name in ("seed", "steps", "decay_from", "penalty")}
+    asked = {
+        name: getattr(args, name)
+        for name in ("seed", "steps", "decay_from", "penalty", "late", "side")
+    }
     # of a run that was resumed, the seconds of its last part
     seconds = round(time.monotonic() - begun)
     about = asked | {"resumed": args.resume is not None, "seconds": seconds}

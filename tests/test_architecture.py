@@ -55,8 +55,8 @@ ALLOWED = {
     "layer_ops": {"backends", "call", "config", "ops", "queries", "workspace", *RECORDS},
     "trace": {"figures", "files", "selection", "visual"},
     "models": {
-        "backends", "config", "files", "layer_ops", "ops", "schedule", "trace.record", "workspace",
-        *RECORDS,
+        "backends", "config", "files", "float8", "layer_ops", "ops", "schedule", "trace.record",
+        "workspace", *RECORDS,
     },
     "calibration": {"cache", "config", "figures", "files", "models", "ops", "visual"},
     "testing": {"budgets", "call", "config", "float8", "reference", *RECORDS},

@@ -15,6 +15,7 @@ ANCHOR_OUTPUTS = ("pruned", "dense")
 SCHEDULES = ("paper", "lookback", "per_layer", "dense")
 DENSE = ("ours", "model")
 QUERIES = ("dense", "sparse")
+CACHES = ("model", "fp8")
 
 # The registry of backends adds its names here: a config may carry them without importing one.
 BACKENDS: list[str] = ["auto"]
@@ -28,8 +29,9 @@ class PulseConfig:
     `anchor` a 0-based layer, several of them in ascending order, or None for the default. `budget`
     is a policy or its name: "dynamic", "fixed:0.05", "top_k:64", "top_p:0.9", "random:7".
     `queries`: whether a forward with 2 to 16 tokens behind a cache, as speculative decoding makes
-    them, is dense, or as sparse as if its tokens had come one by one. Functional ops ignore
-    `anchor`, `schedule`, `refresh`, `dense` and `queries`.
+    them, is dense, or as sparse as if its tokens had come one by one. `cache`: a patched model's
+    keys and values are stored in the dtype of the "model", or in 8 bits, "fp8". Functional ops
+    ignore `anchor`, `schedule`, `refresh`, `dense`, `queries` and `cache`.
     """
 
     anchor: int | tuple[int, ...] | None = None
@@ -43,6 +45,7 @@ class PulseConfig:
     refresh: int = 8
     dense: str = "ours"
     queries: str = "dense"
+    cache: str = "model"
     backend: str = "auto"
 
     def __post_init__(self) -> None:
@@ -56,6 +59,7 @@ class PulseConfig:
         _one_of("schedule", self.schedule, SCHEDULES)
         _one_of("dense", self.dense, DENSE)
         _one_of("queries", self.queries, QUERIES)
+        _one_of("cache", self.cache, CACHES)
         _one_of("backend", self.backend, BACKENDS)
         _budget(self.budget, self.score)
         if not _is_int(self.refresh) or self.refresh < 0:
@@ -84,6 +88,11 @@ class PulseConfig:
         if self.schedule == "dense" and self.dense == "model":
             raise ValueError(
                 "schedule='dense' with dense='model' would be the unpatched model; leave out dense"
+            )
+        if self.cache == "fp8" and self.dense == "model":
+            raise ValueError(
+                "cache='fp8' with dense='model': the model's own attention cannot read 8 bits, so "
+                "each dense layer would be copied in every step; leave out dense"
             )
         if self.schedule == "lookback" and self.queries == "sparse":
             raise ValueError(

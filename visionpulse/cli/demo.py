@@ -19,7 +19,7 @@ from ..data import tiny, trail
 from ..files import check_writable
 from ..models import Session, patch
 from ..trace.layout import PictureGrid
-from .parser import add_preset, failure, parser_of
+from .parser import add_cache, add_preset, failure, parser_of
 
 MOST_TOKENS = 64
 PICTURES, EACH = 8, 4096  # of the long context that is timed, and visual tokens of each
@@ -31,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     about = "Answer a drawn picture dense and with VisionPulse, side by side."
     parser = parser_of("demo", about, "visionpulse demo --preset 5pct --out demo.html")
     add_preset(parser, "5pct", "the setting to show")
+    add_cache(parser)
     parser.add_argument("--seed", type=int, default=9, help="another picture and question")
     parser.add_argument("--pictures", type=int, default=50, help="how many to check at the end")
     parser.add_argument("--out", type=Path, default=Path("visionpulse-demo.html"))
@@ -38,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     begun = time.monotonic()
     try:
         config = resolve_config(args.preset)
+        if args.cache is not None:
+            config = config.updated(cache=args.cache)
         if config.schedule == "dense":
             raise ValueError("--preset dense prunes nothing, so there is nothing to show")
     except ValueError as error:

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from ..config import PRESETS
+from ..config import CACHES, PRESETS
 from ..files import one_line
 
 EXIT_CODES = "exit codes: 0 done, 1 it failed and says why, 2 wrong options, 130 stopped"
@@ -40,6 +40,15 @@ def add_preset(parser: argparse.ArgumentParser, default: str | None, what: str) 
         default=default,
         metavar="NAME|FILE",
         help=f"{what}: {names}, or a .json file of `visionpulse calibrate`{said}",
+    )
+
+
+def add_cache(parser: argparse.ArgumentParser) -> None:
+    """Add `--cache`, which changes the setting of `--preset`."""
+    parser.add_argument(
+        "--cache",
+        choices=CACHES,
+        help="store keys and values in the model's dtype, or in 8 bits: half the memory",
     )
 
 

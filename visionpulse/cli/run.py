@@ -10,7 +10,7 @@ from types import TracebackType
 from ..files import check_writable
 from ..models.config_text import config_from_text
 from ..models.install import install, installed_reports, uninstall
-from .parser import add_preset, failure, parser_of
+from .parser import add_cache, add_preset, failure, parser_of
 
 LOG = "visionpulse-retention.jsonl"
 
@@ -23,6 +23,7 @@ def _parser() -> argparse.ArgumentParser:
         "visionpulse run --preset 5pct -- run.py --data MMStar",
     )
     add_preset(parser, "10pct", "the setting")
+    add_cache(parser)
     parser.add_argument(
         "--set",
         action="append",
@@ -42,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(argv)
     settings = dict(item.partition("=")[::2] for item in options.set)
+    if options.cache is not None:
+        settings["cache"] = options.cache
     try:
         config = config_from_text(options.preset, settings)
     except (TypeError, ValueError) as error:

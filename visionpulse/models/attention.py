@@ -44,6 +44,7 @@ def attention(
             return out, None
         if role is not Role.MODEL:
             step.refusal = _refusal(query, key, value, attention_mask, kwargs)
+        key, value = step.read_back(layer, key, value, query.dtype)
     elif query.shape[2] == 1 and not torch.compiler.is_compiling():
         registry.report_bypass(module)
     result = base_attention(module)(module, query, key, value, attention_mask, **kwargs)

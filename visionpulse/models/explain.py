@@ -4,13 +4,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import ops
 from ..backends import Choice
 from ..cache import KVCache
 from ..config import PulseConfig
 from ..config import resolve as resolve_config
+from ..float8 import FLOAT8
 from ..visual import VisualTokens
 from . import registry
 from .families import TESTED, Anatomy, anatomy, attention_layers
@@ -35,6 +36,7 @@ class ModelExplanation:
     dense_because: str | None
     visual_ids: tuple[int, ...]
     base_attention: str
+    in_8_bits: bool  # its cache
     backend: Choice
     weight_bytes: int  # of the decoder
     token_bytes: int  # that one more token of the context adds to a step, of a row
@@ -59,7 +61,11 @@ class ModelExplanation:
             f"visual ids {', '.join(map(str, self.visual_ids))}",
             f"attention  {self.base_attention}, for prefill and the model's own layers",
         ]
-        if not self.dense_because and "dense" in self.roles:
+        each = f"{self.token_bytes / 1024:.4g} KiB a token in the layers of full attention"
+        rows.append(
+            f"cache      {each}, {'8 bits' if self.in_8_bits else 'the dtype of the model'}"
+        )
+        if not (self.dense_because or self.in_8_bits) and "dense" in self.roles:
             even = self.weight_bytes / self.token_bytes
             rows.append(
                 f"lossless   attention reads as much as the {self.weight_bytes / 1e9:.3g} GB of "
@@ -80,6 +86,7 @@ def explain_model(model: Any, config: PulseConfig | str = "10pct") -> ModelExpla
     else:
         roles = LayerRoles.of(resolve_config(config), parts)
     kind = parts.model.config.model_type
+    q, kv = _one_key(parts, roles.config)
     return ModelExplanation(
         model=type(parts.model).__name__,
         family=kind,
@@ -93,35 +100,30 @@ def explain_model(model: Any, config: PulseConfig | str = "10pct") -> ModelExpla
         dense_because=parts.dense_because,
         visual_ids=parts.visual_ids,
         base_attention=registry.base_name(parts.config),
-        backend=_backend(parts, roles.config),
+        token_bytes=2 * kv.k.nbytes * sum(parts.full),
+        in_8_bits=kv.dtype == FLOAT8,
+        backend=_backend(q, kv, roles.config),
         weight_bytes=sum(part.numel() * part.element_size() for part in parts.decoder.parameters()),
-        token_bytes=_token_bytes(parts),
         ran=None if session is None else session.stats,
     )
 
 
-def _token_bytes(parts: Anatomy) -> int:
-    """Bytes of one token's keys and values in the layers that attend to all."""
-    config = parts.config
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    layer: nn.Module = attention_layers(parts.decoder)[0]
-    width = getattr(layer, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    size = next(parts.decoder.parameters()).element_size()
-    return int(2 * heads * width * size * sum(parts.full))
-
-
-def _backend(parts: Anatomy, config: PulseConfig) -> Choice:
-    """The backend for a cache of one key with the model's heads, dtype and device."""
+def _one_key(parts: Anatomy, config: PulseConfig) -> tuple[Tensor, KVCache]:
+    """A query and a cache of one key, with the heads of the model, its dtype and its device."""
     heads = parts.config.num_attention_heads
     kv_heads = getattr(parts.config, "num_key_value_heads", None) or heads
     layer: nn.Module = attention_layers(parts.decoder)[0]
     width = getattr(layer, "head_dim", None) or parts.config.hidden_size // heads
     weight = next(parts.decoder.parameters())
     dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
-    k = torch.zeros(1, kv_heads, 1, width, dtype=dtype, device=weight.device)
-    q = torch.zeros(1, heads, width, dtype=dtype, device=weight.device)
-    visual = VisualTokens.from_spans([[(0, 1)]], device=weight.device)
-    return ops.explain(q, KVCache(k, k), visual, config)
+    stored = FLOAT8 if config.cache == "fp8" else dtype
+    k = torch.zeros(1, kv_heads, 1, width, dtype=stored, device=weight.device)
+    return torch.zeros(1, heads, width, dtype=dtype, device=weight.device), KVCache(k, k)
+
+
+def _backend(q: Tensor, kv: KVCache, config: PulseConfig) -> Choice:
+    visual = VisualTokens.from_spans([[(0, 1)]], device=q.device)
+    return ops.explain(q, kv, visual, config)
 
 
 def _runs(layers: Any) -> str:

@@ -17,6 +17,7 @@ from .bypass import Bypass
 from .continuous import ContinuousBatching
 from .conversation import Conversation
 from .dense_steps import DenseSteps
+from .float8_layers import Float8, announce
 from .kv_layers import attach, conversation_of
 from .notices import DenseReason
 from .patched_model import PatchedModel
@@ -111,6 +112,8 @@ class Hooks:
         inputs = self._decoder.get("inputs_embeds", args, kwargs)
         if inputs is None:
             inputs = self._decoder.get("input_ids", args, kwargs)
+        cache = self._decoder.cache(args, kwargs)
+        announce(cache, is_step=False)
         if patched.is_paused or module.training:
             if is_eager and inputs is not None and inputs.shape[1] == 1:
                 reason = DenseReason.PAUSED if patched.is_paused else DenseReason.TRAINING
@@ -121,7 +124,6 @@ class Hooks:
                 f"{type(module).__name__} was called with neither input_ids nor inputs_embeds, "
                 "so no token is known; unpatch the model, or pause the session for this call"
             )
-        cache = self._decoder.cache(args, kwargs)
         conversation = conversation_of(cache, self._layer)
         if is_eager and patched.is_checking:
             return self._dense_step(conversation, args, kwargs, inputs)
@@ -133,7 +135,7 @@ class Hooks:
                 self.dense.add_step(DenseReason.HOLES, conversation, inputs.device)
                 return None
             if conversation is not None:
-                return args, {**kwargs, CONTEXT: self._step(conversation, inputs.shape[1])}
+                return args, {**kwargs, CONTEXT: self._step(cache, conversation, inputs.shape[1])}
         mask = self._decoder.get("attention_mask", args, kwargs)
         conversation = self._take_prefill(cache, inputs, mask)
         if conversation is not None:
@@ -175,11 +177,15 @@ class Hooks:
         has_picture = positions.has_features or positions.user_mask is not None
         return positions.passed_base and not (has_picture or self._forward.has_own_mask)
 
-    def _step(self, conversation: Conversation, queries: int) -> Step:
-        token = self._forward.token if self._patched.recorder.record else None
-        step = Step(self._patched, conversation, token, queries)
+    def _step(self, cache: Any, conversation: Conversation, queries: int) -> Step:
+        patched = self._patched
+        token = self._forward.token if patched.recorder.record else None
+        step = Step(patched, conversation, token, queries, kv_layers=cache.layers)
         if not step.is_compiled:
             conversation.steps += queries
+            if patched.stores_8_bits and not isinstance(cache.layers[self._layer], Float8):
+                patched.fit_layers(cache)  # the setting changed behind the prompt
+        announce(cache, is_step=True)
         return step
 
     def _after_decoder(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> None:
@@ -197,6 +203,8 @@ class Hooks:
         cache = cache_of_output(output)
         if cache is not None:
             attach(cache, self._layer, conversation)
+            if self._patched.stores_8_bits:
+                self._patched.fit_layers(cache)
 
     def _after_model(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> None:
         # a lossless model answers from a check without its base

@@ -15,18 +15,7 @@ from torch import Tensor
 from .conversation import Conversation
 from .lookback import LookBack
 
-SLACK_TOKENS = 256  # slack of a short cache
-SLACK_SHARE = 8  # slack of a long one: an eighth of its tokens
 SPARE_SHARE = 4  # a buffer with more than a quarter to spare is let go
-
-
-def slots_for(tokens: int) -> int:
-    """Slots to allocate for `tokens`: at most 1.25 times as many past 4096 tokens."""
-    return tokens + max(SLACK_TOKENS, tokens // SLACK_SHARE)
-
-
-def _too_large(slots: int, tokens: int) -> bool:
-    return slots > slots_for(tokens) and slots > tokens + tokens // SPARE_SHARE
 
 
 class Growing:
@@ -36,6 +25,8 @@ class Growing:
     views made here are taken over at the next update.
     """
 
+    slack_tokens: ClassVar[int] = 256  # slack of a short cache
+    slack_share: ClassVar[int] = 8  # slack of a long one: an eighth of its tokens
     _buffers: ClassVar[tuple[Tensor, Tensor] | None] = None  # [B, G, slots, D]
     _views: ClassVar[tuple[Tensor, Tensor] | None] = None  # keys and values after the last update
 
@@ -82,6 +73,12 @@ class Growing:
         self.keys, self.values = views = tuple(part.narrow(2, 0, length) for part in whole)
         self._views = views if owned else None  # else the next update takes them over
 
+    def _slots_for(self, tokens: int) -> int:
+        return tokens + max(self.slack_tokens, tokens // self.slack_share)
+
+    def _is_too_large(self, slots: int, tokens: int) -> bool:
+        return slots > self._slots_for(tokens) and slots > tokens + tokens // SPARE_SHARE
+
     def _take_over(self: Any, key_states: Tensor, value_states: Tensor) -> None:
         """Keep the buffers if keys and values still lie at their front, else let them go."""
         buffers, self._views = self._buffers, None
@@ -97,12 +94,12 @@ class Growing:
             and not (whole.is_inference() and not torch.is_inference_mode_enabled())
             for whole, part in pairs
         )
-        if not lies_inside or _too_large(buffers[0].shape[2], tokens):
+        if not lies_inside or self._is_too_large(buffers[0].shape[2], tokens):
             self._buffers = None
 
     def _grow(self: Any, past: int, total: int, key_states: Tensor, value_states: Tensor) -> None:
         """Move `past` tokens into larger buffers, one at a time to bound the peak."""
-        slots, buffers = slots_for(total), []
+        slots, buffers = self._slots_for(total), []
         old = (self.keys, self.values)
         self._buffers = self._views = None
         for before, like in zip(old, (key_states, value_states), strict=True):
@@ -122,7 +119,7 @@ class Growing:
         super().crop(*args, **kwargs)  # type: ignore[misc]
         if self._buffers is not None and self.is_initialized:
             tokens = self.keys.shape[2]
-            if _too_large(self._buffers[0].shape[2], tokens):
+            if self._is_too_large(self._buffers[0].shape[2], tokens):
                 self.keys, self.values = self.keys.clone(), self.values.clone()
                 self._buffers = self._views = None
 

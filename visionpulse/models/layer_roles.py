@@ -6,7 +6,7 @@ from typing import Any
 from .. import schedule
 from ..config import PulseConfig
 from ..schedule import Role
-from .families import Anatomy
+from .families import Anatomy, UnsupportedModelError
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +38,8 @@ class LayerRoles:
         if no_anchor and anatomy.published is not None:
             config = config.updated(anchor=anatomy.published)
         full = anatomy.full
+        if config.cache == "fp8":
+            _refuse_8_bits(anatomy)
 
         def allowed(roles: tuple[Role, ...]) -> tuple[Role, ...]:
             if anatomy.dense_because:
@@ -56,3 +58,17 @@ class LayerRoles:
             on_queries=tuple(Role.MODEL if r is Role.DENSE else r for r in on_refresh),
             looks_back=config.schedule == "lookback",
         )
+
+
+def _refuse_8_bits(anatomy: Anatomy) -> None:
+    """Refuse a model whose layers would have to copy an 8-bit cache in every step."""
+    if anatomy.dense_because:
+        reason = anatomy.dense_because
+    elif getattr(anatomy.config, "num_kv_shared_layers", 0):
+        reason = "its last layers read the keys and values of others past the cache"
+    else:
+        return
+    raise UnsupportedModelError(
+        f"{type(anatomy.model).__name__} cannot store its cache in 8 bits: {reason}. "
+        "Without cache='fp8' it can be patched"
+    )

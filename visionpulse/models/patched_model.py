@@ -11,6 +11,7 @@ from .. import backends
 from ..layer_ops import LayerOps
 from .conversation import Conversation
 from .families import Anatomy
+from .float8_layers import fit_layers
 from .layer_roles import LayerRoles
 from .notices import Notices
 from .stats import Recorder
@@ -58,6 +59,15 @@ class PatchedModel:
             most = backends.resolve(name, device, lambda backend: None, 2).max_queries
             self._most_queries[device] = most
         return queries <= most
+
+    @property
+    def stores_8_bits(self) -> bool:
+        """Whether a cache that begins now stores 8 bits."""
+        return self.layer_roles.config.cache == "fp8"
+
+    def fit_layers(self, cache: Any) -> None:
+        """Let the layers of a cache store as the setting says."""
+        fit_layers(cache, self.anatomy.full, self.stores_8_bits, self.recorder.clamped)
 
     def set_roles(self, layer_roles: LayerRoles) -> None:
         """Let the forwards that start from now on follow other roles."""

@@ -36,10 +36,16 @@ class Prefill:
             if inputs.shape[1] == 1:
                 might_have_picture = self._positions.has_picture is not False
                 self._dense.add(DenseReason.CACHE_KIND, might_have_picture, type(cache).__name__)
+            if patched.stores_8_bits:
+                raise TypeError(
+                    f"cache='fp8' needs a cache of transformers with layers, got a "
+                    f"{type(cache).__name__}; pass a DynamicCache, or leave cache='fp8' out"
+                )
             return None
         past, capacity, conversation = 0, None, None
         if cache is not None:
             swap_layers(cache, len(patched.anatomy.full))
+            patched.fit_layers(cache)
             patched.notices.cache(cache)
             conversation = conversation_of(cache, self._layer)
             past = int(cache.get_seq_length(self._layer)) if len(cache.layers) else 0

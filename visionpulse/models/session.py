@@ -18,6 +18,7 @@ from . import ragged, registry
 from .attention import attention
 from .draft_policy import FixedDraft
 from .families import Anatomy, UnsupportedModelError, anatomy
+from .float8_layers import holds_8_bits
 from .hooks import Hooks
 from .kv_layers import release
 from .layer_roles import LayerRoles
@@ -117,6 +118,8 @@ class Session:
     def update(self, **changes: Any) -> "Session":
         """Change settings; forwards that start after it follow them."""
         config = self._config.updated(**changes)
+        if self._draft:
+            _refuse_lossy(config)
         self.patched.set_roles(LayerRoles.of(config, self.anatomy))  # refuses before any change
         self._config = config
         return self
@@ -165,7 +168,11 @@ class Session:
                 self._ahead.remove()
             self._finalizer()
             # generate() keeps a static cache on the model for its next call
-            release(getattr(self.anatomy.model, "_cache", None))
+            kept = getattr(self.anatomy.model, "_cache", None)
+            if holds_8_bits(kept):
+                del self.anatomy.model._cache  # it makes another one
+            else:
+                release(kept)
 
     def __enter__(self) -> "Session":
         return self
@@ -243,6 +250,7 @@ def patch(
                 "lossless=True, which is exact too, or with a preset that prunes"
             )
         if drafted:
+            _refuse_lossy(config)
             refuse(parts)
         session = _session_on(parts.decoder)
         if session is None:
@@ -259,6 +267,15 @@ def patch(
             )
         session.recorder.record = session.recorder.record or record
         return session
+
+
+def _refuse_lossy(config: PulseConfig) -> None:
+    """Refuse what would change the dense model's tokens, in a lossless model."""
+    if config.cache == "fp8":
+        raise ValueError(
+            "lossless=True gives the tokens of the unpatched model, and a cache of 8 bits changes "
+            "them; patch without lossless=True, or leave cache='fp8' out"
+        )
 
 
 def _draft_of(lossless: bool, draft: int | str, record: bool) -> int | str:

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..selection import Selection
 from ..trace.record import Entry
 from .conversation import Conversation
+from .float8_layers import Clamped
 from .notices import DenseReason
 
 QUANTITIES = ("retention", "kept", "mass", "mass_mean")
@@ -46,6 +47,7 @@ class Stats:
     checks: int = 0  # of lossless decoding, of a row each: one token and those that it accepts
     drafted: int = 0  # tokens
     accepted: int = 0  # of the drafted tokens
+    clamped: int = 0  # numbers of keys and values that the scales of an 8-bit cache did not hold
 
     @property
     def rejected(self) -> int:
@@ -74,6 +76,8 @@ class Stats:
         if self.checks:
             text += f", {self.accepted} of {self.drafted} drafted tokens accepted"
             text += f", {self.tokens_per_check:.3g} tokens a check"
+        if self.clamped:
+            text += f", {self.clamped} numbers clamped in the cache"
         return text + "".join(f", {count} dense: {why}" for why, count in self.dense.items())
 
 
@@ -126,6 +130,7 @@ class Recorder:
     def __init__(self, record: bool) -> None:
         self.record = record
         self.entries: list[Entry] = []
+        self.clamped = Clamped()
         self._sums: dict[torch.device, _Sums] = {}
         self._pending: list[tuple[Tensor, Tensor, Tensor, Tensor, bool]] = []
         self._dense: Counter[DenseReason] = Counter()
@@ -200,14 +205,15 @@ class Recorder:
         self._fold()
         parts = list(self._sums.values())
         dense = self._dense_steps(parts)
-        rounds: dict[str, Any] = dict(
+        others: dict[str, Any] = dict(
             zip(("checks", "drafted", "accepted"), self._rounds, strict=True)
         )
+        others["clamped"] = self.clamped.total()
         if not parts:
-            return Stats(0, 0, dense=dense, **rounds)
+            return Stats(0, 0, dense=dense, **others)
         steps, rows = (int(n) for n in torch.stack([s.tally.cpu() for s in parts]).sum(0))
         if not rows:
-            return Stats(steps, 0, dense=dense, **rounds)
+            return Stats(steps, 0, dense=dense, **others)
         mean = torch.stack([s.total.cpu() for s in parts]).sum(0) / rows
         low = torch.stack([s.low.cpu() for s in parts]).amin(0)
         high = torch.stack([s.high.cpu() for s in parts]).amax(0)
@@ -215,7 +221,7 @@ class Recorder:
             name: Summary(float(mean[i]), float(low[i]), float(high[i]))
             for i, name in enumerate(QUANTITIES)
         }
-        return Stats(steps, rows, **summaries, dense=dense, **rounds)
+        return Stats(steps, rows, **summaries, dense=dense, **others)
 
     def _dense_steps(self, parts: list[_Sums]) -> dict[str, int]:
         with self._lock:
@@ -230,5 +236,6 @@ class Recorder:
         with self._lock:
             self._pending, self.entries, self._dense = [], [], Counter()
             self._rounds = [0, 0, 0]
+            self.clamped.reset()
             for sums in self._sums.values():
                 sums.reset()

@@ -6,12 +6,14 @@ It travels in the keyword arguments of one forward, so two threads never share o
 reads the device.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..cache import KVCache
+from ..float8 import FLOAT8, read
 from ..layer_ops import LayerOps, cache_of
 from ..schedule import Role
 from ..selection import Selection
@@ -33,12 +35,14 @@ class Step:
         token: Tensor | None,
         queries: int = 1,
         is_dense: bool = False,
+        kv_layers: Sequence[Any] = (),
     ) -> None:
         self.patched = patched
         self.is_dense = is_dense  # of a lossless model, counted before it began
         self.layer_roles = patched.roles_now
         self.config = self.layer_roles.config
         self.conversation = conversation
+        self.kv_layers = kv_layers  # of the cache; without them it may hold no 8-bit floats
         self.token = token  # [B, Q], recorded with the selection
         self.queries = queries
         self.number = conversation.steps
@@ -95,14 +99,15 @@ class Step:
         if mask is not self.mask:
             self.starts, self.lengths = row_cuts(mask, key.shape[0])
             self.mask = mask
+        scales = self._scales(layer, key)
         if self.is_compiled:
             self.layer_ops = TracedOps(self.config, scale, softcap)
-            kv = KVCache(key, value, self.lengths, self.starts)
+            kv = KVCache(key, value, self.lengths, self.starts, *scales)
         else:
             shape = (query.shape, key.shape, key.device, key.dtype, scale, softcap)
             if shape != self.shape:
-                self._prepare(q, key, value, shape)
-            kv = cache_of(key, value, self.lengths, self.starts)
+                self._prepare(q, KVCache(key, value, self.lengths, self.starts, *scales), shape)
+            kv = cache_of(key, value, self.lengths, self.starts, *scales)
         if role is Role.ANCHOR:
             out = self._decode(layer, q, kv, scale, softcap)
         elif role is Role.FOLLOWER:
@@ -111,13 +116,28 @@ class Step:
             out = self.layer_ops.attend(q, kv, None, None, self.workspace)
         return out if several else out.unsqueeze(1)
 
-    def _prepare(self, q: Tensor, key: Tensor, value: Tensor, shape: tuple[Any, ...]) -> None:
+    def read_back(
+        self, layer: int, key: Tensor, value: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values for the model's own attention, which cannot read 8 bits."""
+        if key.dtype != FLOAT8:
+            return key, value
+        k_scale, v_scale = self._scales(layer, key)
+        return read(key, k_scale, 1, dtype), read(value, v_scale, 1, dtype)
+
+    def _scales(self, layer: int, key: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """What an 8-bit layer's keys and values are multiplied with."""
+        if key.dtype != FLOAT8:
+            return None, None
+        stored = self.kv_layers[layer]
+        return stored.k_scale, stored.v_scale
+
+    def _prepare(self, q: Tensor, kv: KVCache, shape: tuple[Any, ...]) -> None:
         """Check the first layer of a shape; move what crosses layers to its device."""
         if self.visual is not None:
-            self.visual = self.visual.to(key.device)
+            self.visual = self.visual.to(kv.device)
         if self.selection is not None:
-            self.selection = self.selection.to(key.device)
-        kv = KVCache(key, value, self.lengths, self.starts)
+            self.selection = self.selection.to(kv.device)
         query_shape, key_shape, *rest = shape
         name = (query_shape, key_shape[1], key_shape[3], *rest, self.layer_roles)  # of any length
         layer_ops = self.patched.ops_by_shape.get(name)
@@ -126,7 +146,7 @@ class Step:
             layer_ops = LayerOps(q, kv, self.visual, self.config, scale=scale, softcap=softcap)
             self.patched.ops_by_shape[name] = layer_ops
         self.layer_ops, self.shape = layer_ops, shape
-        self.workspace = default_workspace(key.device)
+        self.workspace = default_workspace(kv.device)
 
     def _decode(
         self, layer: int, q: Tensor, kv: KVCache, scale: float | None, softcap: float | None

@@ -105,6 +105,11 @@ def _of_config(config: PulseConfig, engine: Engine) -> list[str]:
     found = []
     if config.schedule == "dense":
         found.append("schedule='dense' prunes nothing; serve a preset that does")
+    if config.cache != "model":
+        found.append(
+            f"cache={config.cache!r}: the cache is the engine's; leave it out and set the engine's "
+            "own dtype of it, such as --kv-cache-dtype"
+        )
     if config.dense == "model" and engine.device == "cpu":
         found.append(
             "dense='model': the engine's CPU kernels cannot read the plain rows that decode rows "

@@ -74,7 +74,7 @@ CUDA_BACKEND = (
     "visionpulse/backends/cuda.py", "visionpulse/backends/packing.py", *CONTRACT,
 )  # fmt: skip
 TRITON = (
-    "kernels/triton/", "tests/triton/", "tests/test_triton.py",
+    "kernels/triton/", "tests/triton/", "tests/test_triton.py", "tests/test_float8.py",
     "visionpulse/backends/triton.py", *CONTRACT, *SHARED_TESTS,
 )  # fmt: skip
 # The kernels under a model are the other proofs' business.

@@ -33,7 +33,8 @@ FEW = {
 # A fault, the test that must see it, and what it says.
 FILES = {
     "interpret.py": (
-        *(str(HERE.parent / f"test_{name}.py") for name in ("backends", "queries")),
+        *(str(HERE.parent / f"test_{name}.py") for name in ("backends", "queries", "float8")),
+        str(HERE / "conversions.py"),
         *("--backends", "triton"),
     ),
     "compile.py": (str(HERE / "machine_code.py"),),
@@ -46,6 +47,10 @@ PLANTED = {
                    "a kept score below|ties go to the lowest"),
     "neighbours": ("interpret.py", "neighbours and long and float32", "test_a_row_does_not_depend"),
     "merge": ("interpret.py", "dense_decode and long and float32", "output: error"),
+    "nan": ("interpret.py", "every_code and float32", "Tensor-likes|assert"),
+    "scale": ("interpret.py", "decode_is_the_contract and group5 and float32",
+              "output: error|mass"),
+    "column": ("interpret.py", "every_byte and even-by-integers", "Tensor-likes are not equal"),
     "tf32": ("compile.py", "sm_90-dense-float32", "TF32 in the machine code"),
     "spill": ("compile.py", "sm_90-dense-bfloat16", "spills, bytes of stack"),
     "narrow": ("compile.py", "sm_90-dense-bfloat16", "128-bit load"),

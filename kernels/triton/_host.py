@@ -16,6 +16,7 @@ PLAIN = [
     "n_queries", "pass_queries",
     "stride_qb", "stride_qq", "stride_qh", "stride_ob", "stride_oq", "stride_oh", "stride_tb",
     "stride_kb", "stride_kg", "stride_kn", "stride_vb", "stride_vg", "stride_vn",
+    "stride_ks", "stride_vs",
 ]  # fmt: skip
 NO_PAGES: dict[str, Any] = {"table_ptr": None, "stride_tb": 0, "n_pages": 0, "PAGE": 0}
 
@@ -64,13 +65,33 @@ def queries_of(q: Tensor) -> int:
 
 
 def cache_args(kv: Any) -> dict[str, Any]:
-    """K, V and the block table."""
+    """K, V, the block table; of float8_e4m3fn their bytes in pairs, if they can be, and scales."""
     (kb, kg, kn), (vb, vg, vn), unit = strides_of(kv)
+    k, v, float8, k_scale, v_scale = kv.k_data, kv.v_data, 0, None, None
+    if k.element_size() == 1:
+        float8, k_scale, v_scale = tuning.table_of(k.device).float8, kv.k_scale, kv.v_scale
+        if _has_pairs(k) and _has_pairs(v):
+            k, v, unit = k.view(torch.uint16), v.view(torch.uint16), unit // 2
+        else:
+            k, v = k.view(torch.uint8), v.view(torch.uint8)
     return {
-        "k_ptr": kv.k_data, "stride_kb": kb, "stride_kg": kg, "stride_kn": kn,
-        "v_ptr": kv.v_data, "stride_vb": vb, "stride_vg": vg, "stride_vn": vn,
-        "UNIT": unit, **page_args(kv),
+        "k_ptr": k, "stride_kb": kb, "stride_kg": kg, "stride_kn": kn,
+        "v_ptr": v, "stride_vb": vb, "stride_vg": vg, "stride_vn": vn,
+        "k_scale_ptr": k_scale, "stride_ks": _scale_stride(k_scale),
+        "v_scale_ptr": v_scale, "stride_vs": _scale_stride(v_scale),
+        "UNIT": unit, "FLOAT8": float8, **page_args(kv),
     }  # fmt: skip
+
+
+def _has_pairs(t: Tensor) -> bool:
+    """Whether every vector begins at an even address and is of an even length."""
+    of = (t.data_ptr(), t.storage_offset(), *t.stride()[:-1], t.shape[-1])
+    return all(number % 2 == 0 for number in of)
+
+
+def _scale_stride(scale: Tensor | None) -> int:
+    """From the scale of a KV head to the next one's: 0 where all share one number."""
+    return 0 if scale is None or scale.numel() == 1 else 1
 
 
 def page_args(kv: Any) -> dict[str, Any]:
@@ -134,6 +155,7 @@ def plan_of(q: Tensor, kv: Any, gather: bool, queries: int = 1) -> tuning.Plan:
     plan = tuning.plan(
         target, sms, kv_heads=kv.kv_heads, group=queries * (q.shape[-2] // kv.kv_heads),
         head_dim=q.shape[-1], itemsize=q.element_size(), gather=gather,
+        float8=kv.k_data.element_size() == 1,
     )  # fmt: skip
     # the caps of the table fit a kernel of one query; where the dot has more to mask, they spill
     return plan if gather or q.dim() == 3 else plan._replace(registers=0)

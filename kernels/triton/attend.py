@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _host
+from ._float8 import lift_of, load_columns, load_query, scale_of, weights_of
 from ._math import (
     block_max,
     finish_logits,
@@ -58,7 +59,8 @@ def _attend_kernel(
     indices_ptr, counts_ptr, list_ptr, table_ptr, starts_ptr, lengths_ptr, q_counts_ptr,
     spans_ptr, offsets_ptr, scale, softcap, n_slots, n_tiles, window, n_pages, n_spans, k_max,
     n_queries, stride_qb, stride_qq, stride_qh, stride_ob, stride_oq, stride_oh, stride_tb,
-    stride_kb, stride_kg, stride_kn, stride_vb, stride_vg, stride_vn,
+    stride_kb, stride_kg, stride_kn, stride_vb, stride_vg, stride_vn, k_scale_ptr, v_scale_ptr,
+    stride_ks, stride_vs, FLOAT8: tl.constexpr,
     SEVERAL: tl.constexpr, STORED_LOGITS: tl.constexpr, SOFTCAP: tl.constexpr,
     PAGE: tl.constexpr, STEPS: tl.constexpr, UNIT: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -88,12 +90,22 @@ def _attend_kernel(
     is_head = offs_h < GROUP
     mask_d = offs_d < D
     head = g * GROUP + offs_h
+    dtype: tl.constexpr = q_ptr.dtype.element_ty
+    logit_scale = scale
+    if FLOAT8:
+        acc_even = tl.zeros([BLOCK_H, BLOCK_D // 2], dtype=tl.float32)
+        acc_odd = acc_even
     if not STORED_LOGITS:
-        # [BLOCK_H, BLOCK_D]
-        q = tl.load(
-            q_ptr + b * stride_qb + query * stride_qq + head[:, None] * stride_qh + offs_d[None, :],
-            mask=is_head[:, None] & mask_d[None, :], other=0.0,
-        )  # fmt: skip
+        q_at = b * stride_qb + query * stride_qq + head * stride_qh
+        if FLOAT8:
+            q_even, q_odd, unit = load_query(q_ptr, q_at, is_head, D, BLOCK_D)
+            logit_scale = (scale * scale_of(k_scale_ptr, g, stride_ks) * unit)[:, None]
+        else:
+            # [BLOCK_H, BLOCK_D]
+            q = tl.load(
+                q_ptr + q_at[:, None] + offs_d[None, :],
+                mask=is_head[:, None] & mask_d[None, :], other=0.0,
+            )  # fmt: skip
         k_ptr += g * stride_kg.to(tl.int64) * UNIT
     v_ptr += g * stride_vg.to(tl.int64) * UNIT
     stride_kb, stride_vb = stride_kb.to(tl.int64) * UNIT, stride_vb.to(tl.int64) * UNIT
@@ -129,24 +141,42 @@ def _attend_kernel(
             stored = is_head[:, None] & valid[None, :]
             z = tl.load(logits_ptr + at, mask=stored, other=float("-inf"))
         else:
-            # [BLOCK_N, BLOCK_D]
-            at = (page * stride_kb + slot * stride_kn)[:, None] + offs_d[None, :]
-            k = tl.load(k_ptr + at, mask=tile, other=0.0)
-        at = (page * stride_vb + slot * stride_vn)[:, None] + offs_d[None, :]
-        v = tl.load(v_ptr + at, mask=tile, other=0.0)
+            k_at = page * stride_kb + slot * stride_kn
+            if FLOAT8:
+                k_even, k_odd = load_columns(k_ptr, k_at, valid, dtype, D, BLOCK_D, FLOAT8)
+            else:
+                # [BLOCK_N, BLOCK_D]
+                k = tl.load(k_ptr + k_at[:, None] + offs_d[None, :], mask=tile, other=0.0)
+        v_at = page * stride_vb + slot * stride_vn
+        if FLOAT8:
+            v_even, v_odd = load_columns(v_ptr, v_at, valid, dtype, D, BLOCK_D, FLOAT8)
+        else:
+            v = tl.load(v_ptr + v_at[:, None] + offs_d[None, :], mask=tile, other=0.0)
         # load the next tile's positions ahead of this tile's arithmetic
         ahead = j + BLOCK_N + offs_n
         pos = tl.load(list_ptr + ahead, mask=ahead < stop, other=-1)
         if not STORED_LOGITS:
-            z = tl.dot(q, tl.trans(k), input_precision="ieee")
-            z = finish_logits(z, valid[None, :], scale, softcap, SOFTCAP)
+            if FLOAT8:
+                z = tl.dot(q_even, tl.trans(k_even), input_precision="ieee")
+                z = tl.dot(q_odd, tl.trans(k_odd), z, input_precision="ieee")
+            else:
+                z = tl.dot(q, tl.trans(k), input_precision="ieee")
+            z = finish_logits(z, valid[None, :], logit_scale, softcap, SOFTCAP)
         m_new = block_max(m, z)
         rescale = tl.exp(m - shift(m_new))
         p = tl.exp(z - shift(m_new)[:, None])
         total = total * rescale + tl.sum(p, axis=1)
-        acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
+        rescale = rescale[:, None]
+        if FLOAT8:
+            p = weights_of(p, dtype)
+            acc_even = tl.dot(p, v_even, acc_even * rescale, input_precision="ieee")
+            acc_odd = tl.dot(p, v_odd, acc_odd * rescale, input_precision="ieee")
+        else:
+            acc = tl.dot(p.to(v.dtype), v, acc * rescale, input_precision="ieee")
         m = m_new
 
+    if FLOAT8:
+        acc = tl.interleave(acc_even, acc_odd)
     slots = tl.num_programs(0)
     STRIDE: tl.constexpr = 4 * BLOCK_H
     split_stats_ptr += pair * slots * STRIDE
@@ -160,6 +190,8 @@ def _attend_kernel(
         acc = merge_values(
             split_stats_ptr, split_values_ptr, m, n_splits, STRIDE, is_head, BLOCK_H, BLOCK_D
         )
+        if FLOAT8:
+            acc *= scale_of(v_scale_ptr, g, stride_vs) / lift_of(dtype)
         out_ptr += b * stride_ob + query * stride_oq
         store_out(out_ptr, head * stride_oh, acc, total, is_head, D, BLOCK_D)
 

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _host, tuning
+from ._float8 import lift_of, load_columns, load_query, scale_of, weights_of
 from ._math import (
     block_max,
     finish_logits,
@@ -58,7 +59,8 @@ def _score_kernel(
     arrived_ptr, table_ptr, starts_ptr, lengths_ptr, q_counts_ptr, spans_ptr, visual_ptr,
     scale, softcap, inv_tau, n_slots, n_tiles, window, n_pages, n_spans, n_queries, pass_queries,
     stride_qb, stride_qq, stride_qh, stride_ob, stride_oq, stride_oh, stride_tb,
-    stride_kb, stride_kg, stride_kn, stride_vb, stride_vg, stride_vn,
+    stride_kb, stride_kg, stride_kn, stride_vb, stride_vg, stride_vn, k_scale_ptr, v_scale_ptr,
+    stride_ks, stride_vs, FLOAT8: tl.constexpr,
     SEVERAL: tl.constexpr, STORE_HEADS: tl.constexpr, STORE_SUMS: tl.constexpr,
     MASS: tl.constexpr, OUT: tl.constexpr, SCORE_AT_TAU: tl.constexpr,
     SOFTCAP: tl.constexpr, PAGE: tl.constexpr, STEPS: tl.constexpr, UNIT: tl.constexpr,
@@ -106,11 +108,20 @@ def _score_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     offs_n = tl.arange(0, BLOCK_N)
     mask_d = offs_d < D
-    # [BLOCK_H, BLOCK_D]
-    q = tl.load(
-        q_ptr + b * stride_qb + _at(query, head, stride_qq, stride_qh)[:, None] + offs_d[None, :],
-        mask=is_head[:, None] & mask_d[None, :], other=0.0,
-    )  # fmt: skip
+    dtype: tl.constexpr = q_ptr.dtype.element_ty
+    q_at = b * stride_qb + _at(query, head, stride_qq, stride_qh)
+    if FLOAT8:
+        q_even, q_odd, unit = load_query(q_ptr, q_at, is_head, D, BLOCK_D)
+        logit_scale = (scale * scale_of(k_scale_ptr, g, stride_ks) * unit)[:, None]
+        acc_even = tl.zeros([BLOCK_H, BLOCK_D // 2], dtype=tl.float32)
+        acc_odd = acc_even
+    else:
+        # [BLOCK_H, BLOCK_D]
+        q = tl.load(
+            q_ptr + q_at[:, None] + offs_d[None, :],
+            mask=is_head[:, None] & mask_d[None, :], other=0.0,
+        )  # fmt: skip
+        logit_scale = scale
     stride_kb, stride_vb = stride_kb.to(tl.int64) * UNIT, stride_vb.to(tl.int64) * UNIT
     stride_kn, stride_vn = stride_kn.to(tl.int64) * UNIT, stride_vn.to(tl.int64) * UNIT
     k_ptr += g * stride_kg.to(tl.int64) * UNIT
@@ -141,15 +152,20 @@ def _score_kernel(
         page, slot, valid = locate(n, inside, table_ptr, n_pages, PAGE)
         page += outer
         tile = valid[:, None] & mask_d[None, :]
-        # [BLOCK_N, BLOCK_D]
-        at = (page * stride_kb + slot * stride_kn)[:, None] + offs_d[None, :]
-        k = tl.load(k_ptr + at, mask=tile, other=0.0)
-        # [BLOCK_H, BLOCK_N]
-        z = tl.dot(q, tl.trans(k), input_precision="ieee")
+        k_at = page * stride_kb + slot * stride_kn
+        if FLOAT8:
+            even, odd = load_columns(k_ptr, k_at, valid, dtype, D, BLOCK_D, FLOAT8)
+            z = tl.dot(q_even, tl.trans(even), input_precision="ieee")
+            z = tl.dot(q_odd, tl.trans(odd), z, input_precision="ieee")
+        else:
+            # [BLOCK_N, BLOCK_D]
+            k = tl.load(k_ptr + k_at[:, None] + offs_d[None, :], mask=tile, other=0.0)
+            # [BLOCK_H, BLOCK_N]
+            z = tl.dot(q, tl.trans(k), input_precision="ieee")
         seen = valid[None, :]
         if SEVERAL:
             seen &= (n[None, :] >= own_begin[:, None]) & (n[None, :] < own_end[:, None])
-        z = finish_logits(z, seen, scale, softcap, SOFTCAP)
+        z = finish_logits(z, seen, logit_scale, softcap, SOFTCAP)
         if STORE_HEADS:
             stored_row = _stored_row(pair, b, query, head, offs_h, n_queries, GROUP, SEVERAL)
             at = stored_row[:, None] * (n_tiles * TILE) + n[None, :]
@@ -171,10 +187,16 @@ def _score_kernel(
             p_visual = tl.where(visual[None, :], p_tau, 0.0)
             visual_tau = visual_tau * rescale_tau + tl.sum(p_visual, axis=1)
         if OUT:
-            at = (page * stride_vb + slot * stride_vn)[:, None] + offs_d[None, :]
-            v = tl.load(v_ptr + at, mask=tile, other=0.0)
-            acc = acc * tl.exp(moved)[:, None]
-            acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+            v_at = page * stride_vb + slot * stride_vn
+            rescale = tl.exp(moved)[:, None]
+            if FLOAT8:
+                even, odd = load_columns(v_ptr, v_at, valid, dtype, D, BLOCK_D, FLOAT8)
+                p = weights_of(p, dtype)
+                acc_even = tl.dot(p, even, acc_even * rescale, input_precision="ieee")
+                acc_odd = tl.dot(p, odd, acc_odd * rescale, input_precision="ieee")
+            else:
+                v = tl.load(v_ptr + v_at[:, None] + offs_d[None, :], mask=tile, other=0.0)
+                acc = tl.dot(p.to(v.dtype), v, acc * rescale, input_precision="ieee")
         m = m_new
 
     slots = tl.num_programs(0)
@@ -187,6 +209,8 @@ def _score_kernel(
         tl.store(at + 2 * BLOCK_H, total_tau)
         tl.store(at + 3 * BLOCK_H, visual_tau)
     if OUT:
+        if FLOAT8:
+            acc = tl.interleave(acc_even, acc_odd)
         split_values_ptr += pair * slots * (BLOCK_H * BLOCK_D)
         at = (split * BLOCK_H + offs_h[:, None]) * BLOCK_D + offs_d[None, :]
         tl.store(split_values_ptr + at, acc, mask=is_head[:, None])
@@ -205,6 +229,8 @@ def _score_kernel(
             acc = merge_values(
                 split_stats_ptr, split_values_ptr, m, n_splits, STRIDE, is_head, BLOCK_H, BLOCK_D
             )
+            if FLOAT8:
+                acc *= scale_of(v_scale_ptr, g, stride_vs) / lift_of(dtype)
             out_ptr += b * stride_ob
             store_out(
                 out_ptr, _at(query, head, stride_oq, stride_oh), acc, total, is_head, D, BLOCK_D

@@ -24,6 +24,9 @@ MANY_ROWS = 32
 WIDE = 4096
 # Programs per multiprocessor that one long row should give, so that a batch of one fills the chip.
 PER_SM = 2
+# Conversions of float8_e4m3fn (`_float8.py`): by the chip's own, by packed integers in PTX, or by
+# integers that any compiler takes, and the interpreter.
+CHIP, INTEGERS, PLAIN = 1, 2, 3
 
 
 class Tile(NamedTuple):
@@ -54,6 +57,7 @@ class Target(NamedTuple):
     select_tile: int  # entries that the last program reads in one step
     select_warps: int
     select_lines: int  # chunks that the last program passes side by side, one per 32 threads
+    float8: int = CHIP  # how bytes of float8_e4m3fn become numbers
     # Registers per thread, at most; 0 leaves the number to the compiler, which may spill a few to
     # fit more blocks.
     select_registers: int = 0
@@ -92,6 +96,7 @@ _CDNA3 = _SMALL._replace(
     wide_warps=4,
     select_lines=16,
     select_registers=0,
+    float8=PLAIN,
 )
 _INTERPRETED = Tiles(half=Tile(16384, 4, 1), full=Tile(16384, 4, 1))
 TABLE = {
@@ -101,9 +106,10 @@ TABLE = {
         select_warps=8,
         select_lines=8,
         many_rows_bytes=8192,
+        float8=INTEGERS,
         stream=Tiles(half=Tile(16384, 4, 3), full=Tile(16384, 8, 2)),
     ),
-    "sm_86": _SMALL,
+    "sm_86": _SMALL._replace(float8=INTEGERS),
     "sm_89": _SMALL,
     # eight warps spill in the output of a wide pruned anchor; so do four with many images, where
     # the compiler tries to fit a third block
@@ -123,6 +129,7 @@ TABLE = {
         select_tile=256,
         select_warps=4,
         select_lines=2,
+        float8=PLAIN,
     ),
 }
 
@@ -172,14 +179,22 @@ def queries_of_pass(queries: int, group: int, head_dim: int) -> int:
 
 
 def plan(
-    target: str, sms: int, *, kv_heads: int, group: int, head_dim: int, itemsize: int, gather: bool
+    target: str,
+    sms: int,
+    *,
+    kv_heads: int,
+    group: int,
+    head_dim: int,
+    itemsize: int,
+    gather: bool,
+    float8: bool = False,
 ) -> Plan:
-    """Tile, splits and warps, from what does not depend on the batch."""
+    """Tile, splits and warps, from what does not depend on the batch; `itemsize` is that of q."""
     table = TABLE[target]
     tiles = table.gather if gather else table.stream
     tile = tiles.half if itemsize == 2 else tiles.full
     block_h = max(MIN_HEADS, _pow2(group))
-    block_d = max(16, _pow2(head_dim))
+    block_d = max(32 if float8 else 16, _pow2(head_dim))  # a dot takes at least 16 columns
     has_many = block_h > MANY_ROWS
     tile_bytes = tile.tile_bytes
     if has_many and itemsize == 2:

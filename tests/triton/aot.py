@@ -20,7 +20,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 # Chips whose PTX differs only by the chip's name, as a test checks: the last step alone, from PTX
-# to machine code, is done for each.
+# to machine code, is done for each. Not of a cache of float8_e4m3fn, which sm_89 alone converts.
 TWINS = {"sm_89": "sm_86"}
 _POINTERS = {
     "float32": "*fp32",
@@ -29,6 +29,8 @@ _POINTERS = {
     "int64": "*i64",
     "int32": "*i32",
     "int8": "*i8",
+    "uint8": "*u8",
+    "uint16": "*u16",
 }
 
 
@@ -39,6 +41,7 @@ class Report(NamedTuple):
     shared: int  # bytes
     spills: int  # bytes of stack and local memory, spilled registers
     wide_loads: int  # 128-bit loads from global memory
+    conversions: int  # of two numbers of float8_e4m3fn at a time, by the chip's own instruction
     tf32: bool
     fenced: bool  # stores are flushed before each arrival, stale lines dropped after it
 
@@ -76,7 +79,7 @@ def _tool(name, *arguments):
 def _machine_code(compiled, target, folder):
     """The cubin, as a file."""
     path = folder / "kernel.cubin"
-    if target in TWINS:
+    if f".target {target}" not in compiled.asm["ptx"]:
         ptx = folder / "kernel.ptx"
         ptx.write_text(renamed(compiled.asm["ptx"], target))
         _tool("ptxas", f"--gpu-name={target}", ptx, "-o", path)
@@ -123,6 +126,7 @@ def _nvidia(kernel, compiled, target):
         shared=compiled.metadata.shared,
         spills=int(found["STACK"]) + int(found["LOCAL"]),
         wide_loads=len(wide),
+        conversions=len(re.findall(r"\bcvt\.rn\.f16x2\.e4m3x2\b", ptx)),
         tf32="tf32" in ptx,
         fenced=not arrives or (ordered and _FENCED[where]),
     )
@@ -141,7 +145,7 @@ def _amd(_kernel, compiled, _target):
     arrivals = len(re.findall(r"global_atomic_add\b.*\b(?:sc0|glc)\b", code))
     fenced = min(len(re.findall(word, code)) for word in ("buffer_wbl2", "buffer_inv")) >= arrivals
     return Report(
-        number("vgpr_count"), compiled.metadata.shared, spills, wide, "xf32" in code, fenced
+        number("vgpr_count"), compiled.metadata.shared, spills, wide, 0, "xf32" in code, fenced
     )
 
 
@@ -158,7 +162,7 @@ def report(kernel, arguments, options, target):
 
 
 def _report(variant, kernel, arguments, options, target):
-    of = TWINS.get(target, target)
+    of = target if arguments.get("FLOAT8") else TWINS.get(target, target)
     if (variant, of) not in _BUILT:
         _BUILT[variant, of] = build(kernel, arguments, options, of)
     compiled = _BUILT[variant, of]

@@ -23,6 +23,12 @@ FAULTS = {
     "tail": ("score", ("(n[None, :] < own_end[:, None])", "(n[None, :] <= own_end[:, None])")),
     # each query of a row follows the list of the first
     "list": ("attend", ("indices_ptr + row * k_max", "indices_ptr + b * n_queries * k_max")),
+    # NaN of 8 bits is read as 480
+    "nan": ("_float8", ("(((size + 1) & 0x80) << 7)", "0")),
+    # every KV head takes the scale of the first
+    "scale": ("_float8", ("tl.load(ptr + g * stride)", "tl.load(ptr)")),
+    # the conversion by integers takes the NaN of an odd column for that of an even one
+    "column": ("_float8", ("prmt.b32 nan, nan, 0, 0xaa88;", "prmt.b32 nan, nan, 0, 0xbb99;")),
     "tf32": (
         "score",
         ('tl.dot(q, tl.trans(k), input_precision="ieee")', "tl.dot(q, tl.trans(k))"),

@@ -77,6 +77,7 @@ class Shape(NamedTuple):
     spans: int = 3
     capacity: int = 4096
     cut: bool = True  # starts and lengths are given
+    float8: bool = False  # K and V of float8_e4m3fn, with a scale for each KV head
     queries: int = 1  # of a row; where there are several, q_counts are given
 
 
@@ -90,13 +91,18 @@ def _inputs(shape):
     starts = lengths = None
     if shape.cut:
         starts, lengths = (torch.empty(rows, **per_row) for _ in range(2))
+    scales = {}
+    if shape.float8:
+        meta["dtype"] = torch.float8_e4m3fn
+        scale = torch.empty(kv_heads, device="meta")
+        scales = {"k_scale": scale, "v_scale": scale}
     if shape.page:
         pool = torch.empty(64, shape.page, kv_heads, shape.head_dim, **meta)
         table = torch.empty(rows, shape.capacity // shape.page, **per_row)
-        kv = PagedKVCache(pool, pool, table, lengths, starts)
+        kv = PagedKVCache(pool, pool, table, lengths, starts, **scales)
     else:
         k = torch.empty(rows, kv_heads, shape.capacity, shape.head_dim, **meta)
-        kv = KVCache(k, k, lengths, starts)
+        kv = KVCache(k, k, lengths, starts, **scales)
     visual = VisualTokens(
         torch.empty(rows, shape.spans, 2, **per_row), torch.empty(rows, shape.spans + 1, **per_row),
         torch.empty(rows, **per_row), shape.capacity, shape.capacity,

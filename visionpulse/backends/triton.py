@@ -40,6 +40,7 @@ class TritonBackend(Backend):
     name = "triton"
     auto_devices = ("cuda",)
     max_queries = MAX_QUERIES
+    reads_float8 = True
 
     def unavailable(self) -> str | None:
         if importlib.util.find_spec("triton") is None:

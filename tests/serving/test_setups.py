@@ -24,19 +24,17 @@ RUNS = {
     "drafts of EAGLE": engine("5pct", SETTINGS["5pct"], speculative_config=drafter.CONFIG),
     "drafts of n-grams": engine("5pct", SETTINGS["5pct"], speculative_config=NGRAM),
 }
-ALONE = "drafts of n-grams"  # in its process; see docs/serving.md
 
 
 @cache
-def results(is_alone):
-    """What the engines made: each of two ranks takes what cores there are."""
+def result(name):
+    """What an engine made, in a process of its own; each rank takes what cores there are."""
     drafter.write(test_engine.model())
-    runs = [run | {"name": name} for name, run in RUNS.items() if (name == ALONE) == is_alone]
-    return test_engine.made(runs, os.environ | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"})
+    env = os.environ | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    return test_engine.made([RUNS[name] | {"name": name}], env)[name]
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_an_engine_says_what_the_patched_model_says(name):
-    result, setting = results(name == ALONE)[name], RUNS[name]["name"]
-    assert result["rounds"][0]["tokens"] == test_engine.expected(setting)
-    assert result["classes"] == ["visionpulse.serving.vllm.cpu.PulseImpl"]
+    assert result(name)["rounds"][0]["tokens"] == test_engine.expected(RUNS[name]["name"])
+    assert result(name)["classes"] == ["visionpulse.serving.vllm.cpu.PulseImpl"]

@@ -66,8 +66,8 @@ ALLOWED = {
     },
     "integrations": {"__init__", "models"},
     "serving": {
-        "backends.cpu", "budgets", "call", "config", "cpu", "layer_ops", "models.tensor_parallel",
-        "schedule", "workspace", *RECORDS,
+        "backends", "backends.cpu", "budgets", "call", "config", "cpu", "float8", "layer_ops",
+        "models.tensor_parallel", "schedule", "workspace", *RECORDS,
     },
     "__init__": {
         "backends", "budgets", "calibration", "config", "cpu", "models", "ops", "workspace",

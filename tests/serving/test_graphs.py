@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import visionpulse as vp
+from visionpulse import float8
 from visionpulse.schedule import Role
 from visionpulse.serving.graphs import (
     PREFILL,
@@ -170,6 +171,22 @@ def test_rows_that_are_ours_have_as_many_tokens_each():
     assert leading([3, 3, 3], 3) == (3, 3) and leading([1, 1, 9], 3) == (2, 1)
     assert leading([3, 2, 3], 3) == (1, 3) and leading([4, 4], 3) == (0, 1) == leading([], 3)
     assert leading([3, 3, 0, 0], 3) == (4, 3)  # the padding of a graph
+
+
+def test_pages_of_8_bits_are_read_with_the_scales_of_the_layer():
+    """A scale for all numbers as vLLM has it by default, or for each KV head."""
+    own, tables = setting(), Tables()
+    steps = steps_of(own)
+    visual = vp.VisualTokens.from_spans([A, B], capacity=96)
+    for scales in ((torch.tensor(0.02), torch.tensor([0.01])), (torch.tensor([0.02, 0.03]), None)):
+        k, v = (float8.stored(t, s) for t, s in zip((tables.k, tables.v), scales, strict=True))
+        step = make(steps, tables, [row("a", A), row("b", B)], 2)
+        layer, out = GraphLayer(steps, Role.ANCHOR, DIM**-0.5), torch.empty_like(tables.q[:2])
+        layer.run(step, tables.q[:2], k, v, out, scales)
+        cache = vp.PagedKVCache(k, v, tables.table[:2], tables.lengths[:2], None, "HND", *scales)
+        wanted, kept = vp.decode(tables.q[:2], cache, visual, own.config)
+        torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-6)
+        assert torch.equal(step.buffers.selection.indices, kept.indices)
 
 
 def test_all_steps_read_and_write_the_same_memory():

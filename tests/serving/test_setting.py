@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from visionpulse import backends
 from visionpulse.schedule import Role
 from visionpulse.serving import plan
 from visionpulse.serving.setting import Engine, asked_of, of_request, setting_of
@@ -81,7 +82,7 @@ def test_sliding_layers_are_left_alone():
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"cache_config__cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
+        ({"cache_config__cache_dtype": "fp8_e5m2"}, "--kv-cache-dtype fp8_e5m2.*as e4m3"),
         ({"model_config__use_mla": True}, "latent"),
         ({"model_config__is_multimodal_model": False}, "takes no pictures"),
         ({"kv_transfer_config": object()}, "--kv-transfer-config"),
@@ -111,9 +112,23 @@ def test_pipeline_stages_that_hold_their_own_anchors_are_served():
         assert setting.engine.stages == ((0, 6), (6, 12))
 
 
+@pytest.mark.parametrize("device, name", (("cpu", "cpu"), ("cuda", "triton")))
+def test_an_8_bit_cache_is_served_where_a_kernel_reads_it(monkeypatch, device, name):
+    config = vllm_config(cache_config__cache_dtype="fp8")
+    for kernels in facts.KERNELS[device]:
+        monkeypatch.setattr(type(backends.get(kernels)), "reads_float8", False)
+
+    def obstacles():
+        return [o for o in facts.engine_of(config, device, halves).obstacles if "fp8" in o.what]
+
+    assert "no kernel of ours reads keys of 8 bits" in obstacles()[0].what
+    monkeypatch.setattr(type(backends.get(name)), "reads_float8", True)
+    assert not obstacles()
+
+
 def test_all_refusals_are_said_at_once():
     with pytest.raises(ValueError, match=r"--kv-cache-dtype.*latent"):
-        made(cache_config__cache_dtype="fp8", model_config__use_mla=True)
+        made(cache_config__cache_dtype="int8", model_config__use_mla=True)
 
 
 def test_a_follower_needs_an_anchor_in_its_stage():
@@ -167,6 +182,9 @@ def test_the_memory_of_a_cpu_cache_leaves_room_for_ours():
     left = compat.cache_bytes(1 << 30, layers, heads=32, longest=32768)
     assert (1 << 30) * 0.5 < left < (1 << 30) - 3 * 32768 * 4096
     assert compat.cache_bytes(1 << 20, layers, heads=32, longest=32768) == 0
+    halves = [2048.0] * 36  # the same in 8 bits, unpacked to 16 twice
+    packed = compat.cache_bytes(1 << 30, halves, heads=32, longest=32768, wide=2)
+    assert 0.95 * left < packed < left
     assert compat.cache_bytes(1 << 20, [], heads=32, longest=32768) == 1 << 20
 
 

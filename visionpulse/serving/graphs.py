@@ -26,7 +26,7 @@ from .lookback import KeptSlots, written
 from .rows import RequestRow, Spans, SpanTable
 from .setting import Setting
 from .stats import Counters
-from .step import OPTED_OUT, TEXT
+from .step import OPTED_OUT, TEXT, UNSCALED, Scales
 
 MAX_RUNS = 1024  # of visual tokens in a request: a picture is one, a video one a frame
 RESERVED_PAGE = 16  # tokens; scratch does not depend on it
@@ -208,12 +208,18 @@ class GraphLayer:
         self._ops: dict[int, LayerOps] = {}  # by tokens of a row
 
     def run(
-        self, step: GraphStep, q: Tensor, k_pages: Tensor, v_pages: Tensor, out: Tensor
+        self,
+        step: GraphStep,
+        q: Tensor,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        out: Tensor,
+        scales: Scales = UNSCALED,
     ) -> None:
         """Attend to the decode rows: q and out [rows * queries, H, D], pages [P, G, page, D]."""
         if step.queries > 1:
             q, out = (t.view(step.rows, step.queries, *t.shape[1:]) for t in (q, out))
-        kv = paged_cache_of(k_pages, v_pages, step.block_table, step.lengths, "HND")
+        kv = paged_cache_of(k_pages, v_pages, step.block_table, step.lengths, "HND", *scales)
         visual, selection = step.buffers.visual, step.buffers.selection
         steps, config = self.steps, self.steps.setting.config
         ops = self._ops.get(step.queries)

@@ -29,6 +29,8 @@ TEXT = "no visual tokens"
 OPTED_OUT = "opted out"
 PREFILL = ""  # the name of a row that is no decode row: dense, and not counted
 WISHES = 64  # of requests, worked out and remembered
+Scales = tuple[Tensor | None, Tensor | None]  # of K and V in 8 bits
+UNSCALED: Scales = (None, None)
 
 
 @dataclass
@@ -171,12 +173,18 @@ class Layer:
         self._ops: dict[tuple[PulseConfig, int], LayerOps] = {}
 
     def run(
-        self, step: DecodeRows, q: Tensor, k_pages: Tensor, v_pages: Tensor, out: Tensor
+        self,
+        step: DecodeRows,
+        q: Tensor,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        out: Tensor,
+        scales: Scales = UNSCALED,
     ) -> None:
-        """Attend to the decode rows: q and out [rows * queries, H, D]."""
+        """Attend to the decode rows: q and out [rows * queries, H, D]; scales of K and of V."""
         if step.queries > 1:
             q, out = (t.view(step.rows, step.queries, *t.shape[1:]) for t in (q, out))
-        kv = paged_cache_of(k_pages, v_pages, step.block_table, step.lengths, self.layout)
+        kv = paged_cache_of(k_pages, v_pages, step.block_table, step.lengths, self.layout, *scales)
         role = self.role if step.visual is not None else Role.DENSE
         if role is Role.ANCHOR:
             self._keep(step, self._select(step, q, kv, out))
@@ -215,7 +223,8 @@ class Layer:
         for group in step.groups:
             index = group.index
             table, lengths = step.block_table[index], step.lengths[index]
-            own = paged_cache_of(kv.k_pages, kv.v_pages, table, lengths, self.layout)
+            pages, scales = (kv.k_pages, kv.v_pages), (kv.k_scale, kv.v_scale)
+            own = paged_cache_of(*pages, table, lengths, self.layout, *scales)
             made = torch.empty_like(q[: len(index)])
             parts.append(self._decode(q[index], own, group.visual, group.config, made))
             out[index] = made

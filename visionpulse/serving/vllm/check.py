@@ -12,7 +12,8 @@ def lines(model: str, flags: list[str]) -> list[str]:
     if setting is None:
         said[KEY] = f"not asked for in --additional-config; this is the plan of {PRESET!r}"
         setting = setting_of({}, compat.engine(vllm_config))
-    config, element = vllm_config.model_config, vllm_config.model_config.dtype.itemsize
+    config = vllm_config.model_config
+    element = config.dtype.itemsize // facts.widened(vllm_config)
     said |= {"model": str(config.model), "engine": f"vLLM {compat.version()}, {compat.backend()}"}
     if setting.engine.has_drafts:
         said["drafts"] = facts.DRAFTS[setting.engine.device]

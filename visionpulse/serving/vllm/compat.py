@@ -156,6 +156,7 @@ def account_memory() -> None:
             layer_bytes=[spec.page_size_bytes / spec.block_size for spec in specs],
             heads=model.get_num_attention_heads(parallel),
             longest=model.max_model_len,
+            wide=facts.widened(worker.vllm_config),
         )
         logger = init_logger("vllm.visionpulse")
         logger.info("visionpulse takes %.1f MiB of the KV cache's memory", (given - left) / 2**20)
@@ -164,13 +165,17 @@ def account_memory() -> None:
     _wrap(CPUWorker, "determine_available_memory", available)
 
 
-def cache_bytes(given: int, layer_bytes: list[float], heads: int, longest: int) -> int:
+def cache_bytes(
+    given: int, layer_bytes: list[float], heads: int, longest: int, wide: float = 1
+) -> int:
     """What is left for the cache; `layer_bytes` are those of one token in each layer.
 
     Prefill of the longest context needs its keys and values of one layer three times (gathered,
-    unpacked, packed for vLLM's kernel). An anchor stores a float32 logit for each head and key.
+    unpacked, packed for vLLM's kernel); unpacked, those of 8 bits are `wide` times as large, twice.
+    An anchor stores a float32 logit for each head and key.
     """
-    scratch = 3 * longest * max(layer_bytes, default=0.0)
+    unpacked = 1 if wide == 1 else 2 * wide
+    scratch = (2 + unpacked) * longest * max(layer_bytes, default=0.0)
     token = sum(layer_bytes)
     return max(0, int((given - scratch) * token / (token + 4 * heads))) if token else given
 

@@ -17,11 +17,12 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends import cpu_attn
 
 from ...backends.cpu import CpuBackend, write_pages
+from ...float8 import FLOAT8, read, stored
 from ...workspace import default as workspace
 from ..cores import spread_pool
 from ..rows import RequestRow
 from ..stats import Counters
-from ..step import PREFILL, DecodeRows, Layer, Steps
+from ..step import PREFILL, UNSCALED, DecodeRows, Layer, Steps
 from . import compat
 from .metrics import publish
 
@@ -173,6 +174,8 @@ class PulseImpl(cpu_attn.CPUAttentionBackendImpl):  # type: ignore[misc]
     ) -> None:
         """Write new keys and values as plain rows; tokens beyond the slots are padding."""
         keys, values = self._pages(kv_cache)
+        if self.is_fp8_kv_cache:
+            key, value = stored(key, layer._k_scale), stored(value, layer._v_scale)
         write_pages(key, value, keys, values, slot_mapping)
 
     def forward(
@@ -194,7 +197,8 @@ class PulseImpl(cpu_attn.CPUAttentionBackendImpl):  # type: ignore[misc]
         if step is not None:
             ours, (keys, values) = self._layer(layer, attn_metadata.steps), self._pages(kv_cache)
             n = step.rows * step.queries
-            ours.run(step, query[:n], keys, values, output[:n])
+            scales = (layer._k_scale, layer._v_scale) if self.is_fp8_kv_cache else UNSCALED
+            ours.run(step, query[:n], keys, values, output[:n], scales)
         for rest in attn_metadata.rests:
             self._rest(layer, query, kv_cache, rest, output)
         return output
@@ -211,7 +215,8 @@ class PulseImpl(cpu_attn.CPUAttentionBackendImpl):  # type: ignore[misc]
     def _pages(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values, [blocks, G, block, D]: views, made once a cache."""
         if self.pages is None or self.pages[0] is not kv_cache:
-            keys, values = kv_cache.chunk(2, dim=3)
+            pages = kv_cache.view(FLOAT8) if self.is_fp8_kv_cache else kv_cache
+            keys, values = pages.chunk(2, dim=3)
             self.pages = kv_cache, keys, values
         return self.pages[1], self.pages[2]
 
@@ -225,7 +230,12 @@ class PulseImpl(cpu_attn.CPUAttentionBackendImpl):  # type: ignore[misc]
         )
         scratch = scratch[: rows.numel()].view(blocks, kv_heads, size, width)
         slots = torch.arange(blocks * size)
+        if self.is_fp8_kv_cache:  # vLLM's kernel stores the same 8 bits again
+            rows = rows.view(FLOAT8)
         keys, values = rows.chunk(2, dim=2)
+        if self.is_fp8_kv_cache:
+            keys = read(keys, layer._k_scale, dtype=query.dtype)
+            values = read(values, layer._v_scale, dtype=query.dtype)
         super().do_kv_cache_update(layer, keys.contiguous(), values.contiguous(), scratch, slots)
         out = output[rest.begin : rest.end]
         super().forward(

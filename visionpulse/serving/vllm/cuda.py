@@ -14,10 +14,12 @@ from vllm.config import get_current_vllm_config_or_none
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.attention.backends import flash_attn, triton_attn
 
+from ...float8 import FLOAT8
 from ...schedule import Role
 from ..graphs import GraphLayer, GraphStep, GraphSteps, leading
 from ..rows import RequestRow
 from ..setting import Setting
+from ..step import UNSCALED
 from . import compat
 from .metrics import publish
 
@@ -231,8 +233,11 @@ class Impl:
             )
             return made
         assert self.ours is not None and self.pages is not None
-        n = ours.begin
-        self.ours.run(ours.step, query[:n], *self.pages, output[:n])
+        n, q, scales = ours.begin, query[: ours.begin], UNSCALED
+        if kv_cache.element_size() == 1:
+            scales = (layer._k_scale, layer._v_scale)
+            q = _wide(q, output.dtype, layer)
+        self.ours.run(ours.step, q, *self.pages, output[:n], scales)
         if ours.rest is not None:
             begin = ours.begin
             rest = (key[begin:], value[begin:], kv_cache, ours.rest, output[begin:])
@@ -252,7 +257,8 @@ class Impl:
         assert ours is not None
         kv_heads: int = self.num_kv_heads  # type: ignore[attr-defined]
         longest = self.vllm_config.model_config.max_model_len
-        ours.reserve(output[:1], kv_heads, output.dtype, longest)
+        is_float8 = str(self.kv_cache_dtype).startswith("fp8")  # type: ignore[attr-defined]
+        ours.reserve(output[:1], kv_heads, FLOAT8 if is_float8 else output.dtype, longest)
 
     def _layer(self, layer: Any, engine: Shared) -> GraphLayer | None:
         """The layer, where it is ours; made once."""
@@ -271,7 +277,9 @@ class Impl:
         """Whether the layer is ours; what it reads is found out once, and anew with the cache."""
         self._layer(layer, engine)
         if self.is_sparse and (self.pages is None or self._of_another(kv_cache)):
-            keys, values = kv_cache.chunk(2, dim=3)  # [blocks, G, block, D], any strides
+            is_float8 = kv_cache.element_size() == 1
+            pages = kv_cache.view(FLOAT8) if is_float8 else kv_cache
+            keys, values = pages.chunk(2, dim=3)  # [blocks, G, block, D], any strides
             self.pages = keys, values
         return self.is_sparse is True
 
@@ -280,6 +288,15 @@ class Impl:
         assert self.pages is not None
         keys = self.pages[0]
         return keys.data_ptr() != kv_cache.data_ptr() or keys.shape[0] != kv_cache.shape[0]
+
+
+def _wide(q: Tensor, dtype: Any, layer: Any) -> Tensor:
+    """The queries in their dtype: vLLM quantises them too, where its own kernel takes them so."""
+    if q.element_size() > 1:
+        return q
+    scale: Tensor = layer._q_scale  # one number, or one for each KV head
+    by_scale = q.float().view(len(q), scale.numel(), -1, q.shape[2]) * scale.view(-1, 1, 1)
+    return by_scale.view(q.shape).to(dtype)
 
 
 def _over(theirs: Any, name: str) -> Any:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from ...backends import get as backend_of
 from ..setting import KEY, Engine, Obstacle, asked_of
 
 DRAFTS = {
@@ -11,6 +12,8 @@ DRAFTS = {
     "rows of a step have as many tokens each; those behind the first that differs stay dense",
 }
 UNQUANTISED = ("auto", "float32", "bfloat16", "float16", "half", "float")
+FLOAT8 = ("fp8", "fp8_e4m3")  # a scale for all numbers of a layer, or for each head
+KERNELS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # our backends on each device
 # Config fields of language models whose logits have a bias that the kernels do not add.
 ALIBI = ("alibi", "use_alibi", "alibi_bias_max")
 # vLLM's attention backends of a GPU that ours stand over, and our classes in `cuda.py`.
@@ -43,6 +46,16 @@ def engine_of(vllm_config: Any, device: str, stage_of: Callable[..., Any]) -> En
     )
 
 
+def widened(vllm_config: Any) -> int:
+    """How many times larger the model's numbers are than those of its KV cache."""
+    is_float8 = str(vllm_config.cache_config.cache_dtype) in FLOAT8
+    return int(vllm_config.model_config.dtype.itemsize) if is_float8 else 1
+
+
+def _reads_float8(device: str) -> bool:
+    return any(backend_of(name).reads_float8 for name in KERNELS.get(device, ()))
+
+
 def _obstacles(vllm_config: Any, device: str) -> Iterable[Obstacle]:
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     cache, text = vllm_config.cache_config, model.hf_text_config
@@ -51,9 +64,16 @@ def _obstacles(vllm_config: Any, device: str) -> Iterable[Obstacle]:
             f"{model.model} takes no pictures, so there is nothing to prune",
             "serve a vision-language model",
         )
-    if str(cache.cache_dtype) not in UNQUANTISED:
+    if str(cache.cache_dtype) not in UNQUANTISED + FLOAT8:
         yield Obstacle(
-            f"--kv-cache-dtype {cache.cache_dtype}: the kernels read 16- and 32-bit keys",
+            f"--kv-cache-dtype {cache.cache_dtype}: the kernels read keys of 32 and 16 bits, and "
+            "of 8 as e4m3",
+            "leave the flag out, or set --kv-cache-dtype fp8",
+        )
+    elif str(cache.cache_dtype) in FLOAT8 and not _reads_float8(device):
+        yield Obstacle(
+            f"--kv-cache-dtype {cache.cache_dtype}: no kernel of ours reads keys of 8 bits on a "
+            f"{device} yet",
             "leave the flag out",
         )
     if model.use_mla:

@@ -220,6 +220,41 @@ def test_what_the_attention_refuses(tiny, dense_warnings):
     assert_one(dense_warnings, "no_grad")
 
 
+@pytest.mark.parametrize("name", ["llava", "gemma3", "qwen3_5", "qwen2_5_vl"])
+@pytest.mark.parametrize("base", ["eager", "sdpa"])
+def test_attentions_that_are_asked_for_are_those_of_the_model(tiny, dense_warnings, name, base):
+    """None is left out, and a base that returns none is named."""
+    vlm = tiny(name)
+    vlm.model.set_attn_implementation(base)
+
+    def attentions():
+        out = vlm.model.generate(
+            **vlm.inputs(), do_sample=False, max_new_tokens=4, output_attentions=True,
+            return_dict_in_generate=True,
+        )  # fmt: skip
+        return out.attentions
+
+    expected = attentions()
+    with vp.patch(vlm.model, PRUNED) as session:
+        got = attentions()
+        assert dense(session) == {"attention inputs": 3}
+    assert [len(step) for step in got] == [len(step) for step in expected]
+    assert bool(got[-1]) == (base == "eager")
+    for now, then in zip(sum(got, ()), sum(expected, ()), strict=True):
+        assert torch.equal(now, then)
+    assert_one(dense_warnings, "only 'eager' returns them")
+
+
+def test_a_config_that_asks_for_attentions(tiny, dense_warnings):
+    vlm = tiny("llava")
+    vlm.model.set_attn_implementation("eager")
+    vlm.model.get_decoder().config.output_attentions = True
+    with vp.patch(vlm.model, PRUNED) as session:
+        vlm.generate(vlm.inputs())
+        assert dense(session) == {"attention inputs": 7}
+    assert_one(dense_warnings, "only 'eager' returns them")
+
+
 def replace(vlm, attribute):
     """Put a copy with the same weights in place of a part, as a wrapper would."""
     home = vlm.model.model if attribute == "language_model" else vlm.model

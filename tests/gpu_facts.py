@@ -57,15 +57,16 @@ def microseconds(bytes_: float) -> float:
     return bytes_ / BANDWIDTH * 1e6
 
 
-def moved(name: str, rows: int, visual: int) -> int:
+def moved(name: str, rows: int, visual: int, float8: bool = False) -> int:
     """Bytes that a kernel must move, and the logits that it leaves or takes."""
     shape, kept = step(rows, visual), kept_of(visual)
-    one = rows * KV_HEADS * HEAD_DIM * ITEMSIZE  # the keys of one position
-    dense = cost.dense(shape).bytes
+    one = rows * KV_HEADS * HEAD_DIM * (1 if float8 else ITEMSIZE)  # the keys of one position
+    saved = 2 * (rows * KV_HEADS * HEAD_DIM * ITEMSIZE - one)  # of its keys and values
+    dense = cost.dense(shape).bytes - shape.keys * saved
     return {
         "dense decode": dense,
         "anchor, dense output": dense + 4 * rows * HEADS * visual,
         "anchor, pruned: scan": shape.keys * (one + 4 * rows * HEADS),
         "anchor, pruned: attend": (TEXT + kept) * (one + 4 * rows * HEADS),
-        "follower": cost.attend(shape, kept).bytes,
+        "follower": cost.attend(shape, kept).bytes - (TEXT + kept) * saved,
     }[name]

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # By the PTX that CMakeLists.txt makes them of.
 KINDS = {"80": ("80", "86", "89"), "90": ("90", "100", "120")}
 ARCHS = tuple(arch for archs in KINDS.values() for arch in archs)
-SOURCES = ("attend", "score", "select")
+SOURCES = tuple(sorted(path.stem for path in (ROOT / "kernels" / "cuda").glob("*.cu")))
 TABLE = Path(__file__).with_name("cuda_registers.json")
 MOST_KERNELS = 170  # of one architecture: what six of them can be built from in five minutes
 STEP = 8  # registers are handed out to a warp in eights
@@ -68,7 +68,8 @@ def assembled(source, kind, target):
     """What ptxas says of one file for the architectures of one kind."""
     codes = ",".join(f"sm_{arch}" for arch in KINDS[kind])
     command = [
-        *(NVCC, "-std=c++17", "-O3", "-Xptxas", "-v", f"-I{ROOT}", "-Werror", "all-warnings"),
+        *(NVCC, "-std=c++17", "-O3", "-DVP_SPLIT", "-Xptxas", "-v", f"-I{ROOT}"),
+        *("-Werror", "all-warnings"),
         *("-gencode", f"arch=compute_{kind},code=[{codes}]"),
         *("-c", str(source), "-o", str(target)),
     ]
@@ -144,6 +145,11 @@ def test_every_architecture_has_the_same_kernels(matrix):
         for dtype in ("bf16", "fp16", "fp32")
         for d in (64, 80, 96, 128, 192, 256)
         for heads in (4 if dtype == "fp32" else 8, 32)
+    } | {
+        f"vp_{stage}_{kind}_d{d}_h{heads}"
+        for stage in ("attend", "score")
+        for kind, heads in (("fp8", 8), ("fp8", 32), ("fp8_fp32", 32))
+        for d in (64, 128, 192, 256)
     }
     assert expected | {"vp_score_finish", "vp_select_global", "vp_select_cluster"} == names["90"]
 

@@ -23,7 +23,8 @@ CHIPS = {
     "b200": (100, 148, 232448),
     "rtx5090": (120, 170, 101376),
 }
-DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
+# Of kernels: the dtype of q, K and V, or K and V of 8 bits beside q of 16 or 32.
+KINDS = {"float32": 0, "bfloat16": 1, "float16": 2, "float8": 3, "float8-float32": 4}
 HEAD_DIMS = (16, 64, 72, 80, 96, 128, 192, 256)
 GROUPS = (1, 4, 5, 8, 9, 16, 17, 24, 32)
 STREAMS = ((True, True), (True, False), (False, True))
@@ -41,18 +42,18 @@ def whole_engine():
     return load()
 
 
-def shape(dtype="bfloat16", rows=1, group=4, kv_heads=8, head_dim=128, capacity=16384):
-    return (DTYPES[dtype], rows, group * kv_heads, kv_heads, head_dim, capacity)
+def shape(kind="bfloat16", rows=1, group=4, kv_heads=8, head_dim=128, capacity=16384):
+    return (KINDS[kind], rows, group * kv_heads, kv_heads, head_dim, capacity)
 
 
 @pytest.mark.deep
 @by_chip
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_every_shape_fits_with_stages_to_spare(whole_engine, chip, dtype):
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_shape_fits_with_stages_to_spare(whole_engine, chip, kind):
     for head_dim in HEAD_DIMS:
         for group in GROUPS:
             for keys, values in STREAMS:
-                of = shape(dtype, group=group, head_dim=head_dim)
+                of = shape(kind, group=group, head_dim=head_dim)
                 plan = whole_engine.plan(keys, chip, of, keys, values)
                 assert plan["shared_bytes"] <= chip[2]
                 assert plan["stages"] >= 2 and plan["warps"] in (1, 2, 4)
@@ -60,15 +61,16 @@ def test_every_shape_fits_with_stages_to_spare(whole_engine, chip, dtype):
                 assert group <= plan["team"] * plan["warp_heads"] <= plan["head_tile"]
 
 
+@pytest.mark.parametrize("kind, dtype", (("bfloat16", "bf16"), ("float8", "fp8")))
 @pytest.mark.parametrize(
     "group, kernel, team",
     ((1, "h8", 1), (4, "h8", 1), (8, "h8", 1), (16, "h32", 1), (32, "h32", 2)),
 )
-def test_two_blocks_of_the_common_shape_share_an_h200(engine, group, kernel, team):
+def test_two_blocks_of_the_common_shape_share_an_h200(engine, group, kernel, team, kind, dtype):
     """And have the bytes on their way that hide a trip to memory."""
     for values in (True, False):
-        plan = engine.plan(True, CHIPS["h200"], shape(group=group), True, values)
-        assert plan["kernel"] == f"vp_score_bf16_d128_{kernel}"
+        plan = engine.plan(True, CHIPS["h200"], shape(kind, group=group), True, values)
+        assert plan["kernel"] == f"vp_score_{dtype}_d128_{kernel}"
         assert plan["warps"] == 4 and plan["stages"] >= 3 and plan["team"] == team
         assert 2 * (plan["shared_bytes"] + 1024) <= CHIPS["h200"][2] + 1024
         # of a multiprocessor: 32 bytes a nanosecond over the 800 of a trip, twice at least

@@ -25,9 +25,12 @@ pytestmark = [
 LANDINGS = ({"landing": "late"}, {"landing": "early"})
 # Threads and blocks in an order of their own, and a dtype, per seed.
 RUNS = {1: "bfloat16", 2: "float16", 3: "float32"}
+# K and V of 8 bits beside q of bfloat16, or of what is named
+FLOAT8 = {4: "float8", 5: "float8-float16", 6: "float8-float32"}
 SMALL = {
     "bfloat16": ("bf16, BFloat16, 64, 8", "bf16, BFloat16, 64, 32"),
     "float32": ("fp32, float, 64, 4", "fp32, float, 64, 32"),
+    "float8": ("fp8, Float8Beside16, 64, 8", "fp8, Float8Beside16, 64, 32"),
 }
 GPUS = ({"gpu": None}, {"gpu": HALF_GPU})
 SELECTS = (*GPUS, {"gpu": SCARCE}, {"gpu": CRAMPED})  # each selects in a way of its own
@@ -124,6 +127,19 @@ def test_shared_cases_touch_no_memory_but_theirs(watched, seed, dtype):
     hold(watched, "cases", dtype, LANDINGS, seed=seed, asan=True)
 
 
+@pytest.mark.parametrize("what", ("cases", "kernels"))
+def test_a_cache_of_8_bits_is_the_contract_in_any_order(plain, what):
+    """Beside q of each dtype."""
+    ways = [landing | gpu for landing, gpu in zip(LANDINGS, GPUS, strict=True)]
+    for seed, dtype in FLOAT8.items():
+        hold(plain, what, dtype, ways, seed=seed)
+
+
+@pytest.mark.parametrize("seed, dtype", FLOAT8.items())
+def test_a_cache_of_8_bits_touches_no_memory_but_its_own(watched, seed, dtype):
+    hold(watched, "cases", dtype, LANDINGS[seed % 2 :][:1], seed=seed, asan=True)
+
+
 def test_the_suite_of_all_backends_passes(plain):
     """What it holds beside the cases: bits that depend on no neighbour, page size or capacity."""
     beside = "not decode_is_the_contract"
@@ -157,7 +173,7 @@ def test_a_choice_among_thousands_touches_no_memory_but_its_own(watched):
     hold(watched, "choices", "float32", ways, asan=True)
 
 
-@pytest.mark.parametrize("dtype", ("bfloat16", "float32"))
+@pytest.mark.parametrize("dtype", ("bfloat16", "float32", "float8"))
 def test_garbage_is_skipped(watched, dtype):
     hold(watched, "garbage", dtype, GPUS, asan=True)
 
@@ -174,7 +190,7 @@ def test_the_copy_engine_changes_no_bit(plain):
     hold(plain, "bulk", "float32", LANDINGS)
 
 
-@pytest.mark.parametrize("dtype", RUNS.values())
+@pytest.mark.parametrize("dtype", (*RUNS.values(), *FLOAT8.values()))
 def test_each_key_is_read_once_in_few_launches(plain, dtype):
     hold(plain, "traffic", dtype, GPUS)
 

@@ -39,11 +39,16 @@ def simulated():
 
 
 @pytest.mark.parametrize(
-    "what, gpu, landing",
-    (("probe", ONE_SM, "late"), ("choices", NO_CLUSTERS, "late"), ("traffic", ONE_SM, "early")),
+    "what, dtype, gpu, landing",
+    (
+        ("probe", "bfloat16", ONE_SM, "late"),
+        ("probe", "float8", NO_CLUSTERS, "early"),
+        ("choices", "bfloat16", NO_CLUSTERS, "late"),
+        ("traffic", "bfloat16", ONE_SM, "early"),
+    ),
 )
-def test_the_kernels_are_the_contract(simulated, what, gpu, landing):
-    simulated(HERE / "problems.py", what, "bfloat16", CUSIM_GPU=gpu, CUSIM_LANDING=landing)
+def test_the_kernels_are_the_contract(simulated, what, dtype, gpu, landing):
+    simulated(HERE / "problems.py", what, dtype, CUSIM_GPU=gpu, CUSIM_LANDING=landing)
 
 
 def test_the_suite_of_all_backends_passes(simulated):

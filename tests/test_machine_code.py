@@ -43,18 +43,19 @@ def test_no_register_is_used_before_its_scoreboard_is_waited_for(source):
         assert loads > 50 and not wrong, (kernel.name, wrong)
 
 
+@pytest.mark.parametrize("float8", (False, True))
 @pytest.mark.parametrize("name", ("dense", "anchor-pruned", "follower"))
-def test_the_walked_copies_ask_for_each_key_of_the_row_once(name):
-    step = launches.Step(name, 1, 540, spans=3)
-    use = facts.Use(step, "score_bf16" if name == "anchor-pruned" else "attend")
+def test_the_walked_copies_ask_for_each_key_of_the_row_once(name, float8):
+    step = launches.Step(name, 1, 540, spans=3, float8=float8)
+    use = facts.Use(step, "score_" if name == "anchor-pruned" else "attend")
     copied = facts.Counter()
     for block in range(use.walk(0).parts):
         for warp in range(use.launch.threads // 32):
             copied += use.walk(block, warp).copied
     sides = (1,) if name == "anchor-pruned" else (1, 2)
     keys = launches.key_positions(step) if name == "follower" else range(step.text + step.visual)
-    wanted = {(s << ARRAY_BITS) + p * facts.KEY_BYTES + c for s in sides for p in keys
-              for c in range(0, facts.KEY_BYTES, 16)}  # fmt: skip
+    wanted = {(s << ARRAY_BITS) + p * step.key_bytes + c for s in sides for p in keys
+              for c in range(0, step.key_bytes, 16)}  # fmt: skip
     assert set(copied) == wanted
     assert set(copied.values()) == {16}
 
@@ -66,7 +67,7 @@ def test_the_walked_copies_ask_for_each_key_of_the_row_once(name):
 def test_a_stream_kernel_waits_no_more_than_the_table_allows(name, more):
     limit = limits.STREAMS[name]
     walk = limit.use.walk()
-    chain = facts.chain_of(walk)
+    chain = facts.chain_of(walk, limit.use.step)
     assert chain.trips_before <= limit.before + more, chain
     assert chain.trips_behind <= limit.behind + more, chain
     assert chain.tile_instructions <= limit.tile, chain
@@ -95,9 +96,10 @@ def test_only_the_loops_of_the_table_load_one_thing_at_a_time(source, more):
         assert len(facts.serial_merges(kernel)) <= limit.strong, name
 
 
+@pytest.mark.parametrize("dtype", ("bf16", "fp8"))
 @pytest.mark.parametrize("source", ("attend", "score"))
-def test_the_merge_of_splits_has_its_loads_in_flight_together(source):
-    kernel = next(k for name, k in kernels(source).items() if "bf16" in name)
+def test_the_merge_of_splits_has_its_loads_in_flight_together(source, dtype):
+    kernel = next(k for name, k in kernels(source).items() if dtype in name)
     flying = [loop.in_flight for loop in facts.merge_loops(kernel)]
     assert flying and min(flying) >= limits.MERGE_IN_FLIGHT, flying
     assert max(flying) >= limits.SUMS_IN_FLIGHT, flying
@@ -158,7 +160,7 @@ def planted(tmp_path):
 
 
 def attend_of(root):
-    return next(k for name, k in kernels("attend", root=root).items() if "attend" in name)
+    return next(k for name, k in kernels("attend", root=root).items() if "bf16" in name)
 
 
 def test_loads_of_a_merge_that_wait_for_each_other_are_seen(planted):
@@ -172,7 +174,7 @@ def test_loads_of_a_merge_that_wait_for_each_other_are_seen(planted):
     )  # fmt: skip
     assert facts.serial_merges(attend_of(root))
     limit = limits.STREAMS["follower, 32k"]
-    assert facts.chain_of(limit.use.walk(root=root)).trips_behind > limit.behind + 1
+    assert facts.chain_of(limit.use.walk(root=root), limit.use.step).trips_behind > limit.behind + 1
 
 
 @pytest.mark.parametrize("before, after", (

@@ -11,13 +11,18 @@ namespace {
 
 constexpr int64_t kScratchAlign = 256;
 
+int64_t bytes_of(DType dtype) {
+  return dtype == DType::kFloat8 ? 1 : dtype == DType::kFloat32 ? 4 : 2;
+}
+
 Shape shape_of(const Call& call) {
-  return {call.dtype, call.B, call.H, call.G, call.D, call.cache.capacity};
+  return {
+      kind_of(call.dtype, call.cache.dtype), call.B, call.H, call.G, call.D, call.cache.capacity};
 }
 
 // The largest power of two, up to 16, that all keys and values start at a multiple of.
 int32_t alignment(const Call& call) {
-  const int64_t size = call.dtype == DType::kFloat32 ? 4 : 2;
+  const int64_t size = bytes_of(call.cache.dtype);
   uint64_t all =
       reinterpret_cast<uintptr_t>(call.cache.k) | reinterpret_cast<uintptr_t>(call.cache.v);
   for (const Strides& s : {call.cache.k_stride, call.cache.v_stride}) {
@@ -43,6 +48,7 @@ StreamArgs stream_args(const Call& call, const StreamPlan& plan, Arena& arena,
   args.q_stride = call.q_stride;
   args.out = call.out;
   args.out_stride = call.out_stride;
+  args.dtype = call.dtype;
   args.scale = call.score.scale;
   args.softcap = call.score.softcap;
   args.inverse_tau = call.score.tau > 0.0f ? 1.0f / call.score.tau : 1.0f;

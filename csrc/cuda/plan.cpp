@@ -27,18 +27,23 @@ int32_t ceil_div(int64_t a, int64_t b) { return static_cast<int32_t>((a + b - 1)
 int32_t round_up(int32_t a, int32_t b) { return ceil_div(a, b) * b; }
 
 // The smallest head tile that holds a group of query heads.
-int32_t head_tile_of(DType dtype, int32_t group) {
-  const int32_t least = dtype == DType::kFloat32 ? 4 : 8;
+int32_t head_tile_of(Kind kind, int32_t group) {
+  if (kind == Kind::kFloat8Beside32) return kMaxGroup;
+  const int32_t least = kind == Kind::kFloat32 ? 4 : 8;
   return group <= least ? least : kMaxGroup;
 }
 
 // The head dim that the kernels pad D to; 0 when they have none.
-int32_t padded_head_dim(int32_t head_dim) {
-#define VP_DIM(unused, d) d,
-  for (const int32_t d : {VP_HEAD_DIMS(VP_DIM, )}) {
-#undef VP_DIM
-    if (head_dim <= d) return d;
+int32_t padded_head_dim(Kind kind, int32_t head_dim) {
+  const bool float8 = kind == Kind::kFloat8Beside16 || kind == Kind::kFloat8Beside32;
+#define VP_DIM(unused, d) \
+  if (head_dim <= d) return d;
+  if (float8) {
+    VP_FLOAT8_HEAD_DIMS(VP_DIM, )
+  } else {
+    VP_HEAD_DIMS(VP_DIM, )
   }
+#undef VP_DIM
   return 0;
 }
 
@@ -102,10 +107,10 @@ bool bulk_copies(const Chip& chip, Copies requested) {
 StreamPlan plan_stream(Stage stage, const Chip& chip, const Shape& shape, Streams streams) {
   StreamPlan plan = {};
   const int32_t group = shape.heads / shape.kv_heads;
-  const int32_t head_tile = head_tile_of(shape.dtype, group);
-  const int32_t dim = padded_head_dim(shape.head_dim);
-  plan.kernel = stage == Stage::kScore ? score_kernel(shape.dtype, dim, head_tile)
-                                       : attend_kernel(shape.dtype, dim, head_tile);
+  const int32_t head_tile = head_tile_of(shape.kind, group);
+  const int32_t dim = padded_head_dim(shape.kind, shape.head_dim);
+  plan.kernel = stage == Stage::kScore ? score_kernel(shape.kind, dim, head_tile)
+                                       : attend_kernel(shape.kind, dim, head_tile);
   if (plan.kernel == nullptr || group > head_tile) {
     throw std::invalid_argument("no kernel for head dim " + std::to_string(shape.head_dim) +
                                 " and " + std::to_string(group) + " query heads per KV head");

@@ -25,7 +25,7 @@ struct Chip {
 enum class Copies : int32_t { kAuto, kAsync, kBulk };
 
 struct Shape {
-  DType dtype;
+  Kind kind;
   int32_t rows, heads, kv_heads, head_dim;
   int32_t capacity;  // keys that a row can have
 };

@@ -32,6 +32,7 @@ struct StreamArgs {
   const void* q;            // [B, H, D]
   void* out;                // [B, H, D]; nullptr: scores only
   HeadStrides q_stride, out_stride;
+  DType dtype;  // of q and the output
   float scale, softcap, inverse_tau;
   int32_t window;    // 0: none
   int32_t heads;     // H
@@ -114,6 +115,7 @@ struct WarpTile {
   int32_t heads;         // query heads
   int32_t keys;          // of a tile, which the warps of a team use together
   int32_t query_bytes;   // q of its heads
+  int32_t scale_bytes;   // a factor for the logits of each head; 0: the same for all
   int32_t weight_bytes;  // softmax weights of a tile
   int32_t sum_bytes;     // sums of V, when the stages are free
 };
@@ -129,9 +131,17 @@ struct StreamKernel {
   bool in_place;       // the keys of a tile have no gap between them
 };
 
-// nullptr where there is no such kernel. Head tiles are 4 and 32 for float32, else 8 and 32.
-const StreamKernel* attend_kernel(DType dtype, int32_t head_dim, int32_t head_tile);
-const StreamKernel* score_kernel(DType dtype, int32_t head_dim, int32_t head_tile);
+// What stream kernels there are: of one dtype, or of K and V of 8 bits beside q of 16 or 32.
+enum class Kind : int32_t { kFloat32, kBFloat16, kFloat16, kFloat8Beside16, kFloat8Beside32 };
+
+VP_HD Kind kind_of(DType query, DType cache) {
+  if (cache != DType::kFloat8) return static_cast<Kind>(query);
+  return query == DType::kFloat32 ? Kind::kFloat8Beside32 : Kind::kFloat8Beside16;
+}
+
+// nullptr where there is no such kernel.
+const StreamKernel* attend_kernel(Kind kind, int32_t head_dim, int32_t head_tile);
+const StreamKernel* score_kernel(Kind kind, int32_t head_dim, int32_t head_tile);
 const void* score_finish_kernel();
 const void* select_kernel(bool cluster);
 

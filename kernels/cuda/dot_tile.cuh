@@ -1,16 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// One warp's tile of float32 on the CUDA cores, since tensor cores would round it. For the logits
-// eight lanes share a key; for the output each lane owns 16-byte columns of V.
+// One warp's tile on the CUDA cores, beside queries of float32, which tensor cores would round. For
+// the logits eight lanes share a key; for the output each lane owns four columns of V at a time.
 #pragma once
 
-#include "kernels/cuda/device.cuh"
+#include "kernels/cuda/float8.cuh"
 
 namespace visionpulse::cuda {
 
-template <int D, int kHeads>
+// K and V are float or E4m3.
+template <class Cache, int D, int kHeads>
 struct DotTile {
   static constexpr int kKeys = 8;
-  static constexpr int kChunk = 4;  // elements in 16 bytes
+  static constexpr int kChunk = 4;  // elements that a lane reads at once
   static constexpr int kChunks = D / kChunk;
   static constexpr int kOwnKeys = kKeys / 4;        // of eight lanes
   static constexpr int kZ = kOwnKeys * kHeads / 8;  // logits of a lane: heads of one key
@@ -21,12 +22,15 @@ struct DotTile {
   static constexpr int kParts = 32 / kColumns;                  // keys of V at once
   static constexpr int kOwnChunks = (kChunks + 31) / 32;
   static constexpr int kQueryBytes = kHeads * D * 4;
+  static constexpr int kScaleBytes = sizeof(Cache) == 1 ? kHeads * 4 : 0;
   static constexpr int kWeightBytes = kKeys * kHeads * 4;
   static constexpr int kSumBytes = kParts * kHeads * D * 4;
-  // Eight lanes read 128 bytes at once, free of bank conflicts: keys need no gap between them, so a
-  // tile may lie as it does in memory.
-  static constexpr int kKeyBytes = D * 4;
-  static constexpr bool kInPlace = true;
+  // Eight lanes read 128 bytes of float32 at once, free of bank conflicts: keys need no gap between
+  // them, so a tile may lie as it does in memory. Of bytes they read 32, and a gap spreads the
+  // keys.
+  static constexpr bool kInPlace = sizeof(Cache) == 4;
+  static constexpr bool kTurned = false;
+  static constexpr int kKeyBytes = D * sizeof(Cache) + (kInPlace ? 0 : 16);
 
   float out[kOwnChunks][kHeads][kChunk];
 
@@ -36,6 +40,14 @@ struct DotTile {
   VP_DEVICE int key_of(int) { return lane_id() / 8 * kOwnKeys + lane_id() % 8 * kZ / kHeads; }
 
   VP_DEVICE float4 load_four(const void* at) { return *static_cast<const float4*>(at); }
+  // Of a key or value.
+  VP_DEVICE float4 load_columns(const char* key, int chunk) {
+    if constexpr (sizeof(Cache) == 4) {
+      return load_four(key + chunk * 16);
+    } else {
+      return floats_of_e4m3(*reinterpret_cast<const uint32_t*>(key + chunk * 4));
+    }
+  }
 
   using QueryWord = float;
   template <class Query>
@@ -63,7 +75,7 @@ struct DotTile {
       if (kChunks % 8 && chunk >= kChunks) break;
       float4 k[kOwnKeys];
       VP_UNROLL for (int j = 0; j < kOwnKeys; ++j) {
-        k[j] = load_four(keys + j * kKeyBytes + chunk * 16);
+        k[j] = load_columns(keys + j * kKeyBytes, chunk);
       }
       VP_UNROLL for (int head = 0; head < kHeads; ++head) {
         const float4 x = load_four(q + head * D + chunk * kChunk);
@@ -117,7 +129,7 @@ struct DotTile {
         VP_UNROLL for (int c = 0; c < kOwnChunks; ++c) {
           const int chunk = column + c * 32;
           if (kChunks % kColumns && chunk >= kChunks) break;
-          const float4 v = load_four(tile + key * kKeyBytes + chunk * 16);
+          const float4 v = load_columns(tile + key * kKeyBytes, chunk);
           VP_UNROLL for (int head = 0; head < kHeads; ++head) {
             float (&sum)[kChunk] = out[c][head];
             sum[0] = fmaf(w[head], v.x, sum[0]), sum[1] = fmaf(w[head], v.y, sum[1]);

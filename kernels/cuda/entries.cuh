@@ -1,25 +1,33 @@
 // SPDX-License-Identifier: Apache-2.0
-// The one list of what is compiled: dtype, head dim, head tile. An entry is a kernel of each stage
+// The one list of what is compiled: kind, head dim, head tile. An entry is a kernel of each stage
 // that streams keys.
 #pragma once
 
-#include "kernels/common/args.h"
+#include "kernels/cuda/args.h"
 
-// X(dtype, type, head dim, head tile): a head tile is the most query heads of one KV head that a
+// X(kind, type, head dim, head tile): a head tile is the most query heads of one KV head that a
 // block may hold. A team of warps shares the heads that the registers of one warp cannot hold, so a
-// tile of 32 serves 5 heads too where there is none of 8.
+// tile of 32 serves 5 heads too where there is none of 8. For 8 bits beside float32 there is no
+// other: it is right, and nobody's fast path.
 #define VP_HALF_HEADS(X, dtype, type, d) X(dtype, type, d, 8) X(dtype, type, d, 32)
 #define VP_FLOAT_HEADS(X, d) X(fp32, float, d, 4) X(fp32, float, d, 32)
 #define VP_HEAD_DIM(X, d)             \
   VP_HALF_HEADS(X, bf16, BFloat16, d) \
   VP_HALF_HEADS(X, fp16, Float16, d)  \
   VP_FLOAT_HEADS(X, d)
+#define VP_FLOAT8_HEADS(X, d)              \
+  VP_HALF_HEADS(X, fp8, Float8Beside16, d) \
+  X(fp8_fp32, Float8Beside32, d, 32)
 // The head dims that D is padded to, ascending, each as M(X, head dim).
 #define VP_HEAD_DIMS(M, X) M(X, 64) M(X, 80) M(X, 96) M(X, 128) M(X, 192) M(X, 256)
+// Fewer for 8 bits: padding is computed with, but never read from memory.
+#define VP_FLOAT8_HEAD_DIMS(M, X) M(X, 64) M(X, 128) M(X, 192) M(X, 256)
 #ifndef VP_STREAM_KERNELS
-#define VP_STREAM_KERNELS(X) VP_HEAD_DIMS(VP_HEAD_DIM, X)
+#define VP_STREAM_KERNELS(X)   \
+  VP_HEAD_DIMS(VP_HEAD_DIM, X) \
+  VP_FLOAT8_HEAD_DIMS(VP_FLOAT8_HEADS, X)
 #endif
-// Those that one object defines: all, or with VP_SPLIT those of a dtype, so that no file compiles
+// Those that one object defines: all, or with VP_SPLIT those of a kind, so that no file compiles
 // for long. attend.cu and score.cu have bfloat16 then, and attend_fp16.cu and so on the others.
 #define VP_BF16_DIM(X, d) VP_HALF_HEADS(X, bf16, BFloat16, d)
 #define VP_FP16_DIM(X, d) VP_HALF_HEADS(X, fp16, Float16, d)
@@ -29,17 +37,21 @@
 #define VP_DEFINED(X) VP_HEAD_DIMS(VP_FP16_DIM, X)
 #elif defined(VP_FP32)
 #define VP_DEFINED(X) VP_HEAD_DIMS(VP_FLOAT_HEADS, X)
+#elif defined(VP_FP8)
+#define VP_DEFINED(X) VP_FLOAT8_HEAD_DIMS(VP_FLOAT8_HEADS, X)
 #else
 #define VP_DEFINED(X) VP_HEAD_DIMS(VP_BF16_DIM, X)
 #endif
-#if !defined(VP_FP16) && !defined(VP_FP32)
+#if !defined(VP_FP16) && !defined(VP_FP32) && !defined(VP_FP8)
 #define VP_LISTS_ALL  // the object that has the list of all kernels of its stage
 #endif
 
 namespace visionpulse::cuda {
 
-constexpr DType kDType_fp32 = DType::kFloat32;
-constexpr DType kDType_bf16 = DType::kBFloat16;
-constexpr DType kDType_fp16 = DType::kFloat16;
+constexpr Kind kKind_fp32 = Kind::kFloat32;
+constexpr Kind kKind_bf16 = Kind::kBFloat16;
+constexpr Kind kKind_fp16 = Kind::kFloat16;
+constexpr Kind kKind_fp8 = Kind::kFloat8Beside16;
+constexpr Kind kKind_fp8_fp32 = Kind::kFloat8Beside32;
 
 }  // namespace visionpulse::cuda

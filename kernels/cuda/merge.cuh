@@ -4,6 +4,7 @@
 
 #include "kernels/common/softmax.h"
 #include "kernels/cuda/arrival.cuh"
+#include "kernels/cuda/kinds.cuh"
 #include "kernels/cuda/shared_layout.h"
 #include "kernels/cuda/work.cuh"
 
@@ -42,11 +43,12 @@ VP_DEVICE void write_head_stats(const StreamArgs& args, const WorkRange& work, i
 
 template <class T>
 VP_DEVICE void write_output(const StreamArgs& args, const WorkRange& work, int head, int d,
-                            float sum, float l) {
+                            float sum, float l, float v_scale) {
+  using Query = typename KindOf<T>::Query;
   if (d >= args.head_dim) return;
-  T* to = static_cast<T*>(args.out) + work.b * args.out_stride.row;
+  Query* to = static_cast<Query*>(args.out) + work.b * args.out_stride.row;
   to[(work.g * args.group + head) * args.out_stride.head + d] =
-      Element<T>::store(l == 0.0f ? 0.0f : sum / l);
+      stored<Query>(args, l == 0.0f ? 0.0f : sum / l * v_scale);
 }
 
 // Four columns of a head's sums: the wider the load, the fewer trips to L2.
@@ -54,11 +56,11 @@ constexpr int kWide = 4;
 
 template <class T>
 VP_DEVICE void write_outputs(const StreamArgs& args, const WorkRange& work, int head, int d,
-                             const float4& sum, float l) {
-  write_output<T>(args, work, head, d, sum.x, l);
-  write_output<T>(args, work, head, d + 1, sum.y, l);
-  write_output<T>(args, work, head, d + 2, sum.z, l);
-  write_output<T>(args, work, head, d + 3, sum.w, l);
+                             const float4& sum, float l, float v_scale) {
+  write_output<T>(args, work, head, d, sum.x, l, v_scale);
+  write_output<T>(args, work, head, d + 1, sum.y, l, v_scale);
+  write_output<T>(args, work, head, d + 2, sum.z, l, v_scale);
+  write_output<T>(args, work, head, d + 3, sum.w, l, v_scale);
 }
 
 VP_DEVICE void add_scaled(float4& sum, const float4& part, float factor) {
@@ -83,8 +85,8 @@ VP_DEVICE void load_sums(float4 (&part)[kSplitsAhead], const float* from, int pi
 // Merges the splits of a row, each of `heads` heads, padding included; runs in one block. Splits
 // are added in ascending order, so the bits of a sum are those of a plain loop.
 template <class T, int D, bool kScore>
-VP_DEVICE void merge_splits(const StreamArgs& args, const WorkRange& work, int heads,
-                            float* shared) {
+VP_DEVICE void merge_splits(const StreamArgs& args, const WorkRange& work, int heads, float* shared,
+                            float v_scale) {
   static_assert(kPartStats == 4, "one float4 is the state of one head");
   constexpr int kColumns = D / kWide;
   const int own = threadIdx.x, threads = blockDim.x, splits = work.splits, pitch = heads * D;
@@ -160,7 +162,7 @@ VP_DEVICE void merge_splits(const StreamArgs& args, const WorkRange& work, int h
       if (done >= splits) break;
       load_sums(part, from, pitch, done, splits);
     }
-    write_outputs<T>(args, work, i / kColumns, i % kColumns * kWide, sum, l);
+    write_outputs<T>(args, work, i / kColumns, i % kColumns * kWide, sum, l, v_scale);
   }
 }
 
@@ -168,7 +170,7 @@ VP_DEVICE void merge_splits(const StreamArgs& args, const WorkRange& work, int h
 // writes the result, or leaves it to the block that arrives last.
 template <class T, int D, int kHeads, int kParts, bool kScore>
 VP_DEVICE void merge_teams(const StreamArgs& args, const WorkRange& work, float* stats,
-                           const float* sums, int teams) {
+                           const float* sums, int teams, float v_scale) {
   constexpr int kColumns = D / kWide;
   const int heads = args.team * kHeads;
   const int64_t part = kv_head_index(work) * args.max_splits + work.split;
@@ -214,14 +216,14 @@ VP_DEVICE void merge_teams(const StreamArgs& args, const WorkRange& work, float*
       }
     }
     if (alone) {
-      write_outputs<T>(args, work, head, d, sum, all.l);
+      write_outputs<T>(args, work, head, d, sum, all.l, v_scale);
     } else {
       *reinterpret_cast<float4*>(args.part_out + (part * heads + head) * D + d) = sum;
     }
   }
   auto* flag = reinterpret_cast<uint32_t*>(stats);
   if (alone || !arrived_last(args.counters + kv_head_index(work), work.splits, flag)) return;
-  merge_splits<T, D, kScore>(args, work, heads, stats);
+  merge_splits<T, D, kScore>(args, work, heads, stats, v_scale);
 }
 
 }  // namespace visionpulse::cuda

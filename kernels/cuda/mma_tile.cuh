@@ -18,8 +18,10 @@ struct MmaTile {
   static constexpr int kHeadLanes = 4;
   static constexpr int kParts = 1;
   static constexpr int kQueryBytes = kHeads * D * 2;
+  static constexpr int kScaleBytes = 0;
   static constexpr int kWeightBytes = 0;  // they stay in registers
   static constexpr int kSumBytes = kHeads * D * 4;
+  static constexpr bool kTurned = false;
   // The gap spreads the eight keys that one matrix load reads at a time over all banks.
   static constexpr int kKeyBytes = D * 2 + 16;
   static constexpr bool kInPlace = false;

@@ -17,13 +17,15 @@ struct Queries {
   const StreamArgs& args;
   const T* q;
   int32_t words;
+  float k_scale;
   Word word[kAhead];
 
   __device__ __forceinline__ explicit Queries(const StreamArgs& of)
       : args(of),
         q(static_cast<const T*>(of.q) + static_cast<int64_t>(blockIdx.z) * of.q_stride.row +
           static_cast<int64_t>(blockIdx.y) * of.group * of.q_stride.head),
-        words(of.team * kWords) {}
+        words(of.team * kWords),
+        k_scale(Tile::kScaleBytes ? scale_of(of.kv.k_scale, blockIdx.y) : 1.0f) {}
 
   __device__ __forceinline__ void load(int32_t first) {
     VP_UNROLL for (int u = 0; u < kAhead; ++u) {
@@ -35,7 +37,9 @@ struct Queries {
       });
     }
   }
-  __device__ __forceinline__ void store_all(void* shared) {
+  __device__ __forceinline__ void store_all(void* shared, float* factors) {
+    const int32_t own = threadIdx.x;
+    if (Tile::kScaleBytes && own < args.team * kHeads) factors[own] = args.scale * k_scale;
     VP_UNROLL_1 for (int32_t first = 0;;) {
       VP_UNROLL for (int u = 0; u < kAhead; ++u) {
         const int32_t at = first + u * blockDim.x + threadIdx.x;

@@ -8,25 +8,25 @@
 
 namespace visionpulse::cuda {
 
-#define VP_ENTRY(dtype, type, d, h)                      \
+#define VP_ENTRY(kind, type, d, h)                       \
   VP_KERNEL(kMaxWarps* kThreadsPerWarp, kResidentBlocks) \
-  vp_score_##dtype##_d##d##_h##h(VP_ARGS(StreamArgs) args) { stream<type, d, h, true>(args); }
+  vp_score_##kind##_d##d##_h##h(VP_ARGS(StreamArgs) args) { stream<type, d, h, true>(args); }
 VP_DEFINED(VP_ENTRY)
 #undef VP_ENTRY
 
 #ifdef VP_LISTS_ALL
-#define VP_ENTRY(dtype, type, d, h) \
-  extern "C" VP_GLOBAL void vp_score_##dtype##_d##d##_h##h(VP_ARGS(StreamArgs) args);
+#define VP_ENTRY(kind, type, d, h) \
+  extern "C" VP_GLOBAL void vp_score_##kind##_d##d##_h##h(VP_ARGS(StreamArgs) args);
 VP_STREAM_KERNELS(VP_ENTRY)
 #undef VP_ENTRY
 
-const StreamKernel* score_kernel(DType dtype, int32_t head_dim, int32_t head_tile) {
-#define VP_ENTRY(dtype_name, type, d, h)                                                          \
-  if (dtype == kDType_##dtype_name && head_dim == d && head_tile == h) {                          \
-    static const StreamKernel kernel =                                                            \
-        describe<type, d, h>(reinterpret_cast<const void*>(&vp_score_##dtype_name##_d##d##_h##h), \
-                             "vp_score_" #dtype_name "_d" #d "_h" #h);                            \
-    return &kernel;                                                                               \
+const StreamKernel* score_kernel(Kind kind, int32_t head_dim, int32_t head_tile) {
+#define VP_ENTRY(kind_name, type, d, h)                                                          \
+  if (kind == kKind_##kind_name && head_dim == d && head_tile == h) {                            \
+    static const StreamKernel kernel =                                                           \
+        describe<type, d, h>(reinterpret_cast<const void*>(&vp_score_##kind_name##_d##d##_h##h), \
+                             "vp_score_" #kind_name "_d" #d "_h" #h);                            \
+    return &kernel;                                                                              \
   }
   VP_STREAM_KERNELS(VP_ENTRY)
 #undef VP_ENTRY

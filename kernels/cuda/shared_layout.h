@@ -2,8 +2,8 @@
 // Where things lie in the shared memory of a stream block: one answer for the plan, which asks for
 // the memory, and for the kernel, which uses it.
 //
-//   q of each member's heads | warp 0: weights, copy barriers, logit indices | warp 1 | ... |
-//   team 0: stages of K and V | team 1 | ...
+//   q of each member's heads | their factors | warp 0: weights, copy barriers, logit indices | warp
+//   1 | ... | team 0: stages of K and V | team 1 | ...
 //
 // A member is one warp of a team. Barriers and indices are used in the part of a team's first warp.
 // When all tiles are done the stages hold what is merged:
@@ -21,7 +21,7 @@ constexpr int32_t kCopyBarrierBytes = 16;
 
 // Bytes from the start of shared memory, or from one part to the next.
 struct SharedLayout {
-  int32_t warps, warp_pitch;
+  int32_t factors, warps, warp_pitch;
   int32_t barriers, indices;  // from the start of a warp's part
   int32_t stages, team_pitch;
   int32_t sums;
@@ -33,7 +33,8 @@ VP_HD SharedLayout shared_layout(const WarpTile& warp, int32_t warps, int32_t te
   at.barriers = warp.weight_bytes;
   at.indices = at.barriers + stages * kCopyBarrierBytes;
   at.warp_pitch = at.indices + stages * warp.keys * 4;
-  at.warps = team * warp.query_bytes;
+  at.factors = team * warp.query_bytes;
+  at.warps = at.factors + team * warp.scale_bytes;
   at.stages = at.warps + warps * at.warp_pitch;
   at.team_pitch = stages * stage_bytes;
   at.sums = at.stages + warps * warp.heads * kPartStats * 4;

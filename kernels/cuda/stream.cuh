@@ -12,6 +12,8 @@
 #include "kernels/common/softmax.h"
 #include "kernels/cuda/bulk_copy.cuh"
 #include "kernels/cuda/dot_tile.cuh"
+#include "kernels/cuda/float8_tile.cuh"
+#include "kernels/cuda/half_queries.cuh"
 #include "kernels/cuda/merge.cuh"
 #include "kernels/cuda/mma_tile.cuh"
 #include "kernels/cuda/queries.cuh"
@@ -23,20 +25,31 @@ namespace visionpulse::cuda {
 
 // Query heads that one warp holds, out of the head tile of its block.
 template <class T, int kHeadTile>
-constexpr int kWarpHeads = kHeadTile <= 8             ? kHeadTile
-                           : Element<T>::kTensorCores ? 16
-                                                      : 8;
+constexpr int kWarpHeads = kHeadTile <= 8            ? kHeadTile
+                           : KindOf<T>::kTensorCores ? 16
+                                                     : 8;
 
 // 16-bit types use the tensor cores even where a tile of eight heads is half empty: the products
 // cost nothing there, while on the CUDA cores a tile would take every issue slot that memory
 // leaves.
 template <class T, int D, int kHeads>
-using TileOf =
-    std::conditional_t<Element<T>::kTensorCores, MmaTile<T, D, kHeads>, DotTile<D, kHeads>>;
+struct TileFor {
+  using Tile = std::conditional_t<KindOf<T>::kTensorCores, MmaTile<T, D, kHeads>,
+                                  DotTile<typename KindOf<T>::Cache, D, kHeads>>;
+  using Query = Queries<typename KindOf<T>::Query, Tile, kHeads>;
+};
+template <int D, int kHeads>
+struct TileFor<Float8Beside16, D, kHeads> {
+  using Tile = Float8Tile<D, kHeads>;
+  using Query = HalfQueries<Tile, D, kHeads>;
+};
+template <class T, int D, int kHeads>
+using TileOf = typename TileFor<T, D, kHeads>::Tile;
 
 template <class Tile, int kHeads>
 VP_HD constexpr WarpTile warp_tile() {
-  return {kHeads, Tile::kKeys, Tile::kQueryBytes, Tile::kWeightBytes, Tile::kSumBytes};
+  return {kHeads,         Tile::kKeys, Tile::kQueryBytes, Tile::kScaleBytes, Tile::kWeightBytes,
+          Tile::kSumBytes};
 }
 
 // Set in a logit index: the key is visual. The host keeps indices below it.
@@ -46,6 +59,7 @@ constexpr int32_t kVisualBit = 1 << 30;
 template <class T, int D, int kHeads, bool kScore>
 struct Stream {
   using Tile = TileOf<T, D, kHeads>;
+  using Cache = typename KindOf<T>::Cache;
   static constexpr bool kBulk = kBulkCopies && Tile::kInPlace;
 
   const StreamArgs& args;
@@ -55,6 +69,7 @@ struct Stream {
   float m[Tile::kSlots], l[Tile::kSlots];             // running maximum of z * log2(e), and sum
   float l_tau[Tile::kSlots], l_visual[Tile::kSlots];  // at tau: over all, and over visual keys
   const void* query;                                  // shared, of this warp's heads
+  const float* factors;                               // shared, of this warp's heads
   char* weights;                                      // shared, of this warp
   int32_t* logit_indices;                             // shared, of the team: [stages][keys]
   CopyBarrier* barriers;                              // shared, of the team: [stages]
@@ -92,21 +107,21 @@ struct Stream {
     if (args.stored_logits) copy_logits(to, valid_mask);
     if (!copy_whole_tile(to, valid_mask, barriers + stage)) {
       if (!args.stored_logits) {
-        copy_tile<T, D, Tile>(to, keys(), next_key.k, valid_mask, args.head_dim, args.align);
+        copy_tile<Cache, D, Tile>(to, keys(), next_key.k, valid_mask, args.head_dim, args.align);
       }
       if (args.v_bytes) {
-        copy_tile<T, D, Tile>(to + args.k_bytes, values(), next_key.v, valid_mask, args.head_dim,
-                              args.align);
+        copy_tile<Cache, D, Tile>(to + args.k_bytes, values(), next_key.v, valid_mask,
+                                  args.head_dim, args.align);
       }
     }
     find_next();
   }
 
-  __device__ __forceinline__ const T* keys() const {
-    return static_cast<const T*>(args.kv.k) + work.g * args.kv.k_stride.head;
+  __device__ __forceinline__ const Cache* keys() const {
+    return static_cast<const Cache*>(args.kv.k) + work.g * args.kv.k_stride.head;
   }
-  __device__ __forceinline__ const T* values() const {
-    return static_cast<const T*>(args.kv.v) + work.g * args.kv.v_stride.head;
+  __device__ __forceinline__ const Cache* values() const {
+    return static_cast<const Cache*>(args.kv.v) + work.g * args.kv.v_stride.head;
   }
 
   // Whether the copy engine brings the tile, as one run of bytes of K and one of V. It is slow with
@@ -118,7 +133,7 @@ struct Stream {
                   first_v = __shfl_sync(kAllLanes, next_key.v, 0);
     const int32_t offset = lane_id() * D;
     const bool apart = next_key.k != first_k + offset || next_key.v != first_v + offset;
-    const bool whole = valid_mask == (1u << Tile::kKeys) - 1 &&
+    const bool whole = valid_mask == kAllLanes >> (32 - Tile::kKeys) &&
                        !__any_sync(kAllLanes, apart && lane_id() < Tile::kKeys);
     if (whole) {
       fence_copy_engine();  // behind every lane's earlier use of this stage
@@ -200,7 +215,9 @@ struct Stream {
       }
     } else {
       Tile::dot(query, k, z);
-      VP_UNROLL for (int i = 0; i < Tile::kZ; ++i) z[i] *= args.scale;
+      VP_UNROLL for (int i = 0; i < Tile::kZ; ++i) {
+        z[i] *= KindOf<T>::kScaled ? factors[Tile::head_of(i)] : args.scale;
+      }
       if (args.softcap > 0.0f) {
         VP_UNROLL for (int i = 0; i < Tile::kZ; ++i) {
           z[i] = args.softcap * tanhf(z[i] / args.softcap);
@@ -317,14 +334,16 @@ VP_DEVICE void stream(const StreamArgs& args) {
   wait_for_previous();
   // Asked for together, before any of it is used: what describes the row, and q.
   const Spans spans = Spans::of(args.visual, blockIdx.z);
-  Queries<T, Tile, kHeads> queries(args);
+  typename TileFor<T, D, kHeads>::Query queries(args);
   queries.load(0);
+  const float v_scale = KindOf<T>::kScaled ? scale_of(args.kv.v_scale, blockIdx.y) : 1.0f;
   const WorkRange work = work_of(args, spans);
   if (work.split >= work.splits) return;
-  queries.store_all(shared);
   const int32_t warp = threadIdx.x / kThreadsPerWarp, warps = blockDim.x / kThreadsPerWarp;
   const int32_t teams = warps / args.team;
   const int32_t group_head = work.g * args.group;  // the first of all H
+  auto* factors = reinterpret_cast<float*>(shared + args.team * Tile::kQueryBytes);
+  queries.store_all(shared, factors);
   __syncthreads();
 
   const SharedLayout at = shared_layout(warp_tile<Tile, kHeads>(), warps, args.team, args.stages,
@@ -335,6 +354,7 @@ VP_DEVICE void stream(const StreamArgs& args) {
   part.first_head = group_head + part.member * kHeads;
   part.heads = args.group - part.member * kHeads;
   part.query = shared + part.member * Tile::kQueryBytes;
+  part.factors = factors + part.member * kHeads;
   auto* own = reinterpret_cast<char*>(shared) + at.warps;
   char* leader = own + part.team * args.team * at.warp_pitch;  // the team's first warp
   part.weights = own + warp * at.warp_pitch;
@@ -351,7 +371,7 @@ VP_DEVICE void stream(const StreamArgs& args) {
   part.write_stats(stats + warp * kHeads * kPartStats);
   if (args.v_bytes) part.tile.write_sums(sums + warp * Tile::kSumBytes / 4);
   __syncthreads();
-  merge_teams<T, D, kHeads, Tile::kParts, kScore>(args, work, stats, sums, teams);
+  merge_teams<T, D, kHeads, Tile::kParts, kScore>(args, work, stats, sums, teams, v_scale);
 }
 
 template <class T, int D, int kHeadTile>

@@ -3,7 +3,7 @@
 // or less where they are not aligned to 16 bytes.
 #pragma once
 
-#include "kernels/cuda/device.cuh"
+#include "kernels/cuda/float8.cuh"
 
 namespace visionpulse::cuda {
 
@@ -41,7 +41,11 @@ VP_DEVICE void copy_tile(char* tile, const T* base, int64_t offset, uint32_t val
     int valid = (valid_mask >> key & 1) ? head_dim - chunk * kChunk : 0;
     valid = valid < 0 ? 0 : valid > kChunk ? kChunk : valid;
     const T* from = valid ? base + from_key + chunk * kChunk : base;
-    return ChunkSource<T>{from, tile + key * Tile::kKeyBytes + chunk * 16, valid};
+    if constexpr (Tile::kTurned) {
+      return ChunkSource<T>{from, tile + Tile::chunk_offset(key, chunk), valid};
+    } else {
+      return ChunkSource<T>{from, tile + key * Tile::kKeyBytes + chunk * 16, valid};
+    }
   };
   const int lane = lane_id();
   if (align >= 16) {

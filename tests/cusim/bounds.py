@@ -9,10 +9,11 @@ import json
 import math
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from build import load
+from build import FEW, build, load
 from visionpulse.bench.latency import in_flight
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -31,7 +32,8 @@ from gpu_facts import (
 
 TABLE = Path(__file__).resolve().parents[1] / "cuda_registers.json"
 REGISTERS = json.loads(TABLE.read_text())
-BFLOAT16, TILE = 1, 16  # keys of a tile
+BFLOAT16, FLOAT8 = 1, 3  # kinds of kernels, as args.h numbers them
+TILE = {BFLOAT16: 16, FLOAT8: 32}  # keys of a tile
 SHAPES = {
     "B1 16k": (1, 16384), "B1 128k": (1, 131072), "B8 16k": (8, 16384), "B8 32k": (8, 32768),
 }  # fmt: skip
@@ -49,6 +51,7 @@ class Use(NamedTuple):
     keys: bool
     values: bool
     listed: bool = False  # text and the kept alone
+    kind: int = BFLOAT16
 
 
 KERNELS = {
@@ -58,11 +61,19 @@ KERNELS = {
     "anchor, pruned: attend": Use(False, False, True, listed=True),
     "follower": Use(False, True, True, listed=True),
 }
+EIGHT = ", 8 bits"
+NARROW = {name + EIGHT: use._replace(kind=FLOAT8) for name, use in KERNELS.items()}
+
+
+@cache
+def engine() -> Any:
+    """The host functions, with the kernels that the tables speak of."""
+    return load(build(kernels=FEW))
 
 
 def plan_of(use: Use, target: str = "sm_90", capacity: int = 1 << 17) -> dict[str, Any]:
-    shape = (BFLOAT16, 1, HEADS, KV_HEADS, HEAD_DIM, capacity)
-    return load().plan(use.scores, PARTS[target], shape, use.keys, use.values, use.listed)
+    shape = (use.kind, 1, HEADS, KV_HEADS, HEAD_DIM, capacity)
+    return engine().plan(use.scores, PARTS[target], shape, use.keys, use.values, use.listed)
 
 
 def resident(use: Use, target: str) -> int:
@@ -83,15 +94,15 @@ def occupancy() -> Iterator[str]:
         "| tiles of a warp: " + ", ".join(SHAPES) + " | KB in flight | bound by |"
     )
     yield "|---|---|---|---|---|---|---|---|---|"
-    for name, use in KERNELS.items():
+    for name, use in (KERNELS | NARROW).items():
         plan, blocks = plan_of(use), resident(use, "sm_90")
         teams, tiles, flying, bound = plan["warps"] // plan["team"], [], [], []
         for rows, visual in SHAPES.values():
             keys = keys_of(use, visual)
-            splits = load().splits(plan["rule"], keys, KV_HEADS)
+            splits = engine().splits(plan["rule"], keys, KV_HEADS)
             there = min(blocks, rows * KV_HEADS * splits / SMS)
             # a block has whole tiles of each of its teams
-            tiles.append(math.ceil(keys / splits / (teams * TILE)))
+            tiles.append(math.ceil(keys / splits / (teams * TILE[use.kind])))
             asked = in_flight(tiles[-1], plan["stages"], plan["stage_bytes"], teams * there)
             flying.append(asked)
             # a warp with fewer tiles than stages spends its life in front of and behind them
@@ -107,9 +118,9 @@ def occupancy() -> Iterator[str]:
 
 def everywhere() -> Iterator[str]:
     """Blocks per multiprocessor on every architecture."""
-    yield "| blocks of bfloat16 | " + " | ".join(PARTS) + " |"
+    yield "| blocks | " + " | ".join(PARTS) + " |"
     yield "|---|" + "---|" * len(PARTS)
-    for name, use in KERNELS.items():
+    for name, use in (KERNELS | NARROW).items():
         yield f"| {name} | " + " | ".join(str(resident(use, target)) for target in PARTS) + " |"
 
 
@@ -117,8 +128,9 @@ def traffic() -> Iterator[str]:
     """Bytes of each kernel, and the time of a copy of as many; no measured time yet."""
     yield "| kernel: MB, us at the rate of a copy | " + " | ".join(SHAPES) + " | measured |"
     yield "|---|" + "---|" * (len(SHAPES) + 1)
-    for name in KERNELS:
-        cells = (moved(name, *shape) for shape in SHAPES.values())
+    for name in (*KERNELS, *NARROW):
+        wide = name.removesuffix(EIGHT)
+        cells = (moved(wide, *shape, float8=wide != name) for shape in SHAPES.values())
         shown = (f"{bytes_ / 1e6:.1f}, {microseconds(bytes_):.1f}" for bytes_ in cells)
         yield f"| {name} | {' | '.join(shown)} | |"
 

@@ -20,7 +20,12 @@ STREAM_KERNELS = KERNELS[:2]  # those with rows
 HOST = ("csrc/cuda/plan.cpp", "csrc/cuda/launch.cpp", "csrc/cuda/engine.cpp")
 BINDINGS = "tests/cusim/module.cpp"  # the longest to compile, and nothing there is watched
 # Rows of entries.cuh that tell most in least time: both row tiles, and two head dims.
-FEW = tuple(f"bf16, BFloat16, {d}, {heads}" for d in (64, 128) for heads in (8, 32))
+FEW = tuple(
+    f"{kind}, {d}, {heads}"
+    for kind in ("bf16, BFloat16", "fp8, Float8Beside16")
+    for d in (64, 128)
+    for heads in (8, 32)
+)
 PRELUDE = ("builtins.h", "warp_matrix.h")  # what every kernel includes, and no bug changes
 ASAN = ("-fsanitize=address", "-fno-omit-frame-pointer", "-g1")
 

@@ -41,9 +41,9 @@ PYBIND11_MODULE(_cusim, m) {
          bool values, bool listed) {
         using namespace visionpulse::cuda;
         const auto stage = score ? Stage::kScore : Stage::kAttend;
-        const auto dtype = static_cast<visionpulse::DType>(shape[0]);
+        const auto kind = static_cast<Kind>(shape[0]);
         const StreamPlan plan = plan_stream(
-            stage, chip_of(chip), {dtype, shape[1], shape[2], shape[3], shape[4], shape[5]},
+            stage, chip_of(chip), {kind, shape[1], shape[2], shape[3], shape[4], shape[5]},
             {keys, values, listed});
         py::dict of;
         of["kernel"] = std::string(plan.kernel->name);

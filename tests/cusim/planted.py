@@ -17,6 +17,8 @@ PLAN, ARRIVAL, SPANS = "csrc/cuda/plan.cpp", "kernels/cuda/arrival.cuh", "kernel
 DOTS, MMA = "kernels/cuda/dot_tile.cuh", "kernels/cuda/mma_tile.cuh"
 SELECT, RADIX = "kernels/cuda/select.cu", "kernels/cuda/radix.cuh"
 CANDIDATES = "kernels/cuda/candidates.cuh"
+FLOAT8, FLOAT8_TILE = "kernels/cuda/float8.cuh", "kernels/cuda/float8_tile.cuh"
+HALF_QUERIES = "kernels/cuda/half_queries.cuh"
 
 
 @dataclass(frozen=True)
@@ -218,7 +220,8 @@ BUGS = {
               "  return scratch.row_histogram;"),), ""
     ),
     "candidates-past-their-span": Bug(
-        (Edit(CANDIDATES, "(reach < end ? reach : end - 1) < at.next", "reach + end > end"),),
+        (Edit(CANDIDATES, "(reach < end ? reach : end - 1) < at.next",
+              "(reach < end ? index : index) < at.next"),),
         "",
         what="choices",
     ),
@@ -240,5 +243,41 @@ BUGS = {
         (Edit(MMA, "b[n][0] = transpose_matrix(Element<T>::pack(p[n * 4], p[n * 4 + 1]));",
               "b[n][0] = Element<T>::pack(p[n * 4], p[n * 4 + 1]);"),),
         "",
+    ),
+    "float8-nan-that-is-480": Bug(
+        (Edit(FLOAT8, " | (of_nan >> 1 & 0x40004000)", " | (of_nan & 0)"),), "", dtype="float8"
+    ),
+    "float8-subnormals-lost": Bug(
+        (Edit(FLOAT8, "upper >> 1 & 0x3f803f80", "upper >> 1 & 0x3c003c00"),), "", dtype="float8"
+    ),
+    "float8-columns-of-another-key": Bug(
+        (Edit(FLOAT8_TILE, "widen(pick_bytes(v[2], v[3], selector))",
+              "widen(pick_bytes(v[3], v[2], selector))"),),
+        "",
+        dtype="float8",
+    ),
+    "float8-copy-that-is-not-turned": Bug(
+        (Edit("kernels/cuda/tile_copy.cuh", "tile + Tile::chunk_offset(key, chunk)",
+              "tile + key * Tile::kKeyBytes + chunk * 16"),),
+        "",
+        dtype="float8",
+    ),
+    "float8-query-out-of-range": Bug(
+        (Edit(HALF_QUERIES, "wanted = 13 + 254 - exponent", "wanted = 127 + 0 * exponent"),),
+        "",
+        dtype="float8",
+    ),
+    "float8-power-not-taken-back": Bug(
+        (Edit(HALF_QUERIES, "bits_float((254 - power) << 23)", "1.0f"),), "", dtype="float8"
+    ),
+    "float8-scale-of-k-lost": Bug(
+        (Edit(HALF_QUERIES, "k_scale(scale_of(of.kv.k_scale, blockIdx.y))", "k_scale(1.0f)"),),
+        "",
+        dtype="float8",
+    ),
+    "float8-scale-of-another-head": Bug(
+        (Edit(STREAM, "scale_of(args.kv.v_scale, blockIdx.y)", "scale_of(args.kv.v_scale, 0)"),),
+        "",
+        dtype="float8",
     ),
 }  # fmt: skip

@@ -6,8 +6,10 @@ each, and runs them in forks of itself: torch is loaded once. What is run: `case
 cases), `kernels` (each compiled kernel once), `probe` (few problems that every planted bug
 disturbs), `choices` (selections among thousands of given scores), `garbage` (values that nobody can
 check on a device), `traffic` (bytes that are read, and launches), `bulk` (how they are copied).
+With a dtype such as `float8-float32` K and V are of 8 bits, beside q of the other one.
 """
 
+import dataclasses
 import json
 import os
 import signal
@@ -23,7 +25,7 @@ import visionpulse as vp
 from visionpulse import ops
 from visionpulse.backends import cuda, get
 from visionpulse.call import Call
-from visionpulse.testing.cases import CASES, Case, Problem
+from visionpulse.testing.cases import CASES, FLOAT8_CASES, Case, Problem, Scales
 from visionpulse.testing.compare import (
     Exact,
     assert_counts,
@@ -37,7 +39,17 @@ from visionpulse.testing.draw import Draws
 SPANS = ((4, 30), (37, 80))
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 simulated: Any  # the module that a job runs on
+float8 = False  # K and V of a job have 8 bits
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
+K_SCALES, V_SCALES = (0.5, 0.03), (3.0, 0.02)
+
+
+def build(case: Case, dtype: torch.dtype) -> Problem:
+    """The problem of a case, with K and V as the job wants them."""
+    if float8 and case.scales is None:
+        heads = case.kv_heads
+        case = dataclasses.replace(case, scales=Scales(K_SCALES[:heads], V_SCALES[:heads]))
+    return case.build(dtype)
 
 
 def check_decode(problem: Problem, config: vp.PulseConfig) -> vp.Selection:
@@ -84,14 +96,14 @@ def check_attend(problem: Problem, selection: vp.Selection) -> None:
 
 def check(case: Case, dtype: torch.dtype, anchor_output: str) -> None:
     """All the ops on one problem."""
-    problem = case.build(dtype)
+    problem = build(case, dtype)
     config = problem.config.updated(anchor_output=anchor_output)
     check_attend(problem, check_decode(problem, config))
 
 
 def cases(dtype: torch.dtype) -> None:
     """Every shared case; the output of the anchor alternates."""
-    for i, case in enumerate(CASES.values()):
+    for i, case in enumerate((FLOAT8_CASES if float8 else CASES).values()):
         check(case, dtype, ("pruned", "dense")[i % 2])
 
 
@@ -113,6 +125,20 @@ def probe(dtype: torch.dtype) -> None:
             check(case, dtype, anchor_output)
     logit = config.updated(score="logit")
     check(Case("", spans, 900, 4, 1, 60, values="ties", config=logit), dtype, "pruned")
+    if float8:
+        nan = Case("", (SPANS,), heads=8, kv_heads=2, head_dim=64, values="nan_visual")
+        check(nan, dtype, "pruned")
+        far_from_one(dtype)
+
+
+def far_from_one(dtype: torch.dtype) -> None:
+    """Queries of 8-bit keys that no float16 holds; the scale of the logits makes up for them."""
+    for power in (2.0**20, 2.0**-30) if dtype != torch.float16 else ():
+        options = {"scale": 0.125 / power}
+        case = Case("", (SPANS,), heads=8, kv_heads=2, head_dim=64, options=options)
+        problem = build(case, dtype)
+        problem = problem._replace(q=problem.q * power)
+        check_attend(problem, check_decode(problem, problem.config))
 
 
 SIZE = 6100  # the last steps of a warp are full in one row, and part of one in the others
@@ -121,7 +147,8 @@ SIZE = 6100  # the last steps of a warp are full in one row, and part of one in 
 def choices(dtype: torch.dtype) -> None:
     """More candidates than one block reads at once: every way a radix select can go."""
     draws = Draws(3)
-    spans = (((3, 2900), (2950, 6050)), ((0, SIZE),), ((7, 8), (100, 4300)))
+    # one step of a warp begins in the first span, and its later candidates lie in the next
+    spans = (((3, 2940), (2990, 6050)), ((0, SIZE),), ((7, 8), (100, 4300)))
     visual = vp.VisualTokens.from_spans(spans)
     lengths = torch.tensor([SIZE, SIZE, 4000], dtype=torch.int32)
     starts = torch.tensor([0, 17, 120], dtype=torch.int32)
@@ -155,7 +182,7 @@ def choices(dtype: torch.dtype) -> None:
 
 def garbage(dtype: torch.dtype) -> None:
     """Values that nobody checks on a device: pages and positions that are not there."""
-    problem = CASES["paged-hnd"].build(dtype)
+    problem = build(CASES["paged-hnd"], dtype)
     q, kv, visual = problem.q, problem.kv, problem.visual
     table = kv.block_table.clone()
     table[0, 1], table[0, 3], table[1, 3] = 10**6, -5, 2**31 - 1
@@ -163,7 +190,7 @@ def garbage(dtype: torch.dtype) -> None:
     starts = torch.tensor([-3, 33], dtype=torch.int32)
     # pages beyond the pool; behind the row nothing is known, so its length ends at the capacity
     table = table.masked_fill(table == -1, 10**6)
-    kv = vp.PagedKVCache(kv.k_pages, kv.v_pages, table, lengths, starts, kv.layout)
+    kv = dataclasses.replace(kv, block_table=table, lengths=lengths, starts=starts)
     params = ops.numbers(q)
     indices = torch.tensor([[-9, 5, 20, 50, 10**6], [34, 40, 69, 95, 96]], dtype=torch.int32)
     counts = torch.tensor([99, 4], dtype=torch.int32)
@@ -184,11 +211,11 @@ def garbage(dtype: torch.dtype) -> None:
                 check_decode(
                     holes, vp.PulseConfig(score=score, anchor_output=anchor_output, ratio=ratio)
                 )
-    nowhere = table.fill_(-1)
-    kv = vp.PagedKVCache(kv.k_pages, kv.v_pages, nowhere, lengths, starts, kv.layout)
+    kv = dataclasses.replace(kv, block_table=table.fill_(-1))
     check_decode(problem._replace(kv=kv), problem.config)
     # more candidates than one block reads at once
-    problem = Case("", (((3, 2390),),), 2400, 4, 1, 64, layout="NHD", page=7).build(dtype)
+    case = Case("", (((3, 2390),),), 2400, 4, 1, 64, layout="NHD", page=7)
+    problem = build(case, dtype)
     problem.kv.block_table[0, ::5] = -1
     for score in ("prob", "logit"):
         check_decode(problem, vp.PulseConfig(score=score, ratio=(0.05, 0.3)))
@@ -197,7 +224,7 @@ def garbage(dtype: torch.dtype) -> None:
 def traffic(dtype: torch.dtype) -> None:
     """Each key and value that counts is read once, by all query heads of its KV head together."""
     config = vp.PulseConfig(tau=0.3, ratio=(0.1, 0.1))
-    problem = Case("", (((9, 700),),), 900, 16, 2, 64, config=config).build(dtype)
+    problem = build(Case("", (((9, 700),),), 900, 16, 2, 64, config=config), dtype)
     q, kv, visual = problem.q, problem.kv, problem.visual
     row = kv.kv_heads * kv.head_dim * kv.k.element_size()  # bytes of one token's keys
     text, heads = 900 - 691, 16
@@ -218,7 +245,7 @@ def traffic(dtype: torch.dtype) -> None:
     vp.decode(q, kv, visual, config.updated(anchor_output="dense"), backend="cuda")
     assert read() == 2 * 900 * row
     # 32 query heads of one KV head share one read as well
-    wide = Case("", (((9, 700),),), 900, 32, 1, 64).build(dtype)
+    wide = build(Case("", (((9, 700),),), 900, 32, 1, 64), dtype)
     vp.attend(wide.q, wide.kv, backend="cuda")
     assert read() == 2 * 900 * row // 2
 
@@ -280,10 +307,12 @@ def bulk(dtype: torch.dtype) -> None:
 
 def solve(what: str, dtype: str) -> None:
     """All problems of one kind."""
-    global simulated
+    global simulated, float8
     simulated = stand_in.plug_in()
+    float8 = dtype.startswith("float8")
+    query = dtype.removeprefix("float8").removeprefix("-") or "bfloat16"
     modes = (cases, kernels, probe, choices, garbage, traffic, bulk)
-    {mode.__name__: mode for mode in modes}[what](DTYPES[dtype])
+    {mode.__name__: mode for mode in modes}[what](DTYPES[query])
 
 
 def serve() -> None:

@@ -11,7 +11,6 @@ from .launches import ROOT, Launch, Step, arrays_of, cubin, launches_of
 from .sass import ACQUIRES, FENCES, Instruction, Kernel, Loop, loops_of, read
 from .walk import ARRAY_BITS, Event, Walk
 
-KEY_BYTES, KEYS_OF_TILE = 256, 16  # bfloat16, head dim 128
 BARRIERS = ("BAR", "UCGABAR_WAIT")
 
 
@@ -46,19 +45,19 @@ def first(walk: Walk, *names: str) -> Event:
     return next(event for event in walk.events if event.name in names)
 
 
-def tiles_of(walk: Walk) -> int:
+def tiles_of(walk: Walk, step: Step) -> int:
     """Tiles of this warp; of those that load K and V both count as one."""
     sides = Counter[int]()
     for at, size in walk.copied.items():
         sides[at >> ARRAY_BITS] += size
-    keys = max((sides[side] for side in (1, 2)), default=0) // KEY_BYTES
-    return -(-keys // KEYS_OF_TILE)
+    keys = max((sides[side] for side in (1, 2)), default=0) // step.key_bytes
+    return -(-keys // step.tile_keys)
 
 
-def chain_of(walk: Walk) -> Chain:
+def chain_of(walk: Walk, step: Step) -> Chain:
     """The serial chain of a block that streams keys and arrives last of its row."""
     start, end = first(walk, "LDGSTS"), first(walk, "PREEXIT")
-    tiles = tiles_of(walk)
+    tiles = tiles_of(walk, step)
     arrival = next((e for e in walk.events if e.name == "ATOMG"), None)
     finish = (arrival.time if arrival else walk.time) - end.time
     return Chain(

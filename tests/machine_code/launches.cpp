@@ -3,10 +3,10 @@
 // that is described in words, with a launch that takes notes. No kernel runs, no memory is touched,
 // so the addresses are made up: array n lies at n << 36.
 //
-//   launches STEP CAPABILITY MULTIPROCESSORS SHARED ROWS HEADS KV_HEADS TEXT VISUAL KEPT SPANS
+// launches STEP CAPABILITY MULTIPROCESSORS SHARED ROWS HEADS KV_HEADS TEXT VISUAL KEPT SPANS FLOAT8
 //
 // A line a launch: kernel, stages and bytes of the plan, grid, threads, cluster, arguments in hex.
-#define VP_STREAM_KERNELS(X) X(bf16, BFloat16, 128, 8)
+#define VP_STREAM_KERNELS(X) X(bf16, BFloat16, 128, 8) X(fp8, Float8Beside16, 128, 8)
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -52,10 +52,10 @@ T* array(uintptr_t n) {
 int main(int, char** words) {
   using namespace visionpulse;
   const std::string step = words[1];
-  int of[10];
-  for (int i = 0; i < 10; ++i) of[i] = std::atoi(words[i + 2]);
-  const auto [capability, multiprocessors, shared, rows, heads, kv_heads, text, visual, kept,
-              spans] = of;
+  int of[11];
+  for (int i = 0; i < 11; ++i) of[i] = std::atoi(words[i + 2]);
+  const auto [capability, multiprocessors, shared, rows, heads, kv_heads, text, visual, kept, spans,
+              float8] = of;
   constexpr int kDim = 128;
   cuda::chip = {capability, capability, multiprocessors, shared};
   cuda::Call call = {};
@@ -65,6 +65,11 @@ int main(int, char** words) {
   call.cache.starts = array<int32_t>(3), call.cache.lengths = array<int32_t>(4);
   call.cache.k_stride = call.cache.v_stride = side;
   call.cache.capacity = text + visual;
+  call.cache.dtype = float8 ? DType::kFloat8 : DType::kBFloat16;
+  if (float8) {
+    call.cache.k_scale = {array<float>(15), 1};
+    call.cache.v_scale = {array<float>(16), 1};
+  }
   if (step != "dense") {
     call.visual = {array<int32_t>(5), array<int32_t>(6), spans};
     call.candidates = visual;

@@ -1,6 +1,7 @@
 """Compile what the machine code is read from, and the launches of a decode step.
 
-bfloat16 and head dim 128 alone, in seconds: what the numbers of latency speak of.
+Queries of bfloat16 and head dim 128 alone, in seconds: what the numbers of latency speak of. K and
+V are bfloat16 too, or of 8 bits.
 """
 
 import hashlib
@@ -16,7 +17,7 @@ from proof_tools import NVCC, version_of
 from .walk import DRAM, L2, Array
 
 ROOT = Path(__file__).resolve().parents[2]
-ONE = "X(bf16, BFloat16, 128, 8)"
+ROWS = "X(bf16, BFloat16, 128, 8) X(fp8, Float8Beside16, 128, 8)"
 SOURCES = ("attend", "score", "select")
 SIMULATED = ("tests/cusim", "tests/cusim/include")
 H200 = (90, 132, 232448)  # capability, multiprocessors, shared memory of a block
@@ -32,10 +33,20 @@ class Step(NamedTuple):
     heads: int = 32
     kv_heads: int = 8
     text: int = 256
+    float8: bool = False  # of K and V
 
     @property
     def kept(self) -> int:
         return self.visual // 20
+
+    @property
+    def key_bytes(self) -> int:
+        return 128 if self.float8 else 256
+
+    @property
+    def tile_keys(self) -> int:
+        """Keys of a tile."""
+        return 32 if self.float8 else 16
 
 
 class Launch(NamedTuple):
@@ -73,7 +84,7 @@ def cubin(source: str, target: str = "90", root: Path = ROOT) -> Path:
     folder = ROOT / "build" / "machine-code"
     folder.mkdir(parents=True, exist_ok=True)
     one = folder / f"one-{source}.cu"
-    text = f'#define VP_STREAM_KERNELS(X) {ONE}\n#include "kernels/cuda/{source}.cu"\n'
+    text = f'#define VP_STREAM_KERNELS(X) {ROWS}\n#include "kernels/cuda/{source}.cu"\n'
     if not one.exists() or one.read_text() != text:
         one.write_text(text)
     flags = ["-std=c++17", "-O3", f"-arch=sm_{target}", "-cubin"]
@@ -92,6 +103,7 @@ def launches_of(step: Step, chip: tuple[int, int, int] = H200) -> tuple[Launch, 
     command = [os.environ.get("CXX", "g++"), *flags, str(source)]
     tool = kept_file([*made_of, source], " ".join(flags), ".exe", command)
     shape = (step.rows, step.heads, step.kv_heads, step.text, step.visual, step.kept, step.spans)
+    shape += (int(step.float8),)
     words = [step.name, *map(str, (*chip, *shape))]
     lines = subprocess.run([tool, *words], check=True, capture_output=True, text=True).stdout
     found = []
@@ -135,5 +147,5 @@ def arrays_of(step: Step) -> dict[int, Array]:
         7: Array("indices", L2, many(chosen) if chosen else lambda n: 128 + 20 * n),
         8: Array("counts", L2, lambda _: step.kept), 9: Array("q", L2), 10: Array("out", L2),
         11: Array("mass", L2), 12: Array("mass_mean", L2), 13: Array("scratch", L2),
-        14: Array("counters", L2),
+        14: Array("counters", L2), 15: Array("k_scale", L2), 16: Array("v_scale", L2),
     }  # fmt: skip

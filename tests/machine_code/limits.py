@@ -1,4 +1,4 @@
-"""The most that the machine code of sm_90 may cost in serial steps, bfloat16, head dim 128.
+"""The most that the machine code of sm_90 may cost in serial steps, q of bfloat16, head dim 128.
 
 Trips and structure are pinned, never addresses or cycles: those are the compiler's. A trip is one
 wait for memory that the next one depends on, 0.16 us from L2 and 0.65 us from DRAM.
@@ -17,7 +17,7 @@ class Limit(NamedTuple):
     before: int  # dependent trips before the first key is asked for
     behind: int  # behind the last tile, to the output
     barriers: int  # that a warp of the last block meets, from start to end
-    tile: int  # instructions of a warp for 16 keys, the taken path
+    tile: int  # instructions of a warp for a tile, the taken path
 
 
 def stream(step: str, kernel: str, visual: int = 16384, **of: int) -> Use:
@@ -31,19 +31,26 @@ STREAMS = {
     # 64 heads: each thread has twice the outputs, so the three steps come twice
     "dense, group 8": Limit(stream("dense", "attend", heads=64), 1, 7, 7, 770),
     # the spans come with them
-    "dense anchor": Limit(stream("anchor-dense", "score_bf16"), 1, 4, 7, 920),
+    "dense anchor": Limit(stream("anchor-dense", "score_"), 1, 4, 7, 920),
     # behind the scan the states alone
-    "pruned scan": Limit(stream("anchor-pruned", "score_bf16"), 1, 2, 7, 630),
+    "pruned scan": Limit(stream("anchor-pruned", "score_"), 1, 2, 7, 630),
     # the count comes with the rest, and a block of the list reads its first index behind them. A
     # share is 128 keys, so this block is one of the list: it looks each key up, which a block of
     # text, 600 instructions a tile, need not. Each copy has its policy of L2 beside it
     "pruned attend": Limit(stream("anchor-pruned", "attend"), 2, 2, 7, 640),
-    "follower": Limit(stream("follower", "attend"), 2, 2, 7, 720),
-    "follower, 9 spans": Limit(stream("follower", "attend", spans=9), 2, 2, 7, 720),
+    "follower": Limit(stream("follower", "attend"), 2, 2, 7, 725),
+    "follower, 9 spans": Limit(stream("follower", "attend", spans=9), 2, 2, 7, 725),
     # more spans than a warp has lanes are searched for in memory
-    "follower, 64 spans": Limit(stream("follower", "attend", spans=64), 6, 2, 7, 720),
+    "follower, 64 spans": Limit(stream("follower", "attend", spans=64), 6, 2, 7, 725),
     # as long a list as a row of 32k has: 15 splits, whose sums are one step
-    "follower, 32k": Limit(stream("follower", "attend", visual=32768), 2, 2, 7, 720),
+    "follower, 32k": Limit(stream("follower", "attend", visual=32768), 2, 2, 7, 725),
+    # 8 bits: a tile has 32 keys, the bytes of 16, and each pair of numbers is widened. The scales
+    # come with q, and the warps bring q to the range of float16 without one barrier more
+    "float8: dense": Limit(stream("dense", "attend", float8=True), 1, 4, 7, 1010),
+    "float8: dense anchor": Limit(stream("anchor-dense", "score_", float8=True), 1, 4, 7, 1260),
+    "float8: pruned scan": Limit(stream("anchor-pruned", "score_", float8=True), 1, 2, 7, 830),
+    "float8: pruned attend": Limit(stream("anchor-pruned", "attend", float8=True), 2, 2, 7, 920),
+    "float8: follower": Limit(stream("follower", "attend", float8=True), 2, 2, 7, 910),
 }
 
 
@@ -81,6 +88,8 @@ LOOPS = {
     # are filled, and the loop of the tiles itself, which loads one page id or one index ahead
     "vp_attend_bf16_d128_h8": Loops(5, 0),
     "vp_score_bf16_d128_h8": Loops(3, 0),
+    "vp_attend_fp8_d128_h8": Loops(5, 0),
+    "vp_score_fp8_d128_h8": Loops(3, 0),
     # the same searches by position and by visual index, and the remainders of both sums
     "vp_score_finish": Loops(11, 0),
     # the searches, in each pass over the candidates; and the list of a row, where it does not fit

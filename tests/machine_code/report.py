@@ -6,8 +6,8 @@ python tests/machine_code/report.py --write   # puts them into docs/internals/cu
 
 import json
 import sys
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,8 +39,8 @@ class Stage(NamedTuple):
 
 STAGES = {
     "dense decode": Stage("dense", "attend", "dense decode"),
-    "dense anchor, attention": Stage("anchor-dense", "score_bf16", "anchor, dense output"),
-    "pruned anchor, scan": Stage("anchor-pruned", "score_bf16", "anchor, pruned: scan"),
+    "dense anchor, attention": Stage("anchor-dense", "score_", "anchor, dense output"),
+    "pruned anchor, scan": Stage("anchor-pruned", "score_", "anchor, pruned: scan"),
     "pruned anchor, attend": Stage("anchor-pruned", "attend", "anchor, pruned: attend"),
     "follower": Stage("follower", "attend", "follower"),
     "score finish": Stage("anchor-pruned", "finish"),
@@ -49,21 +49,25 @@ STAGES = {
 
 
 @cache
-def chain(name: str, rows: int, visual: int) -> Chain:
+def chain(name: str, rows: int, visual: int, float8: bool = False) -> Chain:
     stage = STAGES[name]
-    walk = Use(Step(stage.step, rows, visual), stage.kernel).walk()
-    return facts.chain_of(walk) if stage.moves else facts.lone_chain_of(walk)
+    step = Step(stage.step, rows, visual, float8=float8)
+    walk = Use(step, stage.kernel).walk()
+    return facts.chain_of(walk, step) if stage.moves else facts.lone_chain_of(walk)
 
 
 @cache
-def predicted(name: str, rows: int, visual: int, chained: bool = False) -> Prediction:
+def predicted(
+    name: str, rows: int, visual: int, chained: bool = False, float8: bool = False
+) -> Prediction:
     stage = STAGES[name]
-    launch = Use(Step(stage.step, rows, visual), stage.kernel).launch
-    of = chain(name, rows, visual)
+    launch = Use(Step(stage.step, rows, visual, float8=float8), stage.kernel).launch
+    of = chain(name, rows, visual, float8)
     chip = gpu_facts.CHIPS["sm_90"]
     resident = chip.blocks_of(launch.threads, REGISTERS[launch.kernel], launch.shared_bytes)
     if stage.moves:
-        blocks, moved = rows * launch.grid[1] * of.parts, gpu_facts.moved(stage.moves, rows, visual)
+        blocks = rows * launch.grid[1] * of.parts
+        moved = gpu_facts.moved(stage.moves, rows, visual, float8)
     else:  # logits of all heads and a score of each; or each score
         blocks = launch.grid[0] * launch.grid[1]
         per = 4 * (gpu_facts.HEADS + 1) if name == "score finish" else 4
@@ -71,21 +75,23 @@ def predicted(name: str, rows: int, visual: int, chained: bool = False) -> Predi
     return predict(of, Launched(blocks, resident, launch.threads // 32, moved), chained=chained)
 
 
-def microseconds(*names: str, shape: tuple[int, int], chained: bool = False) -> float:
+def microseconds(
+    *names: str, shape: tuple[int, int], chained: bool = False, float8: bool = False
+) -> float:
     """Of launches one behind the other."""
-    each = [predicted(n, *shape, chained=chained or at > 0) for at, n in enumerate(names)]
+    each = [predicted(n, *shape, chained or at > 0, float8) for at, n in enumerate(names)]
     return sum(one.seconds for one in each) * US
 
 
 PRUNED = ("pruned anchor, scan", "score finish", "select", "pruned anchor, attend")
 
 
-def layers(shape: tuple[int, int]) -> float:
+def layers(shape: tuple[int, int], float8: bool = False) -> float:
     """Microseconds of all 36 attention layers of a step, schedule "paper"."""
     times = {
-        Role.DENSE: microseconds("dense decode", shape=shape, chained=True),
-        Role.ANCHOR: microseconds(*PRUNED, shape=shape, chained=True),
-        Role.FOLLOWER: microseconds("follower", shape=shape, chained=True),
+        Role.DENSE: microseconds("dense decode", shape=shape, chained=True, float8=float8),
+        Role.ANCHOR: microseconds(*PRUNED, shape=shape, chained=True, float8=float8),
+        Role.FOLLOWER: microseconds("follower", shape=shape, chained=True, float8=float8),
     }
     return sum(times[role] for role in schedule.roles(PulseConfig(), (True,) * 36, 1))
 
@@ -117,6 +123,30 @@ def beside_goals() -> Iterator[str]:
         cells = ["; ".join(f"{x:.{short or 1}f}" for x in found)]
         cells += ["; ".join(f"{x:.{short}f}" for x in row) for row in (must, aim)]
         yield f"| {name} | {' | '.join(cells)} |"
+
+
+def float8() -> Iterator[str]:
+    """A cache of 8 bits beside one of bfloat16."""
+    yield "| us, " + "; ".join(SHAPES) + " | bfloat16 | 8 bits | gain |"
+    yield "|---|---|---|---|"
+    rows = {
+        "dense decode": ("dense decode",), "dense anchor, attention": ("dense anchor, attention",),
+        "pruned anchor, scan + V": (PRUNED[0], PRUNED[3]), "follower, 5 % kept": ("follower",),
+    }  # fmt: skip
+    for name, of in rows.items():
+        yield compared(name, partial(both_kinds, of))
+    yield compared("36 layers", layers)
+
+
+def both_kinds(names: tuple[str, ...], shape: tuple[int, int], float8: bool) -> float:
+    return microseconds(*names, shape=shape, float8=float8)
+
+
+def compared(name: str, of: Callable[[tuple[int, int], bool], float]) -> str:
+    wide, narrow = ([of(shape, float8) for shape in SHAPES.values()] for float8 in (False, True))
+    gains = [a / b for a, b in zip(wide, narrow, strict=True)]
+    cells = ["; ".join(f"{x:.1f}" for x in row) for row in (wide, narrow)]
+    return f"| {name} | {' | '.join(cells)} | {'; '.join(f'{gain:.2f}' for gain in gains)} |"
 
 
 def parts() -> Iterator[str]:
@@ -153,7 +183,7 @@ def errors() -> Iterator[str]:
         yield f"| {name} | {measured:.1f} | {model:.1f} | {100 * (model / measured - 1):+.0f} % |"
 
 
-TABLES = {"goals": beside_goals, "parts": parts, "errors": errors}
+TABLES = {"goals": beside_goals, "float8": float8, "parts": parts, "errors": errors}
 
 
 def write() -> None:

@@ -51,10 +51,11 @@ def _place(device: torch.device, visual: VisualTokens | None) -> tuple[int, int,
 
 
 class CudaBackend(NativeBackend):
-    """CUDA C++ kernels for float32, bfloat16 and float16 on NVIDIA GPUs from sm_80 on."""
+    """CUDA C++ kernels for float32, bfloat16, float16 and 8-bit caches, from sm_80 on."""
 
     name = "cuda"
     auto_devices = ("cuda",)
+    reads_float8 = True
 
     def unavailable(self) -> str | None:
         reason = _native.failure()

@@ -29,7 +29,7 @@ def script(name):
         return module
     finally:
         sys.path.remove(str(ACCURACY))
-        for other in ("measure", "rows", "model", "table", "correlate", "claims"):
+        for other in ("measure", "rows", "model", "table", "correlate", "claims", "float8"):
             sys.modules.pop(other, None)
 
 
@@ -301,3 +301,31 @@ def test_the_claims_hold_on_a_sample(measure, model, pictures):
     for static in ("fastv", "lookm", "visionzip"):
         assert exact[static] < exact["full"] - 0.3, static
     assert exact["blind"] < 0.05
+
+
+def kept(*rows):
+    """A trace of one row and layer, from the tokens that each step kept."""
+    n, positions = len(rows), [token for row in rows for token in row]
+    return vp.Trace(
+        conversation=np.zeros(n, np.int64), step=np.arange(n), layer=np.full(n, 2),
+        row=np.zeros(n, np.int64), token=np.arange(n), n_visual=np.full(n, 12),
+        mass=np.full(n, 0.5), mass_mean=np.full(n, 0.2), ends=np.cumsum([len(r) for r in rows]),
+        positions=np.array(positions), spans={(0, 0): [(0, 12)]}, about={},
+    )  # fmt: skip
+
+
+def test_selections_are_compared_as_long_as_both_runs_say_the_same():
+    pytest.importorskip("transformers")
+    traces = kept([1, 2], [3, 4], [5, 6]), kept([1, 2], [3, 9], [5, 6])
+    overlaps = script("float8").overlaps
+    assert overlaps(traces, ([[7, 8, 9, 4]], [[7, 8, 9, 4]])) == [1.0, 0.5, 1.0]
+    assert overlaps(traces, ([[7, 8, 9, 4]], [[7, 8, 1, 4]])) == [1.0, 0.5]
+    assert overlaps(traces, ([[7]], [[7]])) == [1.0]  # steps behind the end of an answer
+
+
+def test_larger_logits_are_taken_back(model):
+    before = [weight.clone() for weight in model.parameters()]
+    with script("float8").larger_logits(model, 16):
+        assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    for a, b in zip(before, model.parameters(), strict=True):
+        assert torch.equal(a, b)  # the factor's root is a power of two

@@ -49,8 +49,11 @@ def answer(
     drawn: Sequence[tuple[trail.Picture, trail.Question]],
     settings: Mapping[str, Any],
     tick: Callable[[str], None] = lambda name: None,
+    traces: dict[str, vp.Trace] | None = None,
 ) -> dict[str, Answers]:
     """Greedy answers to one batch of pictures under every setting; `tick` hears each name.
+
+    `traces` is filled with what the steps of each PulseConfig kept.
 
     A setting is a PulseConfig, None for full attention, or what makes a baseline. The first two
     change decode steps alone, so they share one prefill, each with a copy of its cache; the first
@@ -68,7 +71,7 @@ def answer(
 
     pulses = {n: s for n, s in settings.items() if s is None or isinstance(s, vp.PulseConfig)}
     if pulses:
-        for name, answers in _from_one_prefill(model, inputs, pulses):
+        for name, answers in _from_one_prefill(model, inputs, pulses, traces):
             done(name, answers)
     for name, make in settings.items():
         if name in pulses:
@@ -80,7 +83,9 @@ def answer(
     return {name: made[name] for name in settings}
 
 
-def _from_one_prefill(model, inputs: dict, pulses: dict) -> Iterator[tuple[str, Answers]]:
+def _from_one_prefill(
+    model, inputs: dict, pulses: dict, traces: dict | None
+) -> Iterator[tuple[str, Answers]]:
     from transformers import DynamicCache
 
     size = inputs["input_ids"].shape[1]
@@ -104,7 +109,10 @@ def _from_one_prefill(model, inputs: dict, pulses: dict) -> Iterator[tuple[str, 
                 else:
                     session.update(**{f.name: getattr(config, f.name) for f in fields(config)})
                 out = model.generate(**go_on, do_sample=False)
-            shares = None if config is None else _shares(session.trace, len(out))
+            trace = None if config is None else session.trace
+            if traces is not None and trace is not None:
+                traces[name] = trace
+            shares = None if not trace else _shares(trace, len(out))
             yield name, _answers(out, {"input_ids": ids[:, :size]}, shares, clock)
 
 

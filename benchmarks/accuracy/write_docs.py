@@ -5,6 +5,7 @@ from pathlib import Path
 
 import claims
 import correlate
+import float8
 import reuse
 import table
 
@@ -26,6 +27,7 @@ PARTS = {
     "correlation": (("accuracy-correlation.jsonl",), correlate.printed),
     "retrained": ((TABLE, RETRAINED), claims.retrained),
     "reuse": (("accuracy-reuse.jsonl",), reuse.printed),
+    "float8": (("accuracy-float8.jsonl",), float8.printed),
     "tier": (("accuracy-reuse.jsonl",), reuse.tier),
     "evidence": ((TABLE,), claims.front),
 }

@@ -6,21 +6,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import visionpulse as vp
 from visionpulse.layer_ops import LayerOps, paged_cache_of
-from visionpulse.testing import CASES
+from visionpulse.testing import CASES, Half
 from visionpulse.testing.compare import Exact
 from visionpulse.visual import span_row
 
 RATIO = (0.05, 0.5)
-
-
-class Half:
-    """A policy that runs between score and select."""
-
-    def bound(self, n_visual):
-        return max(1, n_visual // 2)
-
-    def counts(self, mass, n_visual, scores):
-        return n_visual // 2
 
 
 CONFIGS = {

@@ -5,7 +5,7 @@ import torch
 
 import visionpulse as vp
 from visionpulse.call import Call, Params, Scored
-from visionpulse.testing import CASES, QUERY_CASES
+from visionpulse.testing import CASES, QUERY_CASES, Half
 from visionpulse.testing.draw import Draws
 from visionpulse.torch_ops import arguments, fields_of
 
@@ -87,16 +87,6 @@ def step(q, kv, visual, config, backend):
     follow = vp.attend(q, kv, visual, selection, backend=backend)
     dense = vp.attend(q, kv, backend=backend)
     return out, follow, dense, selection.indices, selection.counts, selection.mass
-
-
-class Half:
-    """A policy that runs between score and select."""
-
-    def bound(self, n_visual):
-        return max(1, n_visual // 2)
-
-    def counts(self, mass, n_visual, scores):
-        return n_visual // 2
 
 
 CONFIGS = {

@@ -1,6 +1,15 @@
 """What tests and benchmarks share: named cases, the tolerance table, properties, timing."""
 
-from .cases import CASES, FLOAT8_CASES, FLOAT8_QUERY_CASES, QUERY_CASES, Case, Problem, Scales
+from .cases import (
+    CASES,
+    FLOAT8_CASES,
+    FLOAT8_QUERY_CASES,
+    QUERY_CASES,
+    Case,
+    Half,
+    Problem,
+    Scales,
+)
 from .compare import (
     assert_clear_error,
     assert_masses,
@@ -15,6 +24,7 @@ __all__ = [
     "FLOAT8_QUERY_CASES",
     "QUERY_CASES",
     "Case",
+    "Half",
     "Problem",
     "Scales",
     "assert_clear_error",

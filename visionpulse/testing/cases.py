@@ -24,6 +24,18 @@ class Scales(NamedTuple):
     v: tuple[float, ...] = ()
 
 
+class Half:
+    """A policy of a user's own, which runs between score and select."""
+
+    def bound(self, n_visual: int) -> int:
+        """The most that a row keeps."""
+        return max(1, n_visual // 2)
+
+    def counts(self, mass: Tensor, n_visual: Tensor, scores: Tensor) -> Tensor:
+        """K of each row."""
+        return n_visual // 2
+
+
 @dataclass(frozen=True)
 class Case:
     """One problem in words; `build` makes its tensors."""

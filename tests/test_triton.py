@@ -51,6 +51,7 @@ PLANTED = {
     "scale": ("interpret.py", "decode_is_the_contract and group5 and float32",
               "output: error|mass"),
     "column": ("interpret.py", "every_byte and even-by-integers", "Tensor-likes are not equal"),
+    "single": ("compile.py", "sm_90-dense-float8", "0 conversions"),
     "tf32": ("compile.py", "sm_90-dense-float32", "TF32 in the machine code"),
     "spill": ("compile.py", "sm_90-dense-bfloat16", "spills, bytes of stack"),
     "narrow": ("compile.py", "sm_90-dense-bfloat16", "128-bit load"),

@@ -29,6 +29,8 @@ FAULTS = {
     "scale": ("_float8", ("tl.load(ptr + g * stride)", "tl.load(ptr)")),
     # the conversion by integers takes the NaN of an odd column for that of an even one
     "column": ("_float8", ("prmt.b32 nan, nan, 0, 0xaa88;", "prmt.b32 nan, nan, 0, 0xbb99;")),
+    # bytes of e4m3 are converted one at a time, where the chip could take two
+    "single": ("tuning", ("CHIP, INTEGERS, PLAIN = 1, 2, 3", "CHIP, INTEGERS, PLAIN = 3, 2, 3")),
     "tf32": (
         "score",
         ('tl.dot(q, tl.trans(k), input_precision="ieee")', "tl.dot(q, tl.trans(k))"),

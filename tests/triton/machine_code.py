@@ -35,6 +35,8 @@ CHIP = {
     "sm_120": (255, 99 << 10),
     "gfx942": (512, 64 << 10),
 }
+# Chips that convert float8_e4m3fn by an instruction, two numbers at a time.
+CONVERTING = ("sm_89", "sm_90", "sm_100", "sm_120")
 Shape = launches.Shape
 PRUNED, DENSE = ({"score": "prob", "output": output} for output in ("pruned", "dense"))
 # so many slots that offsets in elements pass 32 bits
@@ -85,6 +87,16 @@ SPECIAL = {
         Shape(**WIDEST, queries=3, dtype=torch.float32), launches.decode, DENSE, "_score_kernel",
     ),
     "follow-queries": (Shape(queries=16), launches.follow, {}),
+    # K and V of a byte each, in pairs: loads of 16 bytes as ever
+    "dense-float8": (Shape(float8=True), launches.dense, {}),
+    "dense-float8-float32": (Shape(float8=True, dtype=torch.float32), launches.dense, {}),
+    "pruned-float8": (Shape(float8=True), launches.decode, PRUNED),
+    "dense-anchor-float8": (Shape(float8=True), launches.decode, DENSE, "_score_kernel"),
+    "anchor-widest-float8": (Shape(**WIDEST, float8=True), launches.decode, DENSE, "_score_kernel"),
+    "follow-float8": (Shape(float8=True), launches.follow, {}),
+    "follow-widest-float8": (Shape(**WIDEST, float8=True), launches.follow, {}),
+    "dense-queries-float8": (Shape(queries=16, float8=True), launches.dense, {}),
+    "dense-float8-d16": (Shape(head_dim=16, float8=True), launches.dense, {}),
     "follow-far": (Shape(capacity=FAR, cut=False), launches.follow, {}),
 }  # fmt: skip
 ALL = PLAIN | SPECIAL
@@ -131,6 +143,8 @@ def test_machine_code(name, target):
     for kernel, found in kernels_of(name, target).items():
         where = f"{kernel} of {name} on {target}"
         assert not found.tf32, f"{where}: TF32 in the machine code"
+        converts = kernel != "_select_kernel" and ALL[name][0].float8 and target in CONVERTING
+        assert bool(found.conversions) == converts, f"{where}: {found.conversions} conversions"
         registers, shared, wide_loads = LIMITS[name][kernel][target]
         if not PINNED:
             (registers, shared), wide_loads = ANY, math.ceil(wide_loads * NEARLY_ALL)

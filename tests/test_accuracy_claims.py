@@ -143,3 +143,15 @@ def test_the_rows_are_of_the_shipped_weights(claims):
 
     digest = hashlib.sha256((tiny.FOLDER / "model.safetensors").read_bytes()).hexdigest()[:12]
     assert {found["weights"] for found in read("accuracy.jsonl")} == {digest}
+
+
+def test_lossless_rows_are_equal_and_stand_on_their_page():
+    """No picture's answer may differ from that of full attention, whatever drafts."""
+    pytest.importorskip("transformers")
+    rows = read("accuracy-lossless.jsonl")
+    assert all(row["equal"] == row["n"] for row in rows)
+    assert {(row["n"], row["temperature"] > 0) for row in rows} >= {(500, False), (100, True)}
+    page = (ROOT / "docs" / "lossless.md").read_text()
+    for row in rows:
+        cells = f"{row['equal']} of {row['n']} | {100 * row['acceptance']:.1f} % |"
+        assert f"| {row['draft']} | {row['set']} | {row['tokens']} |" in page and cells in page

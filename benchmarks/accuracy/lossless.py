@@ -26,6 +26,7 @@ from visionpulse.files import append_line
 P5, P10 = vp.PRESETS["5pct"], vp.PRESETS["10pct"]
 LOOKBACK = P5.updated(schedule="lookback", refresh=0)
 BLIND = P5.updated(budget=vp.TopK(1), schedule="per_layer")  # an absurd draft
+PAGE = Path(__file__).parents[2] / "docs" / "lossless.md"
 OUT = Path(__file__).parents[1] / "results" / "accuracy-lossless.jsonl"
 
 
@@ -102,6 +103,27 @@ def key_of(row: dict) -> tuple:
     return tuple(row[name] for name in ("draft", "tokens", "set", "temperature", "batch", "n"))
 
 
+def table(rows: list[dict]) -> str:
+    """The rows as a table of Markdown."""
+    lines = ["| draft | pictures | tokens a round | chosen | equal | accepted | tokens a check |",
+             "|---|---|---:|---|---:|---:|---:|"]  # fmt: skip
+    for row in rows:
+        chosen = f"sampled at {row['temperature']:g}" if row["temperature"] else "greedy"
+        lines.append(
+            f"| {row['draft']} | {row['set']} | {row['tokens']} | {chosen} | {row['equal']} of "
+            f"{row['n']} | {100 * row['acceptance']:.1f} % | {row['tokens_per_check']:.2f} |"
+        )
+    where = " and ".join(sorted({f"{row['cpu']}, commit {row['commit']}" for row in rows}))
+    return "\n".join(lines) + f"\n\n{where}: `python benchmarks/accuracy/lossless.py`\n"
+
+
+def write_page(rows: list[dict], page: Path = PAGE) -> None:
+    """Put the table on its page."""
+    begin, end = "<!-- lossless -->\n", "<!-- end -->"
+    before, rest = page.read_text().split(begin)
+    page.write_text(before + begin + table(rows) + end + rest.split(end, 1)[1])
+
+
 def main() -> None:
     """Measure what is missing."""
     parser = argparse.ArgumentParser(
@@ -109,6 +131,7 @@ def main() -> None:
     )
     parser.add_argument("--seconds", type=float, default=400, help="start no condition after these")
     parser.add_argument("--weights", type=Path, default=tiny.FOLDER)
+    parser.add_argument("--page", action="store_true", help="only write the page of the docs")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -122,6 +145,8 @@ def main() -> None:
         if args.out.exists()
         else []
     )
+    if args.page:
+        return write_page(old)
     done = {key_of(row) for row in old if row["weights"] == known["weights"]}
     model, begun = tiny.load(args.weights), time.monotonic()
     for one in CONDITIONS:

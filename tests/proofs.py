@@ -55,6 +55,7 @@ COMMON = ("kernels/common/",)
 CONTRACT = (
     "visionpulse/reference.py", "visionpulse/budgets.py", "visionpulse/call.py",
     "visionpulse/cache.py", "visionpulse/visual.py", "visionpulse/selection.py",
+    "visionpulse/float8.py",
     "visionpulse/workspace.py", "visionpulse/queries.py", "visionpulse/backends/by_query.py",
     "visionpulse/testing/", "visionpulse/backends/reference.py",
     "tests/conftest.py",

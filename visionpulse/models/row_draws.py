@@ -5,6 +5,7 @@ each step is drawn once, for all rows, in the order of `generate()`; every row u
 step, so the tokens are those of `generate()` under the same seed.
 """
 
+import copy
 from typing import Any
 
 import torch
@@ -80,8 +81,9 @@ class RowDraws:
             if is_one_of(processor, WITHOUT_IDS):
                 flat = processor(None, flat)
                 continue
+            own = [_of_row(processor, row) for row in range(rows)]
             parts = [
-                processor(
+                own[row](
                     torch.cat((self.ids[row], block[row : row + 1, 1 : known + i]), dim=1),
                     flat[row * queries + i][None],
                 )
@@ -116,6 +118,16 @@ class RowDraws:
         """Leave the dice as `generate()` does after `steps` tokens."""
         if self._dice is not None:
             self._dice.end(steps)
+
+
+def _of_row(processor: Any, row: int) -> Any:
+    """A processor for one row: transformers 5.24 has one whose setting is a tensor over rows."""
+    ignored = getattr(processor, "prompt_ignore_length", None)
+    if not isinstance(ignored, Tensor) or len(ignored) == 1:
+        return processor
+    own = copy.copy(processor)
+    own.prompt_ignore_length = ignored[row : row + 1]
+    return own
 
 
 def refusal_of(processors: Any, criteria: Any) -> str | None:

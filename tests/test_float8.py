@@ -119,7 +119,8 @@ def test_every_code_is_read_as_its_number(backend, device, dtype):
     q = torch.ones(5, 2, 256, dtype=dtype, device=device)
     wanted = v[:, :, 0].to(dtype).expand(-1, 2, -1)
     out = vp.attend(q, vp.KVCache(k, v), backend=backend)
-    assert torch.equal(out.nan_to_num(1e4), wanted.nan_to_num(1e4))
+    # the weight of the one key may be off by a rounding of float32
+    torch.testing.assert_close(out, wanted, rtol=3e-7, atol=0.0, equal_nan=True)
     # the same numbers as a key, by the logits they make: a number at a place, zeros at the others
     k = torch.zeros(1, 1, 256, 64, dtype=torch.uint8, device=device)
     n = torch.arange(256, device=device)

@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import visionpulse as vp
-from visionpulse.testing import Case
+from visionpulse.testing import Case, Scales
 
 
 @st.composite
@@ -19,8 +19,12 @@ def spans(draw, size):
     return tuple((i, i + 1) for i in range(draw(st.integers(0, 3)), size, step))
 
 
+def scales_of(count):
+    return st.tuples(*[st.sampled_from([1e-4, 1 / 64, 0.013, 0.7])] * count)
+
+
 @st.composite
-def cases(draw):
+def cases(draw, float8=False):
     """A valid case of any kind the contract knows."""
     rows = draw(st.integers(1, 3))
     size = draw(st.sampled_from([1, 2, 15, 16, 17, 63, 64, 65, 130, 257, 700]))
@@ -37,6 +41,13 @@ def cases(draw):
         options["window"] = draw(st.integers(1, size + 3))
     if draw(st.booleans()):
         options["scale"] = draw(st.sampled_from([0.01, 1.0]))
+    kinds, scales = ["normal", "normal", "ties", "equal", "minus_zero", "huge"], None
+    if float8:
+        one_or_each = st.one_of(st.just(()), *(scales_of(n) for n in (1, kv_heads)))
+        kinds, scales = (
+            [*kinds, "finite", "subnormal"],
+            Scales(draw(one_or_each), draw(one_or_each)),
+        )
     queries = draw(st.sampled_from([None, None, 1, 2, 3, 6]))
     q_counts = None
     if queries and draw(st.booleans()):
@@ -52,7 +63,8 @@ def cases(draw):
         head_dim=draw(st.sampled_from([8, 16, 24, 64, 72, 80, 96, 128, 136, 192, 256])),
         lengths=draw(st.sampled_from([None, per_row()])),
         starts=draw(st.sampled_from([None, per_row()])),
-        values=draw(st.sampled_from(["normal", "normal", "ties", "equal", "minus_zero", "huge"])),
+        values=draw(st.sampled_from(kinds)),
+        scales=scales,
         layout=layout,
         page=draw(st.sampled_from([1, 3, 16, 64])),
         options=options,
@@ -66,15 +78,28 @@ def cases(draw):
     )
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+by_dtype = pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+
+
+@by_dtype
 def test_random_problems(backend, device, check_decode, dtype, pytestconfig):
+    solve(cases(), backend, device, check_decode, dtype, pytestconfig)
+
+
+@pytest.mark.float8
+@by_dtype
+def test_random_problems_in_8_bits(backend, device, check_decode, dtype, pytestconfig):
+    solve(cases(float8=True), backend, device, check_decode, dtype, pytestconfig)
+
+
+def solve(drawn, backend, device, check_decode, dtype, pytestconfig):
     @settings(
         max_examples=pytestconfig.getoption("--examples"),
         deadline=None,
         derandomize=True,
         suppress_health_check=list(HealthCheck),
     )
-    @given(case=cases(), seed=st.integers(0, 2**20))
+    @given(case=drawn, seed=st.integers(0, 2**20))
     def run(case, seed):
         problem = case.build(dtype, device, seed)
         _, selection, _ = check_decode(problem, backend)

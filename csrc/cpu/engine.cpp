@@ -234,13 +234,14 @@ void run_parts(const Call& c, int parts, int threads, PartEntry entry) {
 }
 
 void merge(const Kernels& kernels, const Call& c, int threads) {
-  const auto entry = kernels.merge[static_cast<int>(c.dtype)];
+  const auto& entries = c.cache.dtype == DType::kFloat8 ? kernels.merge_float8 : kernels.merge;
+  const auto entry = entries[static_cast<int>(c.dtype)];
   parallel(rows_of(c) * c.G, threads, [&](int task) { entry(c, task / c.G, task % c.G); });
 }
 
 // The pass over all visible keys.
 void stream(const Kernels& kernels, Call& c, const Plan& plan, int threads) {
-  const int type = static_cast<int>(c.dtype);
+  const int type = static_cast<int>(c.cache.dtype);
   c.cuts = plan.visible;
   c.shared = c.queries.count > 1;
   c.part_heads = plan.shared_heads;
@@ -328,7 +329,7 @@ int64_t attend(const Kernels& kernels, Call c, const Scratch& scratch) {
   c.with_values = true;
   if (sparse) {
     const int parts = cut_attended(c, plan, scratch.threads);
-    run_parts(c, parts, scratch.threads, kernels.stream[static_cast<int>(c.dtype)]);
+    run_parts(c, parts, scratch.threads, kernels.stream[static_cast<int>(c.cache.dtype)]);
   } else {
     stream(kernels, c, plan, scratch.threads);
   }
@@ -381,7 +382,7 @@ int64_t decode(const Kernels& kernels, Call c, bool dense, float* scores, const 
   c.selection = {c.indices, c.counts, c.score.k_max};
   c.with_values = true;
   const int parts = cut_attended(c, plan, scratch.threads);
-  run_parts(c, parts, scratch.threads, kernels.weigh[static_cast<int>(c.dtype)]);
+  run_parts(c, parts, scratch.threads, kernels.weigh[static_cast<int>(c.cache.dtype)]);
   merge(kernels, c, scratch.threads);
   return 0;
 }

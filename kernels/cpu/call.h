@@ -112,21 +112,23 @@ struct GatherProbe {
   int32_t ahead;  // keys from a prefetch to its use; below 0: K and V in blocks of so many
 };
 
-// The kernels of one instruction set; arrays of 3 have one kernel for each DType.
+// The kernels of one instruction set; arrays have one kernel for each DType, those of 4 by that of
+// the cache, those of 3 by that of the output.
 struct Kernels {
   const char* name;
   int32_t unit;              // columns of a value step
   int32_t width;             // floats in a register
   bool rounds_bf16_weights;  // those of V in bfloat16 are rounded to it; else float32
   // One part of one KV head, in one pass: logits, statistics and, if wanted, the sum of V.
-  void (*stream[3])(const Call&, int32_t row, int32_t kv_head, int32_t part, Run);
+  void (*stream[4])(const Call&, int32_t row, int32_t kv_head, int32_t part, Run);
   // The same from stored logits in place of K.
-  void (*weigh[3])(const Call&, int32_t row, int32_t kv_head, int32_t part, Run);
+  void (*weigh[4])(const Call&, int32_t row, int32_t kv_head, int32_t part, Run);
   // The stream of all queries of a cache row, and before it their q in its layout.
-  void (*stream_shared[3])(const Call&, int32_t cache_row, int32_t kv_head, int32_t part, Run);
-  void (*pack_queries[3])(const Call&, int32_t cache_row, int32_t kv_head);
+  void (*stream_shared[4])(const Call&, int32_t cache_row, int32_t kv_head, int32_t part, Run);
+  void (*pack_queries[4])(const Call&, int32_t cache_row, int32_t kv_head);
   // Makes the parts of one KV head one, in order, and writes the output.
   void (*merge[3])(const Call&, int32_t row, int32_t kv_head);
+  void (*merge_float8[3])(const Call&, int32_t row, int32_t kv_head);  // from V of kFloat8
   // From the parts of a row to its masses, and what its scores need of each head.
   void (*statistics)(const Call&, int32_t row);
   // Scores of the visible keys [chunk * kScoreChunk, ...) of a row.

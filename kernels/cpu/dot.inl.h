@@ -49,6 +49,29 @@ struct Dot<bf16> {
 };
 #endif
 
+// The first n elements of a unit of q, then zeros, in the order of K's units.
+template <class T>
+struct QueryUnit {
+  VP_INLINE void load(const Call& c, int64_t at, int n, typename Dot<T>::Query* to) {
+    const T* from = static_cast<const T*>(c.q) + at;
+    Dot<T>::store(to, n == kUnit ? Dot<T>::key(from) : Dot<T>::key_tail(from, n));
+  }
+};
+
+// Beside K of f8, q has a dtype of its own; the units of f8 hold their columns in order.
+template <>
+struct QueryUnit<f8> {
+  VP_INLINE void load(const Call& c, int64_t at, int n, float* to) {
+    if (c.dtype == DType::kFloat32) return QueryUnit<float>::load(c, at, n, to);
+    if (c.dtype == DType::kFloat16) return QueryUnit<f16>::load(c, at, n, to);
+    const bf16* from = static_cast<const bf16*>(c.q) + at;
+    for (int i = 0; i < kUnit; ++i) {
+      const uint32_t bits = i < n ? uint32_t{from[i].bits} << 16 : 0;
+      __builtin_memcpy(to + i, &bits, sizeof bits);
+    }
+  }
+};
+
 // The query heads of one KV head, padded with zeros to whole head tiles and units.
 template <class T>
 struct Query {
@@ -58,16 +81,15 @@ struct Query {
   VP_INLINE void load(Query& into, const Call& c, int row, int kv_head) {
     const int group = c.H / c.G, whole = c.D / kUnit, rest = c.D % kUnit;
     into.stride = padded_dim(c.D, kUnit);
-    const T* q = static_cast<const T*>(c.q) + c.rows[row].cache_row * c.q_stride.row +
-                 c.rows[row].query * c.queries.q_stride +
-                 int64_t{kv_head} * group * c.q_stride.head;
+    const int64_t first = c.rows[row].cache_row * c.q_stride.row +
+                          c.rows[row].query * c.queries.q_stride +
+                          int64_t{kv_head} * group * c.q_stride.head;
     for (int h = 0; h < padded_heads(group); ++h) {
       auto* to = into.data + h * into.stride;
-      const T* from = q + h * c.q_stride.head;
       for (int u = 0; u * kUnit < into.stride; ++u) {
         const int n = h >= group ? 0 : u < whole ? kUnit : rest;
-        Dot<T>::store(to + u * kUnit, n == kUnit ? Dot<T>::key(from + u * kUnit)
-                                                 : Dot<T>::key_tail(from + u * kUnit, n));
+        QueryUnit<T>::load(c, n > 0 ? first + h * c.q_stride.head + u * kUnit : first, n,
+                           to + u * kUnit);
       }
     }
   }
@@ -109,9 +131,15 @@ struct Scaling {
   float scale;   // without a cap: scale * log2(e); with one: scale / cap
   float capped;  // cap * log2(e); 0: no cap
 };
-VP_INLINE Scaling scaling_of(const ScoreArgs& s) {
-  if (s.softcap == 0.0f) return {s.scale * kLog2e, 0.0f};
-  return {s.scale / s.softcap, s.softcap * kLog2e};
+// `factor` is what K is multiplied with beside the scale.
+VP_INLINE Scaling scaling_of(const ScoreArgs& s, float factor) {
+  if (s.softcap == 0.0f) return {s.scale * kLog2e * factor, 0.0f};
+  return {s.scale / s.softcap * factor, s.softcap * kLog2e};
+}
+// What the elements of K or V that load_unit gives are to be multiplied with.
+template <class T>
+VP_INLINE float factor_of(const CacheScale& scale, int kv_head) {
+  return sizeof(T) == 1 ? scale_of(scale, kv_head) / kFloat8Share : 1.0f;
 }
 VP_INLINE Vec logit(Vec dot, const Scaling& s) {
   const Vec z = vmul(dot, vset(s.scale));

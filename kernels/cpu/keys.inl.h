@@ -75,10 +75,11 @@ VP_INLINE void locate_pages(const Call& c, const int32_t* list, int row, int kv_
   }
 }
 
-// Keys of a block. A block of a stream has the same bytes in every type.
+// Keys of a block. A block of a stream has the same bytes in every type of 16 or 32 bits.
 template <class T>
 VP_INLINE int block_keys(const Cut& cut) {
-  return cut.attended != nullptr ? kListBlock : kBlock * 2 / static_cast<int>(sizeof(T));
+  constexpr int kStream = sizeof(T) > 2 ? kBlock / 2 : kBlock;
+  return cut.attended != nullptr ? kListBlock : kStream;
 }
 
 // The block of a cut that begins at its key `first`, but not beyond `end`.

@@ -43,7 +43,8 @@ VP_INLINE void store_as(f16* to, float x) {
   to->bits = static_cast<uint16_t>(half | sign);
 }
 
-template <class T>
+// T is the type of the output, K that of V.
+template <class T, class K>
 static void merge_parts(const Call& c, int row, int kv_head) {
   const RowParts parts = parts_of_row(c, row);
   const int group = c.H / c.G, columns = padded_dim(c.D, kUnit);
@@ -68,8 +69,10 @@ static void merge_parts(const Call& c, int row, int kv_head) {
         vstore(sum + d, vfma(vset(w), vload(part.acc + h * columns + d), vload(sum + d)));
     }
     // no key, or none with a finite logit: zeros
-    const float inverse = m == minus_infinity() && l == 0.0f ? 0.0f : 1.0f / l;
-    for (int d = 0; d < c.D; ++d) store_as(out + d, sum[column_of(out, d)] * inverse);
+    const float inverse =
+        m == minus_infinity() && l == 0.0f ? 0.0f : factor_of<K>(c.cache.v_scale, kv_head) / l;
+    const K* const stored = nullptr;
+    for (int d = 0; d < c.D; ++d) store_as(out + d, sum[column_of(stored, d)] * inverse);
   }
 }
 

@@ -52,7 +52,7 @@ VP_INLINE bool lies_ready(int dim) {
   return sizeof(T) == sizeof(Element<T>) && dim % kUnit == 0;
 }
 
-// A vector of q or K in the order of load_unit, padded with zeros to whole units.
+// A vector of K in the order of load_unit, padded with zeros to whole units.
 template <class T>
 VP_INLINE void stage_vector(const T* from, int dim, Element<T>* to) {
   int d = 0;
@@ -67,8 +67,7 @@ static void pack_queries(const Call& c, int cache_row, int kv_head) {
   constexpr int kStep = Lanewise<T>::kStep;
   const SharedPass& pass = c.passes[cache_row];
   const int group = c.H / c.G, columns = padded_dim(c.D, kUnit);
-  const T* q = static_cast<const T*>(c.q) + cache_row * c.q_stride.row +
-               int64_t{kv_head} * group * c.q_stride.head;
+  const int64_t first = cache_row * c.q_stride.row + int64_t{kv_head} * group * c.q_stride.head;
   auto* packed = static_cast<Element<T>*>(pass.q) + int64_t{kv_head} * pass.padded * columns;
   alignas(64) Element<T> staged[kMaxHeadDim + kUnit];
   for (int r = 0; r < pass.padded; ++r) {
@@ -76,7 +75,9 @@ static void pack_queries(const Call& c, int cache_row, int kv_head) {
     const int lanes = pass.padded - tile < kLanes ? pass.padded - tile : kLanes;
     if (r < pass.count) {
       const int64_t query = pass.first + r / group;
-      stage_vector(q + query * c.queries.q_stride + r % group * c.q_stride.head, c.D, staged);
+      const int64_t at = first + query * c.queries.q_stride + r % group * c.q_stride.head;
+      for (int d = 0; d < c.D; d += kUnit)
+        QueryUnit<T>::load(c, at + d, c.D - d < kUnit ? c.D - d : kUnit, staged + d);
     } else {
       for (int d = 0; d < columns; ++d) staged[d] = Element<T>{};
     }
@@ -332,7 +333,7 @@ static void stream_shared(const Call& c, int cache_row, int kv_head, int index, 
   const int columns = padded_dim(c.D, kUnit), tiles = (pass.padded + kLanes - 1) / kLanes;
   const PartRange range = range_of_part(cut, index);
   const Part part = part_at(c, part_index(cut, kv_head, index));
-  const Scaling scaling = scaling_of(c.score);
+  const Scaling scaling = scaling_of(c.score, factor_of<T>(c.cache.k_scale, kv_head));
   const SoftmaxArgs args = {1.0f / c.score.tau, c.store_logits};
   for (int r = 0; r < pass.padded; ++r) {
     part.m[r] = minus_infinity();

@@ -64,6 +64,17 @@ VP_INLINE void load_unit(const f16* p, Vec& a, Vec& b) {
   a = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   b = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)));
 }
+// As for AVX-512.
+VP_INLINE void load_unit(const f8* p, Vec& a, Vec& b) {
+  const __m256i words = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  const __m256i moved = _mm256_and_si256(_mm256_slli_epi16(words, 7),
+                                         _mm256_set1_epi16(static_cast<int16_t>(0xbfff)));
+  const __m256i carry =
+      _mm256_and_si256(_mm256_add_epi16(moved, _mm256_set1_epi16(0x80)), _mm256_set1_epi16(0x4000));
+  const __m256i halves = _mm256_or_si256(moved, carry);
+  a = _mm256_cvtph_ps(_mm256_castsi256_si128(halves));
+  b = _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1));
+}
 
 }  // namespace visionpulse::cpu::VP_ISA
 

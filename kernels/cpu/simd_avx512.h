@@ -93,6 +93,20 @@ VP_INLINE void load_unit(const f16* p, Vec& a, Vec& b) {
   a = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   b = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 16)));
 }
+// The bits of exponent and fraction become a half's; NaN, all ones, carries into the bit that makes
+// it one of a half. Subnormal numbers stay exact.
+VP_INLINE void widen(__m256i bytes, Vec& a, Vec& b) {
+  const __m512i moved = _mm512_and_si512(_mm512_slli_epi16(_mm512_cvtepi8_epi16(bytes), 7),
+                                         _mm512_set1_epi16(static_cast<int16_t>(0xbfff)));
+  const __m512i carried = _mm512_add_epi16(moved, _mm512_set1_epi16(0x80));
+  const __m512i halves =
+      _mm512_ternarylogic_epi32(moved, carried, _mm512_set1_epi16(0x4000), 0xf8);  // a | b & c
+  a = _mm512_cvtph_ps(_mm512_castsi512_si256(halves));
+  b = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1));
+}
+VP_INLINE void load_unit(const f8* p, Vec& a, Vec& b) {
+  widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), a, b);
+}
 
 // The first n elements of a unit, then zeros. Reads no byte past the elements.
 VP_INLINE void load_tail(const float* p, int n, Vec& a, Vec& b) {
@@ -110,6 +124,9 @@ VP_INLINE void load_tail(const f16* p, int n, Vec& a, Vec& b) {
   const __m512i halves = load_tail_pairs(p, n);
   a = _mm512_cvtph_ps(_mm512_castsi512_si256(halves));
   b = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1));
+}
+VP_INLINE void load_tail(const f8* p, int n, Vec& a, Vec& b) {
+  widen(_mm256_maskz_loadu_epi8((1u << n) - 1, p), a, b);
 }
 
 #if defined(VP_NATIVE_BF16)

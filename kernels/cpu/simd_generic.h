@@ -91,6 +91,17 @@ VP_INLINE void load_unit(const f16* p, Vec& a, Vec& b) {
     b[i] = half_to_float(p[4 + i].bits);
   }
 }
+// As for AVX-512.
+VP_INLINE uint16_t half_of(f8 x) {
+  const uint32_t moved = (x.bits & 0x80u) << 8 | (x.bits & 0x7fu) << 7;
+  return static_cast<uint16_t>(moved | ((moved + 0x80u) & 0x4000u));
+}
+VP_INLINE void load_unit(const f8* p, Vec& a, Vec& b) {
+  for (int i = 0; i < 4; ++i) {
+    a[i] = half_to_float(half_of(p[i]));
+    b[i] = half_to_float(half_of(p[4 + i]));
+  }
+}
 
 }  // namespace visionpulse::cpu::VP_ISA
 

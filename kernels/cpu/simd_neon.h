@@ -60,6 +60,16 @@ VP_INLINE void load_unit(const f16* p, Vec& a, Vec& b) {
   a = vcvt_f32_f16(vreinterpret_f16_u16(vget_low_u16(halves)));
   b = vcvt_f32_f16(vreinterpret_f16_u16(vget_high_u16(halves)));
 }
+// As for AVX-512.
+VP_INLINE void load_unit(const f8* p, Vec& a, Vec& b) {
+  const int16x8_t words = vmovl_s8(vreinterpret_s8_u8(vld1_u8(&p->bits)));
+  const uint16x8_t moved =
+      vandq_u16(vreinterpretq_u16_s16(vshlq_n_s16(words, 7)), vdupq_n_u16(0xbfff));
+  const uint16x8_t carry = vandq_u16(vaddq_u16(moved, vdupq_n_u16(0x80)), vdupq_n_u16(0x4000));
+  const uint16x8_t halves = vorrq_u16(moved, carry);
+  a = vcvt_f32_f16(vreinterpret_f16_u16(vget_low_u16(halves)));
+  b = vcvt_f32_f16(vreinterpret_f16_u16(vget_high_u16(halves)));
+}
 
 }  // namespace visionpulse::cpu::VP_ISA
 

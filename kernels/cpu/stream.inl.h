@@ -34,7 +34,7 @@ static void stream_part(const Call& c, int row, int kv_head, int index, Run run)
   const int group = c.H / c.G, tiles = head_tiles(group), heads = tiles * HT;
   const PartRange range = range_of_part(cut, index);
   const Part part = part_at(c, part_index(cut, kv_head, index));
-  const Scaling scaling = scaling_of(c.score);
+  const Scaling scaling = scaling_of(c.score, factor_of<T>(c.cache.k_scale, kv_head));
   const SoftmaxArgs args = {1.0f / c.score.tau, c.store_logits};
   Query<T> q;
   Query<T>::load(q, c, row, kv_head);

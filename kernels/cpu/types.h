@@ -12,6 +12,13 @@ struct bf16 {
 struct f16 {
   uint16_t bits;
 };
+struct f8 {  // e4m3fn
+  uint8_t bits;
+};
+
+// load_unit and load_tail give this share of what an f8 is: its bits, moved up, are a half 2^8
+// times smaller, and whoever scales logits and outputs takes the factor back once.
+constexpr float kFloat8Share = 1.0f / 256;
 
 }  // namespace visionpulse::cpu
 

@@ -66,6 +66,7 @@ class CpuBackend(NativeBackend):
     name = "cpu"
     auto_devices = ("cpu",)
     max_queries = MAX_QUERIES
+    reads_float8 = True
 
     def unavailable(self) -> str | None:
         reason = _native.failure()

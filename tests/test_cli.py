@@ -1,5 +1,6 @@
 """`visionpulse plot` and `visionpulse calibrate`, as a person calls them."""
 
+import importlib
 import json
 import re
 
@@ -182,12 +183,11 @@ def test_an_error_is_one_line_and_an_exit_code(name, tmp_path, saved, capsys, mo
 def test_a_module_that_the_program_misses_keeps_its_traceback(tmp_path, monkeypatch):
     pytest.importorskip("transformers")
     monkeypatch.chdir(tmp_path)
-    for name, line in (
-        ("needs", "import none_such"),
-        ("asks", "import runpy; runpy.run_module('x')"),
-    ):
-        (tmp_path / f"{name}.py").write_text(line)
-        with pytest.raises(ImportError, match=r"none_such|x"):
+    (tmp_path / "needs.py").write_text("import none_such")
+    (tmp_path / "asks.py").write_text("import runpy; runpy.run_module('none_such')")
+    importlib.invalidate_caches()  # two files of one moment
+    for name in ("needs", "asks"):
+        with pytest.raises(ImportError, match="none_such"):
             cli.main(["run", "-m", name])
 
 

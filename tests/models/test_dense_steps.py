@@ -222,9 +222,12 @@ def test_what_the_attention_refuses(tiny, dense_warnings):
 
 @pytest.mark.parametrize("name", ["llava", "gemma3", "qwen3_5", "qwen2_5_vl"])
 @pytest.mark.parametrize("base", ["eager", "sdpa"])
-def test_attentions_that_are_asked_for_are_those_of_the_model(tiny, dense_warnings, name, base):
+def test_attentions_that_are_asked_for_are_those_of_the_model(
+    tiny, dense_warnings, name, base, request
+):
     """None is left out, and a base that returns none is named."""
     vlm = tiny(name)
+    request.addfinalizer(lambda: vlm.model.set_attn_implementation("sdpa"))
     vlm.model.set_attn_implementation(base)
 
     def attentions():
@@ -246,7 +249,7 @@ def test_attentions_that_are_asked_for_are_those_of_the_model(tiny, dense_warnin
 
 
 def test_a_config_that_asks_for_attentions(tiny, dense_warnings):
-    vlm = tiny("llava")
+    vlm = tiny("llava", num_hidden_layers=3)  # a model of its own
     vlm.model.set_attn_implementation("eager")
     vlm.model.get_decoder().config.output_attentions = True
     with vp.patch(vlm.model, PRUNED) as session:

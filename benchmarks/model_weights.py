@@ -19,7 +19,9 @@ def repeat_layers(model: nn.Module, layers: int) -> None:
     distinct = list(decoder.layers)
     for index in range(len(distinct), layers):
         source = distinct[index % len(distinct)]
-        layer = copy.deepcopy(source, {id(p): p for p in source.parameters()})
+        # a layer reads its attention implementation from the config: one config, one switch
+        shared = (*source.parameters(), decoder.config)
+        layer = copy.deepcopy(source, {id(one): one for one in shared})
         layer.self_attn.layer_idx = index
         decoder.layers.append(layer)
     decoder.config.num_hidden_layers = layers

@@ -172,6 +172,45 @@ def serving(results: Path) -> str:
     return "\n".join(lines) + "\n\n" + note + source(shown)
 
 
+WHOLE = {
+    "transformers, its faster form": "transformers:eager",
+    "ours, dense": "ours:dense",
+    "**ours, `paper`** (default)": "ours:paper",
+    "ours, `lookback`, where a model bears it": "ours:lookback",
+}
+
+
+def whole_step(results: Path) -> str:
+    """A whole step of a model with 4 billion parameters, its weights in 8 and in 4 bits."""
+    shapes = ("b1-8k", "b1-32k", "b1-64k")
+    tables = []
+    for weights in ("int8", "int4"):
+        bench = f"model-step-full-{weights}"
+        found = Results.by_machine(results / "cpu.jsonl", bench)[-1]
+        lines = [
+            f"| one step, weights in {weights} | 8k | 32k | 64k |",
+            "|---|" + "---:|" * len(shapes),
+        ]
+        for title, backend in WHOLE.items():
+            cells = []
+            for shape in shapes:
+                row = found.rows.get((bench, shape, backend, "bf16"))
+                dense = found.row(bench, shape, "ours:dense", "bf16")
+                faster = f" ({dense.us_best / row.us_best:.3g}x)" if row else ""
+                cells.append(milliseconds(row.us_best) + faster if row else "")
+            lines.append(f"| {title} | " + " | ".join(cells) + " |")
+        tables.append("\n".join(lines) + "\n")
+    shown = found.row(bench, "b1-8k", "ours:paper", "bf16")
+    note = (
+        f"Batch 1, bfloat16 cache, {shown.facts['layers']} layers, "
+        f"{100 * shown.facts['retention']:g} % of the visual tokens kept; bests of interleaved "
+        "runs, in brackets the\nspeed against our dense kernels: "
+        "`bench_model.py --model full`. An empty\ncell was not timed. "
+        f"{BEARS}\n"
+    )
+    return "\n".join(tables) + "\n" + note + source(shown)
+
+
 def families(results: Path) -> str:
     """How many model types work; `tests/models/family_table.py` made the files."""
     counts = []
@@ -183,9 +222,10 @@ def families(results: Path) -> str:
 
 
 BLOCKS: dict[str, Callable[[Path], str]] = {
-    "first": first, "cpu-decode": cpu_decode, "serving": serving, "families": families
+    "first": first, "cpu-decode": cpu_decode, "whole-step": whole_step, "serving": serving,
+    "families": families,
 }  # fmt: skip
-PAGES = (ROOT / "README.md", ROOT / "docs" / "serving.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "serving.md", ROOT / "docs" / "limits.md")
 
 
 def renewed(text: str, results: Path) -> str:

@@ -97,6 +97,20 @@ def test_a_patched_model_is_timed_against_the_unpatched_one(run, tmp_path):
     assert (step.facts["retention"], rare.facts["retention"]) == (0.05, 0.01)
 
 
+def test_layers_that_are_repeated_share_their_weights_and_the_config_that_patches_them(monkeypatch):
+    import torch
+
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import bench_model
+
+    model = bench_model.model_of(5, torch.float32, distinct=2)
+    decoder = model.get_decoder()
+    attentions = [layer.self_attn for layer in decoder.layers]
+    assert [attention.layer_idx for attention in attentions] == [0, 1, 2, 3, 4]
+    assert len({id(attention.q_proj.weight) for attention in attentions}) == 2
+    assert all(attention.config is decoder.config for attention in attentions)
+
+
 @pytest.mark.parametrize(("packing", "steps"), [("int8", 254), ("int4", 15)])
 def test_packed_weights_are_the_layers_within_half_a_step(monkeypatch, packing, steps):
     import torch

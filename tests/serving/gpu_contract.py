@@ -14,6 +14,7 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from visionpulse.serving.rows import Requests
 from visionpulse.serving.vllm import compat, cuda, facts
 
 FORWARD = [
@@ -64,7 +65,7 @@ def check():
         # without a config at hand an engine gets what vLLM has
         assert own.get_impl_cls() is theirs.get_impl_cls()
         assert theirs.forward_includes_kv_cache_update is False
-    compat._watch_second_runner(lambda name, features, params: None)
+    compat._watch_second_runner(lambda name, features, params: None, Requests())
     for name in ("add_request", "remove_request", "prepare_attn"):
         assert hasattr(getattr(DefaultModelState, name), "visionpulse"), name
 

@@ -8,7 +8,7 @@ import torch
 from visionpulse import Selection, VisualTokens
 from visionpulse.serving.cores import bound_cores
 from visionpulse.serving.lookback import Kept
-from visionpulse.serving.rows import SpanTable, spans_of
+from visionpulse.serving.rows import RequestRow, Requests, SpanTable, spans_of
 
 
 def same(made, expected):
@@ -23,6 +23,20 @@ def same(made, expected):
 def test_runs_are_sorted_and_joined_where_they_touch():
     assert spans_of([(8, 9), (1, 3), (3, 5)]) == ((1, 5), (8, 9))
     assert spans_of([]) == ()
+
+
+def test_rows_of_requests_go_when_the_engine_has_them_no_longer():
+    """Their keys hold pictures: remembered longer, memory would grow with every request."""
+    requests, present = Requests(), {}
+    for number in range(100):
+        name, pictures = f"r{number}", [number]
+        present = {name: pictures, f"r{number - 1}": []}
+        requests.forget_all_but(present)
+        assert requests.get(name, pictures) is None
+        row = requests.put(pictures, RequestRow(name, ((0, 4),)))
+        assert requests.get(name, pictures) is row
+        assert requests.get(name, [number]) is None  # another request of this name
+        assert len(requests) <= 1 + len(present)
 
 
 def test_a_table_says_what_fresh_visual_tokens_say_as_rows_come_and_go():

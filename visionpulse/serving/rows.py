@@ -4,8 +4,7 @@ A run is a fact of the prompt: chunked prefill, prefix caching and preemption ca
 request's runs are made once.
 """
 
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +13,6 @@ from ..visual import NO_SPAN, VisualTokens
 
 Spans = tuple[tuple[int, int], ...]  # maximal runs [begin, end) of one request, ascending
 VISUAL = ("image", "video", "vision_chunk")  # not "audio"
-REMEMBERED = 4096  # requests
 
 
 class RequestRow(NamedTuple):
@@ -37,10 +35,16 @@ def spans_of(runs: Iterable[tuple[int, int]]) -> Spans:
 
 
 class Requests:
-    """What was worked out of the requests seen; `key` tells a second request of one name apart."""
+    """The rows of the requests in an engine; `key` tells a second request of one name apart.
+
+    A key may hold the pictures of its request, so a row goes when its request does.
+    """
 
     def __init__(self) -> None:
-        self._rows: OrderedDict[str, tuple[Any, RequestRow]] = OrderedDict()
+        self._rows: dict[str, tuple[Any, RequestRow]] = {}
+
+    def __len__(self) -> int:
+        return len(self._rows)
 
     def get(self, request: str, key: Any) -> RequestRow | None:
         """The row of a request that `put` has seen with this very key."""
@@ -50,9 +54,12 @@ class Requests:
     def put(self, key: Any, row: RequestRow) -> RequestRow:
         """Remember a row."""
         self._rows[row.request] = key, row
-        if len(self._rows) > REMEMBERED:
-            self._rows.popitem(last=False)
         return row
+
+    def forget_all_but(self, present: Collection[str]) -> None:
+        """Forget the rows of requests that the engine has no longer."""
+        if len(self._rows) > len(present):
+            self._rows = {name: row for name, row in self._rows.items() if name in present}
 
 
 class SpanTable:

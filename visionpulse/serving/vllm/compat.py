@@ -229,6 +229,7 @@ def watch_runner() -> None:
 
     def build(original: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> Any:
         states = runner.requests
+        requests.forget_all_but(states)
         names = [name for name in runner.input_batch.req_ids if name in states]
         token = _rows.set(
             [row_of(name, states[name].mm_features, states[name].sampling_params) for name in names]
@@ -240,10 +241,10 @@ def watch_runner() -> None:
 
     _wrap(GPUModelRunner, "_build_attention_metadata", build)
     if _on_gpu():
-        _watch_second_runner(row_of)
+        _watch_second_runner(row_of, requests)
 
 
-def _watch_second_runner(row_of: Callable[[str, Any, Any], RequestRow]) -> None:
+def _watch_second_runner(row_of: Callable[[str, Any, Any], RequestRow], requests: Requests) -> None:
     """The same for vLLM's second model runner, which is the default on a GPU."""
     from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
@@ -262,6 +263,7 @@ def _watch_second_runner(row_of: Callable[[str, Any, Any], RequestRow]) -> None:
     ) -> Any:
         cache = state.encoder_cache if state.supports_mm_inputs else None
         features = {} if cache is None else cache.mm_features
+        requests.forget_all_but(features)
         names = [name for name in batch.req_ids if name in features]  # none in a dummy run
         token = _rows.set([row_of(name, features[name], params.get(name)) for name in names])
         try:

@@ -233,11 +233,11 @@ class Impl:
             )
             return made
         assert self.ours is not None and self.pages is not None
-        n, q, scales = ours.begin, query[: ours.begin], UNSCALED
+        n, q, kv_scales = ours.begin, query[: ours.begin], UNSCALED
         if kv_cache.element_size() == 1:
-            scales = (layer._k_scale, layer._v_scale)
+            kv_scales = (layer._k_scale, layer._v_scale)
             q = _wide(q, output.dtype, layer)
-        self.ours.run(ours.step, q, *self.pages, output[:n], scales)
+        self.ours.run(ours.step, q, *self.pages, output[:n], kv_scales)
         if ours.rest is not None:
             begin = ours.begin
             rest = (key[begin:], value[begin:], kv_cache, ours.rest, output[begin:])

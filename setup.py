@@ -17,6 +17,9 @@ class CMakeBuild(build_ext):
     """Configure, build and copy the one extension; a second run rebuilds only what changed."""
 
     def build_extension(self, ext: Extension) -> None:
+        if prebuilt := os.environ.get("VISIONPULSE_PREBUILT"):  # of these sources, elsewhere
+            self.lay_out(ext, Path(prebuilt))
+            return
         import pybind11
 
         # one tree per interpreter, kept between runs; isolated builds move every tool, so each
@@ -36,7 +39,10 @@ class CMakeBuild(build_ext):
         jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", str(os.cpu_count() or 1))
         subprocess.run(["cmake", "--build", str(tree), "--target", "_C", "-j", jobs], check=True)
 
-        built = tree / Path(self.get_ext_filename("_C")).name
+        self.lay_out(ext, tree / Path(self.get_ext_filename("_C")).name)
+
+    def lay_out(self, ext: Extension, built: Path) -> None:
+        """Put the built module into the package."""
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         # unlink first: writing into a library that a running process has mapped would crash it

@@ -175,10 +175,14 @@ def single_layers(
 
 
 def composed(times: Mapping[str, Times], parts: Mapping[str, int]) -> Times:
-    """A step made of single layers: the sum of their times, round by round of equal rank."""
+    """A step made of single layers: the sum of their times, round by round of equal rank.
+
+    On a GPU such a step is one graph, whose launch comes once.
+    """
     rounds = zip(*(times[name].seconds for name in parts), strict=True)
     counts = tuple(parts.values())
-    return Times(tuple(sum(c * t for c, t in zip(counts, r, strict=True)) for r in rounds))
+    launch = max(times[name].launch for name in parts)
+    return Times(tuple(launch + sum(c * t for c, t in zip(counts, r, strict=True)) for r in rounds))
 
 
 def recipes(ours: Mapping[str, Step], forms: list[Form], count: int) -> dict[str, dict[str, int]]:

@@ -6,7 +6,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from baselines import PLAIN, VLLM, Form, check
@@ -21,17 +21,29 @@ from visionpulse.bench.cost import Work
 from visionpulse.bench.layers import Layers
 from visionpulse.bench.progress import progress_bar
 from visionpulse.bench.rows import DTYPES, Machine, Row
-from visionpulse.bench.timing import Times, interleaved
+from visionpulse.bench.timing import Times, interleaved, per_layer
 from visionpulse.call import Call
 
 Variant = Callable[[int], object]
-# On a GPU the L2 cache is overwritten before each call: two sets of inputs show what many would,
-# and every graph takes time to capture and memory to keep.
-GRAPHS = 2
+# Layers of a graph on a GPU, each with inputs of its own: what the graph costs by itself is told
+# apart from a layer.
+GRAPH_LAYERS = 9
+SINGLE = " by itself"  # behind the name of a variant: its graph of one layer
 
 # Pages of 2 MiB where the system grants them, for all that is compared: rows scattered over pages
 # of 4 KiB wait for the page tables too, by as much as the pages that a run happens to get.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read at torch's first allocation
+
+
+class Graphs(NamedTuple):
+    """A layer as a graph of one and a graph of several, one behind the other."""
+
+    one: Variant
+    many: Variant
+    layers: int
+
+    def __call__(self, turn: int) -> object:
+        return self.many(turn)
 
 
 class Bench:
@@ -156,12 +168,17 @@ class Bench:
         return lambda turn: graph.replay()
 
     def captured_layers(self, layer: Variant, count: int, name: str = "") -> Variant:
-        """The same for one layer: a graph for each of a few sets of inputs, so that they rotate."""
+        """The same for one layer, of which there are inputs for `count`: see `Graphs`."""
         if self.device.type != "cuda":
             return layer
-        count, stream = min(count, GRAPHS), torch.cuda.current_stream()
+        count, stream = min(count, GRAPH_LAYERS), torch.cuda.current_stream()
+
+        def layers() -> None:
+            for turn in range(count):
+                layer(turn)
+
         try:
-            replays = [self.captured(lambda turn=turn: layer(turn)) for turn in range(count)]
+            return Graphs(self.captured(lambda: layer(0)), self.captured(layers), count)
         except torch.OutOfMemoryError:  # a graph is not to blame
             raise
         except RuntimeError as error:  # a third-party form that reads the device
@@ -169,7 +186,6 @@ class Bench:
             torch.cuda.synchronize()
             self.say(f"{name} is timed without a graph: {_first_line(error)}")
             return layer
-        return lambda turn: replays[turn % count](turn)
 
     def time(
         self,
@@ -198,11 +214,22 @@ class Bench:
             )
 
         tick = progress_bar(not self.options.quiet)
+        single = {f"{name}{SINGLE}": v.one for name, v in variants.items() if isinstance(v, Graphs)}
         times = interleaved(
-            {**ceilings.variants(), **variants}, rounds, device=self.device,
+            {**ceilings.variants(), **variants, **single}, rounds, device=self.device,
             on_round=lambda played: tick("rounds", played, rounds),
             cold=memory if can_evict(self.device) else None,
         )  # fmt: skip
+        for name, of in variants.items():
+            if not isinstance(of, Graphs):
+                continue
+            one, many = times.pop(f"{name}{SINGLE}"), times[name]
+            try:
+                times[name] = per_layer(one, many, of.layers)
+            except ValueError as error:  # the row stays, with its share of the launch in it
+                print(f"FAILED {name}: {error}", file=sys.stderr)
+                self.failed.append(name)
+                times[name] = Times(tuple(taken / of.layers for taken in many.seconds))
         return times, ceilings.limits(times)
 
     def add(

@@ -133,7 +133,8 @@ PROOFS = {
     ),
     "cuda-graphs": Proof(
         ("tests/test_fake_gpu.py", "-k", "graphs"),
-        (*CUDA_BACKEND, "tests/fakegpu/", "tests/test_fake_gpu.py", "tests/test_gpu.py"),
+        (*CUDA_BACKEND, "tests/fakegpu/", "tests/test_fake_gpu.py",
+         "tests/test_gpu.py", "tests/test_gpu_smoke.py"),
         ("g++", "torch"),
     ),
     "triton-compiled": Proof(

@@ -87,7 +87,7 @@ OPTIONAL = {
 INSIDE = {"serving.vllm": {"vllm", "prometheus_client"}}
 ENVIRONMENT = {
     "VISIONPULSE_BACKEND", "VISIONPULSE_CPU_ISA", "VISIONPULSE_CUDA_ARCHS",
-    "VISIONPULSE_LINEINFO", "VISIONPULSE_SERVING",
+    "VISIONPULSE_LINEINFO", "VISIONPULSE_PREBUILT", "VISIONPULSE_SERVING",
 }  # fmt: skip
 # Names of others that we honour: of Triton in its backend, of CMake in the build, of Prometheus
 # where an engine has several processes.

@@ -92,12 +92,44 @@ def test_a_step_is_warmed_beside_then_captured_then_replayed(bench, gpu):
     assert gpu.log == ["replay"]
 
 
-def test_inputs_rotate_over_a_few_graphs(bench, gpu):
+def test_a_layer_is_a_graph_of_one_and_a_graph_of_several_with_inputs_of_their_own(bench, gpu):
     seen = []
     layer = bench.captured_layers(seen.append, 36)
-    assert seen == [0, 0, 0, 1, 1, 1] and gpu.log.count("capture") == 2
+    assert seen == [0] * 3 + [*range(9)] * 3 and gpu.log.count("capture") == 2
     layer(7)
-    assert gpu.log[-1] == "replay" and len(seen) == 6
+    assert gpu.log[-1] == "replay" and len(seen) == 30
+    assert bench.captured_layers(seen.append, 2).layers == 2
+
+
+def test_the_time_of_a_layer_is_without_what_a_graph_costs_by_itself(bench, gpu, monkeypatch):
+    taken = {"ours": (100e-6, 104e-6), "ours by itself": (20e-6, 26e-6), "theirs": (7e-6, 9e-6)}
+
+    def timed(variants, *args, **kwargs):
+        return {name: timing.Times(taken[name]) for name in variants}
+
+    harness = sys.modules["harness"]
+    monkeypatch.setattr(harness, "interleaved", timed)
+    nothing = argparse.Namespace(variants=dict, limits=lambda times: None)
+    monkeypatch.setattr(harness, "Ceilings", lambda *args: nothing)
+    ours = bench.captured_layers(lambda turn: None, 9)
+    times, _ = bench.time({"ours": ours, "theirs": lambda turn: None}, torch.bfloat16, 256)
+    assert set(times) == {"ours", "theirs"}
+    assert times["ours"].best == pytest.approx(10e-6)
+    assert times["ours"].launch == pytest.approx(10e-6)
+    assert times["theirs"] == timing.Times(taken["theirs"])
+
+
+def test_the_difference_of_two_graphs_is_that_of_their_layers_alone():
+    one, many = timing.Times((12e-6, 30e-6)), timing.Times((60e-6, 76e-6))
+    layer = timing.per_layer(one, many, 9)
+    assert layer.seconds == pytest.approx((6e-6, 8e-6)) and layer.launch == pytest.approx(6e-6)
+    # noise in the graph of one moves no layer, and a launch is never below nothing
+    assert timing.per_layer(timing.Times((12e-6, 1.0)), many, 9) == layer
+    assert timing.per_layer(timing.Times((5e-6,)), many, 2).launch == 0
+    with pytest.raises(ValueError, match="is the device shared"):
+        timing.per_layer(many, one, 9)
+    with pytest.raises(ValueError, match="at least 2 layers"):
+        timing.per_layer(one, many, 1)
 
 
 def test_a_form_that_reads_the_device_runs_without_a_graph_and_says_so(bench, gpu, capsys):
@@ -139,17 +171,18 @@ def test_a_part_that_fails_keeps_the_rows_of_the_others(bench, tmp_path, capsys)
     assert "illegal memory access" in capsys.readouterr().err
 
 
-def test_the_second_level_cache_is_overwritten_before_each_timed_call(gpu, monkeypatch):
+def test_the_second_level_cache_is_emptied_by_reading_before_each_timed_call(gpu, monkeypatch):
     class Flush:
-        def zero_(self):
-            gpu.log.append("flush")
+        def sum(self):
+            gpu.log.append("read")
 
-    def empty(size, **kwargs):
-        assert size == timing.FLUSH_BYTES and kwargs["device"] == "cuda"
+    def zeros(size, **kwargs):
+        assert 4 * size == timing.FLUSH_BYTES and kwargs["device"] == "cuda"
         return Flush()
 
-    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(torch, "zeros", zeros)
+    monkeypatch.setattr(timing, "FLUSH_BYTES", 1 << 20)  # made anew: other tests have one
     variants = {"ours": lambda turn: gpu.log.append("call")}
     times = timing.interleaved(variants, 2, warmup=0, device="cuda")
-    assert gpu.log == ["flush", "event", "call", "event", "wait"] * 2
+    assert gpu.log == ["read", "event", "call", "event", "wait"] * 2
     assert times["ours"].best == 2.5e-3

@@ -17,6 +17,8 @@ sys.path.insert(0, str(CUSIM))
 COMPILER = os.environ.get("CXX", "g++")
 # of tests/test_gpu.py, those that a simulated kernel gets through in seconds
 OF_GPU = "cuda and (reads_nothing or follows_lengths or outlives or two_graphs or tables)"
+# of tests/test_gpu_smoke.py, with both head tiles of one kernel, or all
+OF_SMOKE = {"few": "cuda and (stages or bfloat16-d64)", "all": "cuda"}
 QUIET = ("-q", "-x", "--no-header", "-p", "no:cacheprovider", "-p", "plugin")
 
 
@@ -43,3 +45,5 @@ def test_graphs_of_the_simulated_kernels(which):
     module = build(kernels=FEW if which == "few" else None)
     said = run("tests/test_gpu.py", "-k", OF_GPU, CUSIM_MODULE=str(module))
     assert "6 passed" in said
+    said = run("tests/test_gpu_smoke.py", "-k", OF_SMOKE[which], CUSIM_MODULE=str(module))
+    assert f"{4 if which == 'few' else 54} passed" in said

@@ -2,6 +2,7 @@
 
 import runpy
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -60,6 +61,26 @@ def test_a_script_makes_its_rows(benchmarks, monkeypatch, tmp_path, capfd, scrip
     assert "without a graph" not in said, said
     names = {row.backend.split(":")[0] for row in rows.read(out)}
     assert names & {"reference", "ours"} and len(names) > 1
+
+
+def test_the_launches_of_a_profile_run(benchmarks, monkeypatch, capfd):
+    import profile_launches
+
+    monkeypatch.setattr(profile_launches, "LAUNCHES", {"dense": "b2-tiny", "follower": "b2-tiny"})
+    monkeypatch.setattr(profile_launches, "captured", lambda device: nullcontext())
+    given = ["profile_launches", "--backends", "reference"]
+    monkeypatch.setattr(sys, "argv", [*given, "--once"])
+    assert profile_launches.main() == 0
+    kernels = [profile_launches.Kernel(name, us) for name, us in
+               (("vp_attend_bf16_d128_h8", 24.0), ("reduce_kernel", 80.0))]  # fmt: skip
+    monkeypatch.setattr(profile_launches, "recorded", lambda rounds, *where: rounds())
+    monkeypatch.setattr(profile_launches, "read", lambda path: ([], kernels * 20))
+    monkeypatch.setattr(sys, "argv", given)
+    assert profile_launches.main() == 0
+    said = capfd.readouterr().out
+    assert said.count("best 24.0 us, median 24.0 us") == 2 and said.count("20 launches") == 2
+    monkeypatch.setattr(profile_launches, "read", lambda path: ([], []))
+    assert profile_launches.main() == 2 and "saw no kernel" in capfd.readouterr().err
 
 
 def test_the_device_refuses_what_a_gpu_refuses():

@@ -48,7 +48,7 @@ class Machine:
         device = torch.device(device)
         if device.type == "cuda":
             name, isa = torch.cuda.get_device_name(device), _capability(device)
-            clock = "clocks not locked; L2 overwritten before each call"
+            clock = "clocks not locked; L2 emptied by reading before each call"
         else:
             name, isa = f"{_cpu_model()}, {os.cpu_count()} cores", _cpu_isa()
             clock = f"{_clock()}, clocks not locked; data evicted before each call"
@@ -142,6 +142,7 @@ def rows_of(
         best, p20, p50, p80 = (round(t, 3) for t in us)
         of = (ceilings or {}).get(name, ceiling)
         limit = of.gb_s if of and rate is not None else None
+        apart = {"launch_us": round(1e6 * taken.launch, 3)} if taken.launch else {}
         made.append(
             Row(
                 bench, shape, name, dtype_name(dtype), best, p20, p50, p80, len(taken.seconds),
@@ -155,7 +156,7 @@ def rows_of(
                 launches=(launches or {}).get(name),
                 checked=checked,
                 scaled=factor,
-                facts=dict((facts or {}).get(name, {})),
+                facts=dict((facts or {}).get(name, {})) | apart,
                 machine=asdict(machine),
             )
         )  # fmt: skip
@@ -200,6 +201,7 @@ COLUMNS: tuple[Column, ...] = (
     ("dtype", "dtype"),
     ("best us", "us_best"),
     ("p50 us", "us_p50"),
+    ("launch us", "launch_us"),
     ("noise", "noise"),
     ("GB/s", "gb_s"),
     ("% ceiling", "pct_ceiling"),

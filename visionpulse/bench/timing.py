@@ -12,6 +12,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ class Times:
     """Seconds of the rounds of one variant, ascending."""
 
     seconds: tuple[float, ...]
+    launch: float = 0.0  # what a launch by itself takes beside them; 0: it is among them
 
     @property
     def best(self) -> float:
@@ -67,7 +69,7 @@ def interleaved(
 ) -> dict[str, Times]:
     """Time every variant once a round, in random order; `variant(turn)` may rotate its buffers.
 
-    On a GPU the L2 cache is overwritten before each call and the time is the device's own. On a CPU
+    On a GPU the L2 cache is emptied before each call and the time is the device's own. On a CPU
     `cold(name, turn)` names the tensors that must not lie in a cache.
     """
     if rounds < 1:
@@ -91,6 +93,23 @@ def interleaved(
     return {name: Times(tuple(sorted(taken))) for name, taken in seconds.items()}
 
 
+def per_layer(one: Times, many: Times, layers: int) -> Times:
+    """The time of a layer behind another, from a graph of one and a graph of several.
+
+    What a graph costs by itself, its launch and the events around it, is in both alike, so the
+    difference is that of the layers alone. The rest is `launch`.
+    """
+    if layers < 2:
+        raise ValueError(f"per_layer needs a graph of at least 2 layers, got {layers}")
+    if many.best <= one.best:
+        raise ValueError(
+            f"a graph of {layers} layers took {many.best:g} s, one of 1 layer {one.best:g} s; "
+            "is the device shared?"
+        )
+    seconds = tuple((taken - one.best) / (layers - 1) for taken in many.seconds)
+    return Times(seconds, max(0.0, one.best - seconds[0]))
+
+
 def _host_seconds(variant: Variant, turn: int) -> float:
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     begin = clock()
@@ -98,8 +117,21 @@ def _host_seconds(variant: Variant, turn: int) -> float:
     return clock() - begin
 
 
+@cache
+def _flush(size: int) -> Tensor:
+    return torch.zeros(size // 4, device="cuda")
+
+
+def empty_l2() -> None:
+    """Empty the L2 cache of the GPU by reading: what was written would have to be written back.
+
+    Half of an L2 of dirty lines costs the call behind them some 10 us.
+    """
+    _flush(FLUSH_BYTES).sum()
+
+
 def _device_seconds(variant: Variant, turn: int) -> float:
-    torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda").zero_()
+    empty_l2()
     event: Any = torch.cuda.Event
     begin, end = event(enable_timing=True), event(enable_timing=True)
     begin.record()

@@ -9,6 +9,7 @@
 
 PYBIND11_MODULE(_C, m) {
   m.attr("has_cuda") = static_cast<bool>(VP_HAVE_CUDA);
+  m.attr("binding") = VP_BINDING;  // path:sha256 of each source of the binding
   visionpulse::cpu::register_cpu(m);
 #if VP_HAVE_CUDA
   visionpulse::cuda::register_cuda(m);

@@ -1,16 +1,35 @@
 """The compiled module, loaded once at its first use; if that fails, the reason."""
 
+import hashlib
 import importlib
 from functools import cache
+from pathlib import Path
 from types import ModuleType
+
+_ROOT = Path(__file__).resolve().parent.parent  # has the C++ sources in a checkout only
+_UNNAMED = "csrc/reader.h:none"  # of a module that was built before it named its binding
 
 
 @cache
 def _load() -> tuple[ModuleType | None, str | None]:
     try:
-        return importlib.import_module("._C", __package__), None
+        loaded = importlib.import_module("._C", __package__)
     except ImportError as error:
         return None, f"the compiled module is missing ({error}); run: pip install -e ."
+    if name := _changed(loaded):
+        reason = f"the compiled module was built with another {name}"
+        return None, f"{reason}; its calls do not fit, run: pip install -e ."
+    return loaded, None
+
+
+def _changed(loaded: ModuleType) -> str | None:
+    """A source of the binding that is not the one the module was built from."""
+    for built in getattr(loaded, "binding", _UNNAMED).split():
+        name, digest = built.split(":")
+        source = _ROOT / name
+        if source.is_file() and hashlib.sha256(source.read_bytes()).hexdigest() != digest:
+            return str(name)
+    return None
 
 
 def failure() -> str | None:

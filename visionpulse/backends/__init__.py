@@ -8,6 +8,7 @@ that `auto` tries.
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -174,10 +175,19 @@ def resolve(
         if backend.auto_devices is not None and device.type not in backend.auto_devices:
             continue
         if not (backend.unavailable() or against(backend)):
+            if candidate == "reference" and device.type == "cpu":
+                _say_slow(get("cpu").unavailable())
             return backend
     raise BackendUnavailableError(
         f"no backend serves this call:\n{choice(name, device, against, queries)}"
     )
+
+
+@cache
+def _say_slow(reason: str | None) -> None:
+    """Warn once that the reference serves where no kernels could be loaded."""
+    if reason is not None:
+        warnings.warn(f"visionpulse is slow, by its reference: {reason}", stacklevel=4)
 
 
 def choice(name: str, device: torch.device, against: Against, queries: int | None = None) -> Choice:

@@ -158,10 +158,12 @@ PROOFS = {
         packages=("triton==3.9.0",), optional=True,
     ),
     "models-newest": Proof(
-        ("tests/models", "-m", "", *TWO), MODELS, ("torch",),
+        ("tests/models", "-m", "", *TWO), MODELS, ("torch", "num2words"),
         packages=("transformers==5.24.0",), skips=True,
     ),
-    "models-whole": Proof(("tests/models", *TWO), MODELS, ("torch", "transformers")),
+    "models-whole": Proof(
+        ("tests/models", *TWO), MODELS, ("torch", "transformers", "num2words")
+    ),
     "models-on-a-device": Proof(
         ("tests/test_fake_gpu.py", "-k", "patched_models"),
         (*MODELS, "tests/fakegpu/", "tests/test_fake_gpu.py", "visionpulse/bench/",

@@ -154,7 +154,10 @@ It **works** if three things hold: with everything kept the tokens are those of 
 pruned steps keep less than half of the visual tokens; unpatched it gives its first tokens again.
 The figures behind it say how many layers have full attention; only these are pruned. Types marked
 with * were given pictures, the others placeholder tokens alone: the method never sees the vision
-tower. {len(_tested())} of them run every situation of the test matrix, too.
+tower. {len(_tested())} of them run every situation of the test matrix, too;
+{len(_processed())} read pictures and chat templates through their own processors. A checkpoint may
+differ from the defaults of its type: with the decoder of gpt-oss, whose attention has sinks, any of
+them decodes dense, and a warning says so.
 
 | transformers | types | {WORKS} | {DENSE} | {REFUSED} | {UNTRIED} |
 |---|---|---|---|---|---|
@@ -185,6 +188,10 @@ def _tested() -> tuple[str, ...]:
     from visionpulse.models.families import TESTED
 
     return TESTED
+
+
+def _processed() -> tuple[str, ...]:
+    return tuple(_module("processors").FAMILIES)
 
 
 def _cell(found: Found | None) -> str:

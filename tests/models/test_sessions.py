@@ -326,15 +326,18 @@ def test_explain_names_the_parts(tiny):
     assert [i for i, role in enumerate(explanation.roles) if role == "model"] == [0, 2, 4]
 
 
-def test_sinks_stay_dense_and_explain_says_so(tiny):
-    vlm = tiny("llava", num_hidden_layers=3)
-    for layer in vlm.model.get_decoder().layers:
-        layer.self_attn.sinks = torch.nn.Parameter(torch.zeros(4))
+def test_the_decoder_of_gpt_oss_stays_dense_for_its_sinks_and_says_so(tiny):
+    """As in a published InternVL."""
+    kinds = ["sliding_attention", "full_attention"] * 3
+    vlm = tiny("internvl", model_type="gpt_oss", num_local_experts=4, num_experts_per_tok=2,
+               layer_types=kinds, sliding_window=16)  # fmt: skip
     expected = vlm.generate(vlm.inputs())
-    with vp.patch(vlm.model, PRUNED) as session:
-        assert torch.equal(vlm.generate(vlm.inputs()), expected)
-        assert session.stats.rows == 0
-        assert "sinks" in str(vp.explain(vlm.model))
+    with vp.patch(vlm.model, PRUNED) as session, pytest.warns(UserWarning, match="sinks") as said:
+        for _ in range(2):
+            assert torch.equal(vlm.generate(vlm.inputs()), expected)
+        assert len(said) == 1 and session.stats.rows == 0
+        explained = vp.explain(vlm.model)
+    assert explained.anchors == () and "stays dense: its attention has sinks" in str(explained)
 
 
 def test_latent_attention_is_refused_by_its_name(tiny):

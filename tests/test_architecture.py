@@ -55,14 +55,14 @@ ALLOWED = {
     "layer_ops": {"backends", "call", "config", "ops", "queries", "workspace", *RECORDS},
     "trace": {"figures", "files", "selection", "visual"},
     "models": {
-        "backends", "config", "files", "float8", "layer_ops", "ops", "schedule", "trace.record",
-        "workspace", *RECORDS,
+        "backends", "bench.cost", "bench.memory", "config", "files", "float8", "layer_ops", "ops",
+        "schedule", "trace.record", "workspace", *RECORDS,
     },
     "calibration": {"cache", "config", "figures", "files", "models", "ops", "visual"},
     "testing": {"budgets", "call", "config", "float8", "reference", *RECORDS},
     "bench": {
-        "_native", "backends", "call", "config", "figures", "files", "ops", "schedule", "testing",
-        *RECORDS,
+        "_native", "backends", "call", "config", "figures", "files", "float8", "ops", "schedule",
+        "testing", *RECORDS,
     },
     "integrations": {"__init__", "models"},
     "serving": {

@@ -13,7 +13,7 @@ from visionpulse import cli as command_line
 from visionpulse.bench import cost, layers, plots, rows, timing
 from visionpulse.bench.ceilings import measure
 from visionpulse.bench.progress import progress_bar
-from visionpulse.bench.report import PLAIN, TODAY
+from visionpulse.bench.report import PLAIN, TODAY, WIDE
 from visionpulse.cli.bench import main, threads_of
 
 TINY = [
@@ -38,6 +38,19 @@ def make(bench="decode", backend="cpu", seconds=(1e-3, 2e-3), **changes):
     return replace(row, **changes)
 
 
+def assert_memory(printed, data):
+    lines = [line.split() for line in printed.split("Memory: ")[1].splitlines()]
+    for step in data["steps_seconds"]:
+        whole, half = (step["memory"][name] for name in ("model", "fp8"))
+        assert whole["held"] == 36 * 2 * 2 * 8 * 128 * (step["visual"] + 16)
+        assert half["held"] == whole["held"] // 2 + 36 * 2 * 4 * 8
+        moved = whole["moved"]
+        assert moved["lookback"] < moved["paper"] < moved["dense"]
+        mib = f"{whole['held'] / 2**20:.1f}"
+        assert [str(step["visual"]), "bf16", mib, "MiB"] in [line[:4] for line in lines]
+        assert [str(step["visual"]), "fp8"] in [line[:2] for line in lines]
+
+
 def test_the_verb_answers_in_a_table_a_file_and_plots(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     assert command_line.main(["bench", *TINY, "--out", str(tmp_path)]) == 0
@@ -54,12 +67,48 @@ def test_the_verb_answers_in_a_table_a_file_and_plots(tmp_path, capsys):
         assert list(pays) == ["0.8", "0.9", "0.95", "0.99"] and step["attention_over_weights"] > 0
         assert pays["0.99"]["speed"] >= pays["0.8"]["speed"] > 0
     assert "Lossless decoding over our dense steps" in printed
+    assert_memory(printed, data)
     backends = {row["backend"] for row in data["rows"]}
     assert backends == {TODAY, PLAIN, "dense", "anchor", "follower"}
     assert all(row["pct_ceiling"] > 0 and row["ratio"] > 0 for row in data["rows"])
     for name in ("roofline", "latency"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert "svg" in xml.etree.ElementTree.parse(tmp_path / f"{name}.svg").getroot().tag
+
+
+def test_a_cache_of_8_bits_is_measured_beside_one_of_the_dtype(tmp_path, capsys):
+    options = [*TINY[:2], "--contexts", "256", *TINY[4:], "--out", str(tmp_path), "--no-plots"]
+    assert main([*options, "--cache", "fp8", "--preset", "5pct"]) == 0
+    printed = capsys.readouterr().out
+    assert "bf16, cache of 8 bits" in printed and "Lossless" not in printed
+    assert "with a cache of 8 bits over one of bf16:" in printed
+    data = json.loads((tmp_path / "bench.json").read_text())
+    assert data["config"]["cache"] == "fp8"
+    assert_memory(printed, data)
+    (step,) = data["steps_seconds"]
+    assert "lossless" not in step and step["attention_over_weights"] > 0
+    found = {row["backend"]: row for row in data["rows"]}
+    assert set(found) == {TODAY, PLAIN, WIDE, "dense", "anchor", "follower"}
+    assert {row["shape"] for row in data["rows"]} == {"b1-256-fp8"}
+    assert {n for n, row in found.items() if row["facts"].get("cache") == "fp8"} == {
+        "dense", "anchor", "follower"
+    }  # fmt: skip
+    keys = 2 * 8 * 128 * (256 + 16)  # of K and V; queries and outputs are of bf16
+    assert found[WIDE]["bytes"] - found["dense"]["bytes"] == keys - 2 * 4 * 8
+    assert found[PLAIN]["bytes"] == found[WIDE]["bytes"]
+
+
+def test_layers_of_8_bits_hold_the_numbers_of_the_wide_ones():
+    shape = layers.Shape("s", 2, 64, 8, heads=4, kv_heads=2, head_dim=16, cache="fp8")
+    made = layers.Layers.make(shape, torch.bfloat16, layers=2)
+    (_, kv), (_, wide) = made.at(1), made.wide_at(1)
+    assert kv.dtype == torch.float8_e4m3fn and wide.dtype == torch.bfloat16
+    for small, scale, large in ((kv.k, kv.k_scale, wide.k), (kv.v, kv.v_scale, wide.v)):
+        read = small.float() * scale[:, None, None]
+        # half a step of 3 bits, or half of the smallest step
+        torch.testing.assert_close(read, large.float(), rtol=2**-4, atol=float(scale.max()) * 2**-9)
+    assert shape.cache_bytes(torch.bfloat16) == kv.k.nbytes + kv.v.nbytes + 2 * 2 * 4
+    assert {t.data_ptr() for t in (kv.k, kv.v, wide.k)} <= {t.data_ptr() for t in made.memory(1)}
 
 
 def test_the_speed_of_lookback_comes_with_its_condition(tmp_path, capsys):

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import visionpulse as vp
 from visionpulse.bench import cost
+from visionpulse.bench.memory import gib, memory
 from visionpulse.schedule import Role
 
 PUBLISHED = cost.KNOWN["qwen3-vl-4b"]
@@ -101,6 +102,85 @@ def test_a_step_is_the_sum_of_its_roles():
     assert step.weights.bytes == pytest.approx(8.0e9, rel=0.01)
     dense = cost.decode_step(PUBLISHED, 256, 16384)
     assert dense.attention.bytes / step.attention.bytes == pytest.approx(1.93, abs=0.01)
+
+
+@pytest.mark.parametrize("op", ["dense", "attend", "decode", "score"])
+def test_8_bits_halve_the_keys_and_values_and_nothing_else(op):
+    """By hand, of 3 rows: queries, outputs, scores and indices stay; each head gets two scales."""
+    kept, wide = 204, shape_of(4096, rows=3)
+    small = wide._replace(kv_itemsize=1)
+    one = 3 * 8 * 128  # numbers of a position's keys
+    keys = {
+        "dense": 2 * wide.keys, "attend": 2 * (256 + kept),
+        "decode": wide.keys + 256 + kept, "score": wide.keys,
+    }[op]  # fmt: skip
+    scales = 4 * 8 * (1 if op == "score" else 2)
+    options = {"attend": (kept,), "decode": (kept,)}.get(op, ())
+    before, after = (getattr(cost, op)(shape, *options) for shape in (wide, small))
+    assert before.bytes - after.bytes == keys * one - scales
+    assert before.flops == after.flops
+    assert 2 * after.gathered == before.gathered
+
+
+def test_a_step_with_8_bits_reads_half_in_attention_and_the_same_weights():
+    wide, small = (
+        cost.decode_step(
+            PUBLISHED, 256, 32768, rows=8, config=vp.PulseConfig(anchor=17, cache=kind)
+        )
+        for kind in ("model", "fp8")
+    )
+    assert small.weights == wide.weights and small.attention.flops == wide.attention.flops
+    assert small.attention.bytes / wide.attention.bytes == pytest.approx(0.5, abs=0.002)
+    roof = cost.Roof(4.3e12, 1e15)
+    gain = cost.predict(wide.attention, roof) / cost.predict(small.attention, roof)
+    assert gain == pytest.approx(2, abs=0.01)
+
+
+def layer_of(visual, cache="model", rows=1):
+    kv_itemsize = cost.stored_itemsize(vp.PulseConfig(cache=cache))
+    return shape_of(visual, rows)._replace(kv_itemsize=kv_itemsize)
+
+
+def test_memory_is_that_of_the_layers_of_full_attention():
+    full = (True, False) * 18
+    config = vp.PulseConfig(ratio=(0.01, 0.05), cache="fp8")
+    held, moved = memory(layer_of(32768, "fp8", rows=2), full, config)
+    assert held == 18 * 2 * (2 * 8 * 128 * (32768 + 256) + 8 * 4)
+    whole = memory(layer_of(32768, rows=2), full, config.updated(cache="model"))
+    assert whole.held == 2 * (held - 18 * 2 * 8 * 4)
+    assert list(moved) == ["dense", "paper", "lookback"]
+    # layer 18 is the anchor: it and 9 dense ones before it, 8 followers
+    shape, kept = layer_of(32768, "fp8", rows=2), int(0.05 * 32768)
+    assert moved["dense"] == 18 * cost.dense(shape).bytes
+    anchor, follower = cost.decode(shape, kept).bytes, cost.attend(shape, kept).bytes
+    assert moved["paper"] == 9 * cost.dense(shape).bytes + anchor + 8 * follower
+    assert moved["lookback"] == anchor + 17 * follower
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        vp.PulseConfig(schedule="per_layer"),
+        vp.PulseConfig(anchor=(3, 7)),
+        vp.PulseConfig(schedule="lookback", anchor=3),
+        vp.PulseConfig(anchor=3, queries="sparse", dense="model"),
+        vp.PRESETS["dense"],
+    ],
+    ids=lambda config: f"{config.schedule}-{config.anchor}",
+)
+def test_memory_of_every_schedule_is_beside_the_dense_one(config):
+    held, moved = memory(layer_of(4096), (True,) * 12, config)
+    assert held == 12 * layer_of(4096).cache_bytes
+    assert list(moved) == list(dict.fromkeys(["dense", "paper", "lookback", config.schedule]))
+    if config.ratio[1] < 1:
+        assert moved["lookback"] < moved["paper"] < moved["dense"]
+    assert memory(layer_of(0), (True,) * 12, config).held == 12 * layer_of(0).cache_bytes
+
+
+def test_sizes_are_printed_with_three_digits():
+    assert [gib(n << 20) for n in (1, 54, 108, 1024, 4644)] == [
+        "1.00 MiB", "54.0 MiB", "108 MiB", "1.00 GiB", "4.54 GiB"
+    ]  # fmt: skip
 
 
 def test_prediction_takes_the_longer_of_memory_and_compute():

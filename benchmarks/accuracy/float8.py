@@ -23,6 +23,9 @@ from rows import P5, P10
 from table import SEED, about, read
 
 import visionpulse as vp
+from visionpulse.bench import cost
+from visionpulse.bench.layers import Shape
+from visionpulse.bench.memory import gib, memory, schedules
 from visionpulse.bench.progress import progress_bar
 from visionpulse.data import tiny, trail
 from visionpulse.files import write_text
@@ -139,6 +142,22 @@ def printed(rows: list[dict]) -> str:
         + (f"loses {points:.1f} points" if points > 0 else "loses no point")
         + f" against 5pct: {exact(small)} and {exact(plain)}.",
     ]
+    return "\n".join(lines)
+
+
+def request() -> str:
+    """What a request of the published shape takes, as a table of Markdown."""
+    decoder, config = cost.decoder_of("qwen3-vl-4b"), vp.PRESETS["5pct"]
+    names = " | ".join(f"moved in a step: {name}" for name in schedules(config))
+    lines = [f"| visual tokens | stored | the cache | {names} |", "|---" * 6 + "|"]
+    for visual in (8192, 32768):
+        for cache, stored in (("model", "16 bits"), ("fp8", "8 bits")):
+            shape = Shape("", 1, visual, cache=cache)
+            held, moved = memory(
+                shape.cost(torch.bfloat16), decoder.is_full, config.updated(cache=cache)
+            )
+            cells = " | ".join(map(gib, (held, *moved.values())))
+            lines.append(f"| {visual} | {stored} | {cells} |")
     return "\n".join(lines)
 
 

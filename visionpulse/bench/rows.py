@@ -199,6 +199,7 @@ COLUMNS: tuple[Column, ...] = (
     ("shape", "shape"),
     ("backend", "backend"),
     ("dtype", "dtype"),
+    ("cache", "cache"),
     ("best us", "us_best"),
     ("p50 us", "us_p50"),
     ("launch us", "launch_us"),
@@ -218,7 +219,7 @@ def table(rows: Sequence[Row], columns: Sequence[Column] = COLUMNS) -> str:
     cells = [[heading for heading, _ in columns]]
     cells += [[_cell(row, name) for _, name in columns] for row in rows]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    text = {"bench", "shape", "backend", "dtype", "baseline"}
+    text = {"bench", "shape", "backend", "dtype", "cache", "baseline"}
     return "\n".join(
         "  ".join(
             c.ljust(w) if name in text else c.rjust(w)

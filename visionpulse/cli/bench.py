@@ -21,7 +21,7 @@ from ..bench.check import check_output
 from ..bench.cold import can_evict
 from ..bench.layers import Layers, Shape
 from ..bench.progress import Tick, progress_bar
-from ..bench.report import CHECK, CHECKED, PLAIN, TODAY, VLLM, GainReport, Measured
+from ..bench.report import CHECK, CHECKED, PLAIN, TODAY, VLLM, WIDE, GainReport, Measured
 from ..bench.timing import interleaved
 from ..bench.vllm_form import PAGE, VllmForm, missing
 from ..config import PulseConfig
@@ -29,7 +29,7 @@ from ..config import resolve as resolve_config
 from ..files import check_writable, write_text
 from ..ops import attend, decode, explain
 from ..selection import Selection
-from .parser import add_preset, failure, parser_of
+from .parser import add_cache, add_preset, failure, parser_of
 
 MOST_ROUNDS, LEAST_ROUNDS = 15, 3
 
@@ -42,7 +42,8 @@ def main(argv: Sequence[str]) -> int:
         preset = resolve_config(options.preset)
         if preset.schedule == "dense":
             raise ValueError("--preset dense prunes nothing; the dense kernel is in every table")
-        config = preset.updated(schedule=options.schedule)
+        cache = preset.cache if options.cache is None else options.cache
+        config = preset.updated(schedule=options.schedule, cache=cache)
         shapes = _shapes(options, decoder, config)
         folder = Path(options.out)
         folder.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written fails first
@@ -82,6 +83,7 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     add("--batch", type=int, default=1)
     add("--dtype", default="bf16", choices=list(rows_.DTYPES))
     add_preset(parser, "10pct", "the setting to measure")
+    add_cache(parser)
     add("--schedule", default="paper", help="paper, lookback or per_layer")
     add("--retention", type=float, help="share kept; by default the largest that the preset allows")
     add("--seconds", type=float, default=60, help="about how long to measure")
@@ -113,11 +115,12 @@ def _shapes(options: argparse.Namespace, decoder: cost.Decoder, config: PulseCon
     retention = config.ratio[1] if options.retention is None else options.retention
     if not 0 < retention <= 1:
         raise ValueError(f"--retention must be above 0 and at most 1, got {retention}")
+    suffix = "" if config.cache == "model" else f"-{config.cache}"
     contexts = sorted({_tokens(text) for text in options.contexts.split(",")})
     return [
         Shape(
-            f"b{options.batch}-{plots.short(visual)}", options.batch, visual, options.text,
-            decoder.heads, decoder.kv_heads, decoder.head_dim, retention,
+            f"b{options.batch}-{plots.short(visual)}{suffix}", options.batch, visual, options.text,
+            decoder.heads, decoder.kv_heads, decoder.head_dim, retention, config.cache,
         )
         for visual in contexts
     ]  # fmt: skip
@@ -140,16 +143,17 @@ def _measure(
     kept = ~layers.visual.mask(shape.keys)[0]
     kept[selection.indices[0, : shape.kept].long()] = True
     positions = kept.nonzero()[:, 0]
-    ceilings = Ceilings(device, dtype, shape.head_dim * dtype.itemsize, layers.kv[0], positions)
+    row_bytes = shape.head_dim * layers.kv[0].dtype.itemsize
+    ceilings = Ceilings(device, dtype, row_bytes, layers.kv[0], positions)
     variants |= ceilings.variants()
     vllm = _vllm(layers, device)
     if vllm is not None:
-        variants[VLLM] = lambda turn: vllm(*layers.at(turn))
+        variants[VLLM] = lambda turn: vllm(*layers.wide_at(turn))
 
     def memory(name: str, turn: int) -> Sequence[Tensor]:
         """What a variant must not find in a cache."""
         own = ceilings.memory(name)
-        copies = [] if vllm is None else vllm.memory(layers.at(turn)[1])
+        copies = [] if vllm is None else vllm.memory(layers.wide_at(turn)[1])
         return [*layers.memory(turn), *copies] if own is None else own
 
     cold = memory if can_evict(device) else None
@@ -170,7 +174,7 @@ def _vllm(layers: Layers, device: torch.device) -> VllmForm | None:
     """The kernel of vLLM, where it is installed, serves this shape and agrees with ours."""
     if device.type != "cpu" or missing() is not None or layers.shape.keys % PAGE:
         return None
-    form, (q, kv) = VllmForm(), layers.at(0)
+    form, (q, kv) = VllmForm(), layers.wide_at(0)
     tolerance = 1e-4 if q.dtype == torch.float32 else 2e-2
     torch.testing.assert_close(form(q, kv), attend(q, kv), rtol=tolerance, atol=tolerance)
     return form
@@ -181,18 +185,24 @@ def _variants(
 ) -> tuple[dict[str, Callable[[int], object]], Selection]:
     visual = layers.visual
     _, selection = decode(*layers.at(0), visual, config)
-    shape = layers.shape
+    shape, is_wide = layers.shape, layers.kv is layers.wide
     several = [  # a check of drafted tokens
         torch.randn(shape.rows, CHECKED, shape.heads, shape.head_dim).to(q.device, q.dtype)
         for q in [layers.at(0)[0]] * 2
     ]
+    # lossless decoding, for which a check is timed, refuses a cache of 8 bits
+    more = (
+        {CHECK: lambda turn: attend(several[turn % len(several)], layers.at(turn)[1])}
+        if is_wide
+        else {WIDE: lambda turn: attend(*layers.wide_at(turn))}
+    )
     return {
-        TODAY: lambda turn: torch_forms.per_head(*layers.at(turn)),
-        PLAIN: lambda turn: torch_forms.grouped(*layers.at(turn)),
+        TODAY: lambda turn: torch_forms.per_head(*layers.wide_at(turn)),
+        PLAIN: lambda turn: torch_forms.grouped(*layers.wide_at(turn)),
         "dense": lambda turn: attend(*layers.at(turn)),
         "anchor": lambda turn: decode(*layers.at(turn), visual, config),
         "follower": lambda turn: attend(*layers.at(turn), visual, selection),
-        CHECK: lambda turn: attend(several[turn % len(several)], layers.at(turn)[1]),
+        **more,
     }, selection
 
 

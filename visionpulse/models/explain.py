@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..backends import Choice
+from ..bench.cost import OpShape, stored_itemsize
+from ..bench.memory import Memory, gib, memory
 from ..cache import KVCache
 from ..config import PulseConfig
 from ..config import resolve as resolve_config
@@ -18,6 +20,8 @@ from .families import TESTED, Anatomy, anatomy, attention_layers
 from .layer_roles import LayerRoles
 from .session import session_of
 from .stats import Stats
+
+REQUEST = 32768, 256  # visual and text tokens of the request whose memory is printed
 
 
 @dataclass(frozen=True)
@@ -40,13 +44,21 @@ class ModelExplanation:
     in_8_bits: bool  # its cache
     backend: Choice
     weight_bytes: int  # of the decoder
-    token_bytes: int  # that one more token of the context adds to a step, of a row
+    token_bytes: int  # that one more token of the context adds to the cache, of a row
+    layer: OpShape  # of full attention, at the request whose memory is printed
+    full: tuple[bool, ...]  # which layers are like it
+    config: PulseConfig  # of the session, or what was asked about
     ran: Stats | None  # since the patch or the last reset; None of an unpatched model
 
     @property
     def sparse_layers(self) -> tuple[int, ...]:
         """The layers that attend to a selection."""
         return tuple(i for i, role in enumerate(self.roles) if role in ("anchor", "follower"))
+
+    def memory(self, visual: int, text: int = 256, rows: int = 1) -> Memory:
+        """Bytes that a request holds, and that a step moves of them, by schedule."""
+        layer = self.layer._replace(rows=rows, text=text, visual=visual)
+        return memory(layer, self.full, self.config)
 
     def __str__(self) -> str:
         matrix = "in the test matrix" if self.tested else "generic path, not in the test matrix"
@@ -67,6 +79,12 @@ class ModelExplanation:
         each = f"{self.token_bytes / 1024:.4g} KiB a token in the layers of full attention"
         rows.append(
             f"cache      {each}, {'8 bits' if self.in_8_bits else 'the dtype of the model'}"
+        )
+        visual, text = REQUEST
+        request = self.memory(visual, text)
+        rows.append(
+            f"memory     of {visual} visual and {text} text tokens: "
+            f"{gib(request.held) if self.dense_because else request}"
         )
         if not (self.dense_because or self.in_8_bits) and "dense" in self.roles:
             even = self.weight_bytes / self.token_bytes
@@ -105,6 +123,9 @@ def explain_model(model: Any, config: PulseConfig | str = "10pct") -> ModelExpla
         visual_ids=parts.visual_ids,
         base_attention=registry.base_name(parts.config),
         token_bytes=2 * kv.k.nbytes * sum(parts.full),
+        layer=_layer(q, kv, roles.config),
+        full=parts.full,
+        config=roles.config,
         in_8_bits=kv.dtype == FLOAT8,
         backend=_backend(q, kv, roles.config),
         weight_bytes=sum(part.numel() * part.element_size() for part in parts.decoder.parameters()),
@@ -123,6 +144,12 @@ def _one_key(parts: Anatomy, config: PulseConfig) -> tuple[Tensor, KVCache]:
     stored = FLOAT8 if config.cache == "fp8" else dtype
     k = torch.zeros(1, kv_heads, 1, width, dtype=stored, device=weight.device)
     return torch.zeros(1, heads, width, dtype=dtype, device=weight.device), KVCache(k, k)
+
+
+def _layer(q: Tensor, kv: KVCache, config: PulseConfig) -> OpShape:
+    visual, text = REQUEST
+    heads = q.shape[1], kv.kv_heads, kv.head_dim
+    return OpShape(1, *heads, text, visual, q.itemsize, stored_itemsize(config))
 
 
 def _backend(q: Tensor, kv: KVCache, config: PulseConfig) -> Choice:

@@ -1,5 +1,7 @@
 """The checks that every record and call shares: what was expected, what came, and the way out."""
 
+from operator import mul
+
 import torch
 from torch import Tensor
 
@@ -36,12 +38,13 @@ def has_storage(name: str, value: Tensor | None) -> None:
     """Check that the memory of a tensor was not freed or cut under it; reads host data only."""
     if value is None or not is_eager():
         return
-    elements, offset = value.numel(), value.storage_offset()
-    if not value.is_contiguous() and elements:  # the last element says how far it reaches
-        strides = zip(value.shape, value.stride(), strict=True)
-        elements = 1 + sum((size - 1) * stride for size, stride in strides)
-    needed, held = (offset + elements) * value.itemsize, value.untyped_storage().nbytes()
-    if held < needed and elements:
+    reach = value.numel()
+    if reach and not value.is_contiguous():  # the last element says how far it reaches
+        strides = value.stride()
+        reach = 1 + sum(map(mul, value.shape, strides)) - sum(strides)
+    needed = (value.storage_offset() + reach) * value.itemsize
+    held = value.untyped_storage().nbytes()
+    if held < needed and reach:
         raise ValueError(
             f"the storage of {name} holds {held} bytes, its shape and strides need {needed}; "
             "it was freed or resized: pass a tensor that owns its memory"

@@ -1,5 +1,6 @@
 """Build `visionpulse._C` with CMake and lay the packages out; the rest is in pyproject.toml."""
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -7,10 +8,22 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, find_namespace_packages, setup
+from setuptools import Extension, __version__, find_namespace_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+
+
+def check_tools() -> None:
+    """Pip brings the tools; without isolation they may be missing or old."""
+    lacking = [tool for tool in ("cmake", "ninja") if shutil.which(tool) is None]
+    if importlib.util.find_spec("pybind11") is None:
+        lacking.append("pybind11")
+    if int(__version__.split(".")[0]) < 77:
+        lacking.append(f"setuptools 77 or later (here {__version__})")
+    if lacking:
+        way_out = "install them, or leave --no-build-isolation out where there is a network"
+        raise SystemExit(f"visionpulse cannot be built without {', '.join(lacking)}: {way_out}")
 
 
 class CMakeBuild(build_ext):
@@ -50,6 +63,7 @@ class CMakeBuild(build_ext):
         shutil.copy2(built, target)
 
 
+check_tools()
 setup(
     packages=[
         # namespaces too: folders of package data have no __init__.py

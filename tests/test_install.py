@@ -168,3 +168,12 @@ def test_an_unknown_verb_is_named():
         [sys.executable, "-m", "visionpulse", "sing"], capture_output=True, text=True, cwd=ROOT
     )
     assert done.returncode == 2 and "'sing'" in done.stderr and "info" in done.stderr
+
+
+def test_a_build_without_its_tools_says_what_is_missing(tmp_path):
+    asked = subprocess.run(
+        [sys.executable, "setup.py", "--name"], cwd=ROOT, env=ENVIRONMENT | {"PATH": str(tmp_path)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    (said,) = asked.stderr.strip().splitlines()
+    assert asked.returncode == 1 and "cmake, ninja" in said and "--no-build-isolation" in said

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Random decode problems, and the contract computed for them in float64, row by row. Buffers have
-// the exact size, so that a sanitizer sees an access past their end.
+// Random decode problems, and the contract computed for them in float64, row by row: row b * Q + i
+// is query i of cache row b. Buffers have the exact size, so that a sanitizer sees an access past
+// their end.
 #pragma once
 
 #include <algorithm>
@@ -94,10 +95,10 @@ struct Buffer {
 struct Problem {
   cpu::Call call = {};
   Buffer q, k, v, out;
-  std::vector<int32_t> starts, lengths, table, spans, offsets, wanted;
+  std::vector<int32_t> starts, lengths, real, table, spans, offsets, wanted;
   std::vector<int32_t> indices, counts;
   std::vector<float> mass, mass_mean, scores, ratio;
-  std::vector<std::vector<bool>> visual;  // [B][N]
+  std::vector<std::vector<bool>> visual;  // [B][N] of the cache rows
   bool dense = false;
 
   int64_t slot(const Strides& s, int b, int g, int n) const {
@@ -106,12 +107,28 @@ struct Problem {
     return table[b * call.cache.table_stride + n / page] * s.outer + g * s.head +
            n % page * s.token;
   }
-  Range visible(int b) const {
+  int rows() const { return call.B * call.queries.count; }
+  int cache_row(int row) const { return row / call.queries.count; }
+  Range visible(int row) const {
     const CacheArgs& a = call.cache;
-    return visible_range(a.starts != nullptr ? starts[b] : 0,
-                         a.lengths != nullptr ? lengths[b] : a.capacity, a.capacity,
-                         call.score.window);
+    const int queries = call.queries.count, b = cache_row(row), query = row % queries;
+    int end = a.lengths != nullptr ? std::min(lengths[b], a.capacity) : a.capacity;
+    end -= queries - 1 - query;
+    if (call.queries.real != nullptr && query < queries - real[b]) end = 0;
+    return visible_range(a.starts != nullptr ? starts[b] : 0, end, a.capacity, call.score.window);
   }
+  // What any query of a cache row sees.
+  Range seen(int b) const {
+    Range all = {0, 0};
+    for (int i = 0; i < call.queries.count; ++i) {
+      const Range one = visible(b * call.queries.count + i);
+      if (one.begin == one.end) continue;
+      all = {all.begin == all.end ? one.begin : std::min(all.begin, one.begin), one.end};
+    }
+    return all;
+  }
+  // Where a head of q and of the output begins.
+  int64_t head_at(int row, int h) const { return (int64_t{row} * call.H + h) * call.D; }
 };
 
 inline void draw_cache(Problem& p, Random& r, int rows, int kv_heads, int dim, int capacity) {
@@ -189,7 +206,7 @@ inline void draw_visual(Problem& p, Random& r) {
 
 inline void draw_budget(Problem& p, Random& r) {
   ScoreArgs& s = p.call.score;
-  const int rows = p.call.B;
+  const int rows = p.rows();
   s.tau = r() % 2 == 0 ? 0.4f : 1.0f;
   s.r_min = 0.05f * static_cast<float>(between(r, 0, 3));
   s.r_max = s.r_min + 0.1f * static_cast<float>(between(r, 0, 8));
@@ -204,6 +221,14 @@ inline void draw_budget(Problem& p, Random& r) {
   }
   if (kind == 1) s.ratio = p.ratio.data();
   if (kind == 2) s.wanted = p.wanted.data();
+}
+
+// Several queries of a row, of which some rows may have fewer that are real.
+inline void draw_queries(Problem& p, Random& r) {
+  cpu::Call& c = p.call;
+  c.queries.count = between(r, 2, std::min(kMaxQueries, 64 / (c.H / c.G)));
+  for (int b = 0; b < c.B; ++b) p.real.push_back(between(r, 0, c.queries.count));
+  if (r() % 2 == 0) c.queries.real = p.real.data();
 }
 
 inline Problem make(Random& r) {
@@ -230,16 +255,19 @@ inline Problem make(Random& r) {
   if (r() % 4 == 0) c.score.window = between(r, 1, capacity + 3);
   if (r() % 4 == 0) c.score.softcap = 3.0f;
   c.score.scale = 1.0f / std::sqrt(static_cast<float>(c.D));
+  if (r() % 3 == 0) draw_queries(p, r);
   draw_visual(p, r);
   draw_budget(p, r);
-  p.q.make(c.dtype, int64_t{c.B} * c.H * c.D);
-  for (int64_t i = 0; i < int64_t{c.B} * c.H * c.D; ++i) p.q.set(i, normal(r));
+  const int rows = p.rows();
+  p.q.make(c.dtype, p.head_at(rows, 0));
+  for (int64_t i = 0; i < p.head_at(rows, 0); ++i) p.q.set(i, normal(r));
   c.q = p.q.data();
-  c.q_stride.row = int64_t{c.H} * c.D;
+  c.queries.q_stride = c.queries.out_stride = int64_t{c.H} * c.D;
+  c.q_stride.row = c.queries.q_stride * c.queries.count;
   c.q_stride.head = c.D;
   // invisible keys stay NaN, so that a kernel that reads one fails
   for (int b = 0; b < c.B; ++b) {
-    const Range seen = p.visible(b);
+    const Range seen = p.seen(b);
     for (int g = 0; g < c.G; ++g)
       for (int n = seen.begin; n < seen.end; ++n)
         for (int d = 0; d < c.D; ++d) {
@@ -247,12 +275,12 @@ inline Problem make(Random& r) {
           p.v.set(p.slot(c.cache.v_stride, b, g, n) + d, normal(r));
         }
   }
-  p.out.make(c.dtype, int64_t{c.B} * c.H * c.D);
-  p.indices.assign(int64_t{c.B} * c.score.k_max, -9);
-  p.counts.assign(c.B, -9);
-  p.mass.assign(c.B, -9.0f);
-  p.mass_mean.assign(c.B, -9.0f);
-  p.scores.assign(int64_t{c.B} * capacity, -9.0f);
+  p.out.make(c.dtype, p.head_at(rows, 0));
+  p.indices.assign(int64_t{rows} * c.score.k_max, -9);
+  p.counts.assign(rows, -9);
+  p.mass.assign(rows, -9.0f);
+  p.mass_mean.assign(rows, -9.0f);
+  p.scores.assign(int64_t{rows} * capacity, -9.0f);
   c.out = p.out.data();
   c.out_stride.row = c.q_stride.row;
   c.out_stride.head = c.q_stride.head;
@@ -265,15 +293,16 @@ inline Problem make(Random& r) {
 }
 
 // The logits of a row in float64, [H][visible keys].
-inline std::vector<std::vector<double>> logits_of(const Problem& p, int b) {
+inline std::vector<std::vector<double>> logits_of(const Problem& p, int row) {
   const cpu::Call& c = p.call;
-  const Range seen = p.visible(b);
+  const Range seen = p.visible(row);
+  const int b = p.cache_row(row);
   std::vector<std::vector<double>> z(c.H);
   for (int h = 0; h < c.H; ++h)
     for (int n = seen.begin; n < seen.end; ++n) {
       double dot = 0.0;
       for (int d = 0; d < c.D; ++d)
-        dot += static_cast<double>(p.q.get(b * c.q_stride.row + h * c.q_stride.head + d)) *
+        dot += static_cast<double>(p.q.get(p.head_at(row, h) + d)) *
                p.k.get(p.slot(c.cache.k_stride, b, h / (c.H / c.G), n) + d);
       dot *= c.score.scale;
       z[h].push_back(c.score.softcap > 0 ? c.score.softcap * std::tanh(dot / c.score.softcap)

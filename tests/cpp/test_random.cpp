@@ -41,47 +41,48 @@ void run_decode(const cpu::Kernels& kernels, Problem& p, int threads) {
 }
 
 // The kept tokens are the best by the kernel's own scores, ascending, ties to the lowest position.
-void check_selection(const Problem& p, int b, int n_visual) {
+void check_selection(const Problem& p, int row, int n_visual) {
   const cpu::Call& c = p.call;
-  const int32_t* kept = p.indices.data() + int64_t{b} * c.score.k_max;
-  const float* scores = p.scores.data() + int64_t{b} * c.cache.capacity;
-  const Range seen = p.visible(b);
+  const int32_t* kept = p.indices.data() + int64_t{row} * c.score.k_max;
+  const float* scores = p.scores.data() + int64_t{row} * c.cache.capacity;
+  const Range seen = p.visible(row);
+  const std::vector<bool>& visual = p.visual[p.cache_row(row)];
   const ScoreArgs& s = c.score;
-  const float mass = s.mass_of == MassOf::kMean ? p.mass_mean[b] : p.mass[b];
-  int wanted =
-      s.wanted != nullptr
-          ? count_of_wanted(p.wanted[b], n_visual)
-          : count_of_ratio(clamped_ratio(s.ratio != nullptr ? p.ratio[b] : mass, s.r_min, s.r_max),
-                           n_visual);
+  const float mass = s.mass_of == MassOf::kMean ? p.mass_mean[row] : p.mass[row];
+  int wanted = s.wanted != nullptr
+                   ? count_of_wanted(p.wanted[row], n_visual)
+                   : count_of_ratio(
+                         clamped_ratio(s.ratio != nullptr ? p.ratio[row] : mass, s.r_min, s.r_max),
+                         n_visual);
   wanted = std::min(wanted, s.k_max);
-  CHECK_THAT(p.counts[b] == wanted, "count %d, wanted %d", p.counts[b], wanted);
+  CHECK_THAT(p.counts[row] == wanted, "count %d, wanted %d", p.counts[row], wanted);
   std::vector<bool> is_kept(c.cache.capacity, false);
   for (int i = 0; i < s.k_max; ++i) {
-    if (i >= p.counts[b]) {
+    if (i >= p.counts[row]) {
       CHECK(kept[i] == -1);
       continue;
     }
-    CHECK_THAT(kept[i] >= seen.begin && kept[i] < seen.end && p.visual[b][kept[i]], "kept %d",
-               kept[i]);
+    CHECK_THAT(kept[i] >= seen.begin && kept[i] < seen.end && visual[kept[i]], "kept %d", kept[i]);
     CHECK(i == 0 || kept[i] > kept[i - 1]);
     if (kept[i] >= 0 && kept[i] < c.cache.capacity) is_kept[kept[i]] = true;
   }
   uint64_t worst_kept = ~uint64_t{0}, best_dropped = 0;
   for (int n = seen.begin; n < seen.end; ++n) {
-    if (!p.visual[b][n]) continue;
+    if (!visual[n]) continue;
     // one number in the order of the contract: by score, then the lower position first
     const uint64_t order =
         uint64_t{sort_code(scores[n])} << 32 | (0xffffffffu - static_cast<uint32_t>(n));
     if (is_kept[n]) worst_kept = std::min(worst_kept, order);
     if (!is_kept[n]) best_dropped = std::max(best_dropped, order);
   }
-  CHECK(p.counts[b] == 0 || p.counts[b] == n_visual || worst_kept > best_dropped);
+  CHECK(p.counts[row] == 0 || p.counts[row] == n_visual || worst_kept > best_dropped);
 }
 
-void check_scores(const Problem& p, int b, const std::vector<std::vector<double>>& z,
+void check_scores(const Problem& p, int row, const std::vector<std::vector<double>>& z,
                   int n_visual) {
   const cpu::Call& c = p.call;
-  const Range seen = p.visible(b);
+  const Range seen = p.visible(row);
+  const std::vector<bool>& visual = p.visual[p.cache_row(row)];
   const int keys = seen.end - seen.begin;
   std::vector<double> expected(keys, 0.0);
   double largest = 0.0, mean = 0.0;
@@ -93,19 +94,19 @@ void check_scores(const Problem& p, int b, const std::vector<std::vector<double>
                         : c.score.kind == ScoreKind::kProb ? at_one[i]
                                                            : at_tau[i];
       expected[i] += of / c.H;
-      if (p.visual[b][seen.begin + i]) mass += at_tau[i];
+      if (visual[seen.begin + i]) mass += at_tau[i];
     }
     largest = std::max(largest, mass);
     mean += mass / c.H;
   }
   if (n_visual == 0) largest = mean = 0.0;
-  CHECK_THAT(std::abs(p.mass[b] - largest) <= 2e-4 * largest + 1e-7, "mass %g, %g", p.mass[b],
+  CHECK_THAT(std::abs(p.mass[row] - largest) <= 2e-4 * largest + 1e-7, "mass %g, %g", p.mass[row],
              largest);
-  CHECK_THAT(std::abs(p.mass_mean[b] - mean) <= 2e-4 * mean + 1e-7, "mean %g, %g", p.mass_mean[b],
-             mean);
+  CHECK_THAT(std::abs(p.mass_mean[row] - mean) <= 2e-4 * mean + 1e-7, "mean %g, %g",
+             p.mass_mean[row], mean);
   for (int n = 0; n < c.cache.capacity; ++n) {
-    const float got = p.scores[int64_t{b} * c.cache.capacity + n];
-    if (n < seen.begin || n >= seen.end || !p.visual[b][n]) {
+    const float got = p.scores[int64_t{row} * c.cache.capacity + n];
+    if (n < seen.begin || n >= seen.end || !visual[n]) {
       CHECK_THAT(got == -HUGE_VALF, "score of no candidate %d: %g", n, got);
       continue;
     }
@@ -117,18 +118,19 @@ void check_scores(const Problem& p, int b, const std::vector<std::vector<double>
 
 // The contract's rounding model, without its other term: twice the error of torch, that is not
 // here.
-void check_output(const cpu::Kernels& kernels, const Problem& p, int b,
+void check_output(const cpu::Kernels& kernels, const Problem& p, int row,
                   const std::vector<std::vector<double>>& z, bool dense) {
   const cpu::Call& c = p.call;
-  const Range seen = p.visible(b);
-  const int32_t* indices = p.indices.data() + int64_t{b} * c.score.k_max;
+  const Range seen = p.visible(row);
+  const int b = p.cache_row(row);
+  const int32_t* indices = p.indices.data() + int64_t{row} * c.score.k_max;
   double error = 0.0, largest = 0.0, largest_z = 0.0, largest_size = 0.0;
   bool nan = false;
   for (int h = 0; h < c.H; ++h) {
     std::vector<double> attended;
     std::vector<int> at;
     for (int n = seen.begin; n < seen.end; ++n) {
-      const bool selected = std::binary_search(indices, indices + p.counts[b], n);
+      const bool selected = std::binary_search(indices, indices + p.counts[row], n);
       if (!dense && p.visual[b][n] && !selected) continue;
       attended.push_back(z[h][n - seen.begin]);
       at.push_back(n);
@@ -142,7 +144,7 @@ void check_output(const cpu::Kernels& kernels, const Problem& p, int b,
         want += weight[i] * v;
         size += weight[i] * std::abs(v);
       }
-      const double got = p.out.get(b * c.out_stride.row + h * c.out_stride.head + d);
+      const double got = p.out.get(p.head_at(row, h) + d);
       nan |= std::isnan(got);
       error = std::max(error, std::abs(got - want));
       largest = std::max(largest, std::abs(want));
@@ -157,14 +159,14 @@ void check_output(const cpu::Kernels& kernels, const Problem& p, int b,
   CHECK_THAT(!nan && error <= bound, "output off by %g, bound %g, D=%d", error, bound, c.D);
 }
 
-void check_row(const cpu::Kernels& kernels, const Problem& p, int b) {
-  const Range seen = p.visible(b);
+void check_row(const cpu::Kernels& kernels, const Problem& p, int row) {
+  const Range seen = p.visible(row);
   int n_visual = 0;
-  for (int n = seen.begin; n < seen.end; ++n) n_visual += p.visual[b][n];
-  const auto z = problem::logits_of(p, b);
-  check_selection(p, b, n_visual);
-  check_scores(p, b, z, n_visual);
-  check_output(kernels, p, b, z, p.dense);
+  for (int n = seen.begin; n < seen.end; ++n) n_visual += p.visual[p.cache_row(row)][n];
+  const auto z = problem::logits_of(p, row);
+  check_selection(p, row, n_visual);
+  check_scores(p, row, z, n_visual);
+  check_output(kernels, p, row, z, p.dense);
 }
 
 bool same_bits(const problem::Buffer& a, const problem::Buffer& b) {
@@ -174,7 +176,7 @@ bool same_bits(const problem::Buffer& a, const problem::Buffer& b) {
 
 void run(const cpu::Kernels& kernels, Problem& p, problem::Random& r) {
   run_decode(kernels, p, 1);
-  for (int b = 0; b < p.call.B; ++b) check_row(kernels, p, b);
+  for (int row = 0; row < p.rows(); ++row) check_row(kernels, p, row);
   const problem::Buffer out = p.out;
   const auto indices = p.indices;
   const auto scores = p.scores;
@@ -194,7 +196,8 @@ void run(const cpu::Kernels& kernels, Problem& p, problem::Random& r) {
   follower.selection = {p.indices.data(), p.counts.data(), p.call.score.k_max};
   with_scratch(
       2, [&](const cpu::Scratch& scratch) { return cpu::attend(kernels, follower, scratch); });
-  for (int b = 0; b < p.call.B; ++b) check_output(kernels, p, b, problem::logits_of(p, b), false);
+  for (int row = 0; row < p.rows(); ++row)
+    check_output(kernels, p, row, problem::logits_of(p, row), false);
 }
 
 }  // namespace

@@ -150,12 +150,12 @@ VP_INLINE void dot_heads(const Element<T>* q, const Element<T>* const* k, int ke
   using L = Lanewise<T>;
   constexpr int kKeys = kStepKeys<NV>, kStep = L::kStep;
   for (int first = 0; first < keys; first += kKeys) {
-    Prefetch<T>::fetch(prefetch, kKeys);
     Vec sum[kKeys][NV];
     for (int n = 0; n < kKeys; ++n)
       for (int v = 0; v < NV; ++v) sum[n][v] = vzero();
 #pragma GCC unroll 1
     for (int d = 0; d < columns; d += kDepth * kStep) {
+      Prefetch<T>::fetch(prefetch, kKeys);
       typename L::Factor heads[kDepth][NV];
       for (int s = 0; s < kDepth; ++s)
         for (int v = 0; v < NV; ++v)
@@ -256,15 +256,14 @@ VP_INLINE void value_heads(const float* const* v, int steps, const float* p, int
 
 // The sums of V of one tile: four heads at a time, the padding of the last four with them.
 template <class T>
-VP_INLINE void sum_heads(const Staged<T>& staged, int keys, Prefetch<T>& prefetch, float* x,
-                         int lanes, int heads, const float* rescale, float* acc, int columns) {
+VP_INLINE void sum_heads(const Staged<T>& staged, int keys, float* x, int lanes, int heads,
+                         const float* rescale, float* acc, int columns) {
   constexpr int kHeads = 4, kStep = Lanewise<T>::kStep, kColumns = kValueUnits * kUnit;
 #if defined(VP_HAS_PAIR_DOT)
   if (kStep == 2) pack_weights<kLanes>(x, kLanes, (keys + 1) / 2 * 2, x);
 #endif
-  const int steps = (keys + kStep - 1) / kStep, turns = (heads + kHeads - 1) / kHeads;
+  const int steps = (keys + kStep - 1) / kStep;
   for (int r = 0; r < heads; r += kHeads) {
-    Prefetch<T>::fetch(prefetch, (keys + turns - 1) / turns);
     int d = 0;
     for (; d + kColumns <= columns; d += kColumns)
       value_heads<T, kHeads, kValueUnits>(staged.v, steps, x + r, lanes, d, rescale + r,
@@ -322,8 +321,8 @@ static void tile_of_heads(const Call& c, int cache_row, int kv_head, const Block
   softmax_heads<NV>(x, whole, visual, args, states, rescale);
   if (!c.with_values) return;
   const int left = pass.count - first_head < lanes ? pass.count - first_head : lanes;
-  sum_heads(staged, keys.count, prefetch, x, lanes, left, rescale,
-            part.acc + int64_t{first_head} * columns, columns);
+  sum_heads(staged, keys.count, x, lanes, left, rescale, part.acc + int64_t{first_head} * columns,
+            columns);
 }
 
 template <class T>
@@ -357,8 +356,10 @@ static void stream_shared(const Call& c, int cache_row, int kv_head, int index, 
     } else {
       locate_next_part(c, cut, cache_row, kv_head, index, next);
     }
-    Prefetch<T> prefetch = Prefetch<T>::make(next.k, c.with_values ? next.v : nullptr, next.count,
-                                             c.D, c.with_values ? 2 * tiles : tiles);
+    // a few lines at each step along D: a burst would fill the miss buffers
+    const int passes = tiles * (columns / (kDepth * Lanewise<T>::kStep));
+    Prefetch<T> prefetch =
+        Prefetch<T>::make(next.k, c.with_values ? next.v : nullptr, next.count, c.D, passes);
     stage_keys(keys, c.D, staged);
     if (c.with_values) stage_values(keys, c.D, staged);
     if (args.at_tau)

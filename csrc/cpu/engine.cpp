@@ -108,7 +108,7 @@ void lay_out_row(const Call& c, const Needs& needs, Arena& arena, Row& row, int6
   }
   if (needs.sort_codes) {
     row.sort_codes = arena.take<uint32_t>(row.n_visual + kLanes);
-    row.bin_codes = arena.take<uint32_t>(row.n_visual + kLanes);
+    row.range_codes = arena.take<uint32_t>(row.n_visual + kLanes);
   }
 }
 

@@ -7,7 +7,7 @@
 
 namespace visionpulse::cpu {
 
-constexpr int kBlock = 32;      // keys of a block of a stream: its K and V stay in L1
+constexpr int kBlock = 32;      // most keys of a block of a stream: its K and V stay in L1
 constexpr int kListBlock = 64;  // keys of a block of a list: scattered keys take longer to arrive
 constexpr int kLanes = 16;      // logits of a tile: kLanes / HT keys of HT = 1, 2 or 4 heads
 constexpr int kScoreChunk = 1024;  // keys of one score task
@@ -40,9 +40,9 @@ struct Row {
   int32_t first_head;  // among the heads of such a pass
   float* scores;       // the score of position n is scores[n - scores_begin]
   int32_t scores_begin;
-  int32_t* attended;     // space for text and kept positions
-  uint32_t* sort_codes;  // [n_visual + kLanes] of the candidates
-  uint32_t* bin_codes;   // [n_visual + kLanes] sort codes in the histogram bin of the pivot
+  int32_t* attended;      // space for text and kept positions
+  uint32_t* sort_codes;   // [n_visual + kLanes] of the candidates
+  uint32_t* range_codes;  // [n_visual + kLanes] those near the K-th largest
 };
 
 // What the queries of a cache row share in one pass over K and V. Its heads of a KV head are those

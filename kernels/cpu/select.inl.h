@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Budget and exact top-K of one row: a radix select on sort codes, then an ascending compaction.
+// Budget and exact top-K of one row: sort codes are narrowed to a range that a sample suggests, and
+// its codes are searched bit by bit; then an ascending compaction.
 #pragma once
 
 #include "kernels/common/budget.h"
@@ -15,41 +16,60 @@ struct Pivot {
   int ties;
 };
 
-// The bin of the k-th largest code; lowers k by the codes in the bins above.
-VP_INLINE int find_bin(const uint32_t* bins, int count, int& k) {
-  for (int bin = count - 1; bin > 0; --bin) {
-    if (static_cast<int>(bins[bin]) >= k) return bin;
-    k -= static_cast<int>(bins[bin]);
-  }
-  return 0;
+VP_INLINE int count_at_least(const uint32_t* codes, int count, uint32_t code) {
+  int found = 0;
+  for (int i = 0; i < count; ++i) found += codes[i] >= code;
+  return found;
 }
 
-// Three histograms, of 11, 11 and 10 bits. Each counts only the codes in the bin that the one
-// before found, which `bin_codes` collects.
-VP_INLINE Pivot find_pivot(const uint32_t* codes, int count, int k, uint32_t* bin_codes) {
-  constexpr int kBins = 2048;
-  // four histograms, because equal neighbours would wait for each other's store
-  alignas(64) uint32_t bins[4][kBins];
-  for (int i = 0; i < kBins; ++i) bins[0][i] = bins[1][i] = bins[2][i] = bins[3][i] = 0;
-  int i = 0;
-  for (; i + 4 <= count; i += 4)
-    for (int j = 0; j < 4; ++j) ++bins[j][codes[i + j] >> 21];
-  for (; i < count; ++i) ++bins[0][codes[i] >> 21];
-  for (int b = 0; b < kBins; ++b) bins[0][b] += bins[1][b] + bins[2][b] + bins[3][b];
-  uint32_t prefix = static_cast<uint32_t>(find_bin(bins[0], kBins, k));
-  count = filter_prefix(codes, count, 21, prefix, bin_codes);
-
-  constexpr int kShift[2] = {10, 0}, kBits[2] = {11, 10};
-  for (int pass = 0; pass < 2; ++pass) {
-    const int size = 1 << kBits[pass];
-    for (int b = 0; b < size; ++b) bins[0][b] = 0;
-    for (int j = 0; j < count; ++j) ++bins[0][(bin_codes[j] >> kShift[pass]) & (size - 1u)];
-    const int bin = find_bin(bins[0], size, k);
-    prefix = prefix << kBits[pass] | static_cast<uint32_t>(bin);
-    // in place: no code is written over one that is still to be read
-    if (pass == 0) count = filter_prefix(bin_codes, count, kShift[pass], prefix, bin_codes);
+// The k-th largest of codes in `range`, bit by bit from the first in which its ends differ.
+VP_INLINE uint32_t kth_largest(const uint32_t* codes, int count, int k, CodeRange range) {
+  const uint32_t differ = range.low ^ range.high;
+  int bit = differ == 0 ? -1 : 31 - __builtin_clz(differ);
+  uint32_t code = differ == 0 ? range.low : range.low & ~((2u << bit) - 1);
+  for (; bit >= 0; --bit) {
+    const uint32_t higher = code | 1u << bit;
+    if (count_at_least(codes, count, higher) >= k) code = higher;
   }
-  return {prefix, k};
+  return code;
+}
+
+constexpr int kSample = 1024;  // codes; four standard deviations of a place in it are a few percent
+
+// A range that likely holds the k-th largest: of the codes around its place in a sample.
+VP_INLINE CodeRange likely_range(const uint32_t* codes, int count, int k) {
+  alignas(64) uint32_t sample[kSample];
+  for (int i = 0; i < kSample; ++i) {
+    // multiples of the golden ratio: even, and in step with no row of an image
+    const uint32_t place = static_cast<uint32_t>(i) * 0x9e3779b1u;
+    sample[i] = codes[uint64_t{place} * static_cast<uint32_t>(count) >> 32];
+  }
+  const int place = static_cast<int>(int64_t{k} * kSample / count);
+  const int margin = 4 + static_cast<int>(4 * __builtin_sqrtf(static_cast<float>(place)));
+  CodeRange range = kAllCodes;
+  if (place - margin > 0) range.high = kth_largest(sample, kSample, place - margin, kAllCodes);
+  if (place + margin <= kSample) range.low = kth_largest(sample, kSample, place + margin, range);
+  return range;
+}
+
+// `in_range` has space for count + kLanes.
+VP_INLINE Pivot find_pivot(const uint32_t* codes, int count, int k, uint32_t* in_range) {
+  CodeRange range = kAllCodes;
+  if (count > 4 * kSample) {
+    range = likely_range(codes, count, k);
+    InRange found = filter_range(codes, count, range, in_range);
+    const bool is_above = k <= found.above;
+    if (is_above || k > found.above + found.count) {
+      range = is_above ? CodeRange{range.high + 1, kAllCodes.high}
+                       : CodeRange{kAllCodes.low, range.low - 1};
+      found = filter_range(codes, count, range, in_range);
+    }
+    codes = in_range;
+    count = found.count;
+    k -= found.above;
+  }
+  const uint32_t code = kth_largest(codes, count, k, range);
+  return {code, k - count_at_least(codes, count, code + 1)};
 }
 
 // Calls f(position, length) for each run of visible visual tokens, in ascending order.
@@ -94,7 +114,7 @@ static void select_row(const Call& c, int row_index) {
     });
     // to keep all: the lowest code, which is that of NaN, and as many ties as there are codes
     Pivot pivot = {0, filled};
-    if (count < filled) pivot = find_pivot(row.sort_codes, filled, count, row.bin_codes);
+    if (count < filled) pivot = find_pivot(row.sort_codes, filled, count, row.range_codes);
     int read = 0;
     for_candidates(c, row, [&](int begin, int length) {
       written +=

@@ -198,21 +198,22 @@ VP_INLINE int write_kept(const uint32_t* codes, int n, int32_t base, uint32_t pi
   return written;
 }
 
-// Copies the codes whose leading bits (code >> shift) equal `prefix`. Returns how many. `out` has
-// space for n + 16.
-VP_INLINE int filter_prefix(const uint32_t* codes, int n, int shift, uint32_t prefix,
-                            uint32_t* out) {
-  const __m512i target = _mm512_set1_epi32(static_cast<int>(prefix));
-  const __m128i by = _mm_cvtsi32_si128(shift);
-  int written = 0;
+// Copies the codes of a range and counts those above it. `out` has space for n + 16.
+VP_INLINE InRange filter_range(const uint32_t* codes, int n, CodeRange range, uint32_t* out) {
+  const __m512i low = _mm512_set1_epi32(static_cast<int>(range.low));
+  const __m512i high = _mm512_set1_epi32(static_cast<int>(range.high));
+  InRange found = {0, 0};
   for (int i = 0; i < n; i += 16) {
     const __mmask16 in = static_cast<__mmask16>(n - i >= 16 ? 0xffff : (1u << (n - i)) - 1);
     const __m512i code = _mm512_maskz_loadu_epi32(in, codes + i);
-    const __mmask16 equal = _mm512_mask_cmpeq_epi32_mask(in, _mm512_srl_epi32(code, by), target);
-    _mm512_storeu_si512(out + written, _mm512_maskz_compress_epi32(equal, code));
-    written += __builtin_popcount(equal);
+    const __mmask16 from_low = _mm512_mask_cmpge_epu32_mask(in, code, low);
+    const __mmask16 above = _mm512_mask_cmpgt_epu32_mask(in, code, high);
+    const __mmask16 within = _mm512_mask_cmple_epu32_mask(from_low, code, high);
+    _mm512_storeu_si512(out + found.count, _mm512_maskz_compress_epi32(within, code));
+    found.count += __builtin_popcount(within);
+    found.above += __builtin_popcount(above);
   }
-  return written;
+  return found;
 }
 
 }  // namespace visionpulse::cpu::VP_ISA

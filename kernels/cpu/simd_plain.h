@@ -23,15 +23,16 @@ VP_INLINE int write_kept(const uint32_t* codes, int n, int32_t base, uint32_t pi
   return written;
 }
 
-VP_INLINE int filter_prefix(const uint32_t* codes, int n, int shift, uint32_t prefix,
-                            uint32_t* out) {
-  int written = 0;
+VP_INLINE InRange filter_range(const uint32_t* codes, int n, CodeRange range, uint32_t* out) {
+  InRange found = {0, 0};
   for (int i = 0; i < n; ++i) {
+    const bool above = codes[i] > range.high;
     // writes always, advances only where it counts: no branch to predict
-    out[written] = codes[i];
-    written += codes[i] >> shift == prefix;
+    out[found.count] = codes[i];
+    found.count += codes[i] >= range.low && !above;
+    found.above += above;
   }
-  return written;
+  return found;
 }
 
 }  // namespace visionpulse::cpu::VP_ISA

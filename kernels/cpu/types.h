@@ -20,6 +20,17 @@ struct f8 {  // e4m3fn
 // times smaller, and whoever scales logits and outputs takes the factor back once.
 constexpr float kFloat8Share = 1.0f / 256;
 
+// Sort codes from `low` to `high`, both included.
+struct CodeRange {
+  uint32_t low, high;
+};
+constexpr CodeRange kAllCodes = {0, 0xffffffffu};
+
+// What was found of a range: codes in it, and above it.
+struct InRange {
+  int count, above;
+};
+
 }  // namespace visionpulse::cpu
 
 // Internal linkage, so code compiled for one instruction set is never linked into another.

@@ -68,21 +68,21 @@ static void weigh_part(const Call& c, int row, int kv_head, int index, Run run) 
   for (int t = 0; t < tiles; ++t) TileState::reset(states[t]);
   clear(part.acc, int64_t{group} * padded_dim(c.D, kUnit));
   alignas(64) float x[kListBlock * kMaxGroup];
-  const int block = block_keys<T>(cut), tiles_of_values = value_tiles(group, c.D);
+  const int block = kListBlock, tiles_of_values = value_tiles(group, c.D);
   Rescales rescales;
   BlockKeys<T> buffers[2];
   const StoredLogits stored = stored_logits_of<HT>(c, row, kv_head, tiles);
-  locate(c, cut, cache_row, kv_head, range.begin, range.end, buffers[0]);
+  locate(c, cut, cache_row, kv_head, range.begin, range.end, block, buffers[0]);
   prefetch_logits<T, HT>(stored, buffers[0], tiles);
   if (run.is_first) prefetch_all(buffers[0].v, buffers[0].count, c.D);
   for (int first = range.begin, turn = 0; first < range.end; first += block, turn ^= 1) {
     BlockKeys<T>& keys = buffers[turn];
     BlockKeys<T>& next = buffers[turn ^ 1];
     if (first + block < range.end || run.is_last) {
-      locate(c, cut, cache_row, kv_head, first + block, range.end, next);
+      locate(c, cut, cache_row, kv_head, first + block, range.end, block, next);
       prefetch_logits<T, HT>(stored, next, tiles);
     } else {
-      locate_next_part(c, cut, cache_row, kv_head, index, next);
+      locate_next_part(c, cut, cache_row, kv_head, index, 0, block, next);
     }
     gather_logits<T, HT>(stored, keys, tiles, x);
     softmax_block<HT>(tiles, keys.count, nullptr, {1.0f, false}, x, states, rescales);

@@ -75,18 +75,10 @@ VP_INLINE void locate_pages(const Call& c, const int32_t* list, int row, int kv_
   }
 }
 
-// Keys of a block. A block of a stream has the same bytes in every type of 16 or 32 bits.
-template <class T>
-VP_INLINE int block_keys(const Cut& cut) {
-  constexpr int kStream = sizeof(T) > 2 ? kBlock / 2 : kBlock;
-  return cut.attended != nullptr ? kListBlock : kStream;
-}
-
 // The block of a cut that begins at its key `first`, but not beyond `end`.
 template <class T>
 VP_INLINE void locate(const Call& c, const Cut& cut, int row, int kv_head, int first, int end,
-                      BlockKeys<T>& keys) {
-  const int block = block_keys<T>(cut);
+                      int block, BlockKeys<T>& keys) {
   keys.count = end - first < block ? (end > first ? end - first : 0) : block;
   keys.any_missing = false;
   const int32_t* list = cut.attended != nullptr ? cut.attended + first : nullptr;
@@ -112,15 +104,16 @@ VP_INLINE PartRange range_of_part(const Cut& cut, int index) {
   return {begin, cut.keys < begin + cut.part_keys ? cut.keys : begin + cut.part_keys};
 }
 
-// The block after a part's last: the first of the next part, if the same thread runs it.
+// A block after a part's last: that of the next part at its key `first`, if the same thread runs
+// it.
 template <class T>
 VP_INLINE void locate_next_part(const Call& c, const Cut& cut, int row, int kv_head, int index,
-                                BlockKeys<T>& keys) {
+                                int first, int block, BlockKeys<T>& keys) {
   keys.count = 0;
   const bool same_head = index + 1 < cut.n_parts;
   if (!same_head && kv_head + 1 == c.G) return;
   const PartRange range = range_of_part(cut, same_head ? index + 1 : 0);
-  locate(c, cut, row, kv_head + (same_head ? 0 : 1), range.begin, range.end, keys);
+  locate(c, cut, row, kv_head + (same_head ? 0 : 1), range.begin + first, range.end, block, keys);
 }
 
 }  // namespace visionpulse::cpu::VP_ISA

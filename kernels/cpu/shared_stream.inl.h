@@ -344,17 +344,18 @@ static void stream_shared(const Call& c, int cache_row, int kv_head, int index, 
   const int32_t* spans = c.visual.spans + int64_t{cache_row} * c.visual.spans_per_row * 2;
   int span = args.at_tau ? span_after(spans, c.visual.spans_per_row, cut.begin + range.begin) : 0;
 
-  const int block = block_keys<T>(cut);
+  constexpr int block =
+      sizeof(T) > 2 ? kBlock / 2 : kBlock;  // the same bytes in types of 16 and 32 bits
   BlockKeys<T> buffers[2];
   Staged<T> staged;
-  locate(c, cut, cache_row, kv_head, range.begin, range.end, buffers[0]);
+  locate(c, cut, cache_row, kv_head, range.begin, range.end, block, buffers[0]);
   for (int first = range.begin, turn = 0; first < range.end; first += block, turn ^= 1) {
     BlockKeys<T>& keys = buffers[turn];
     BlockKeys<T>& next = buffers[turn ^ 1];
     if (first + block < range.end || run.is_last) {
-      locate(c, cut, cache_row, kv_head, first + block, range.end, next);
+      locate(c, cut, cache_row, kv_head, first + block, range.end, block, next);
     } else {
-      locate_next_part(c, cut, cache_row, kv_head, index, next);
+      locate_next_part(c, cut, cache_row, kv_head, index, 0, block, next);
     }
     // a few lines at each step along D: a burst would fill the miss buffers
     const int passes = tiles * (columns / (kDepth * Lanewise<T>::kStep));

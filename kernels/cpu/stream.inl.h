@@ -8,10 +8,10 @@
 //   key tile 0  k0h0 k0h1 k0h2 k0h3 k1h0 .. k3h3   k0h4 k0h5 k0h6 k0h7 k1h4 .. k3h7
 //   key tile 1  k4h0 k4h1 k4h2 k4h3 k5h0 .. k7h3   k4h4 k4h5 k4h6 k4h7 k5h4 .. k7h7
 //
-//   dot_block      x = logits of Q K^T        prefetches K of the next block
+//   dot_block      x = logits of Q K^T        prefetches K of a block ahead
 //   store_logits   x to memory, for score
 //   softmax_block  x = weights                updates max and sums, lane by lane
-//   sum_block      acc += weights * V         prefetches V of the next block
+//   sum_block      acc += weights * V         prefetches V of a block ahead
 #pragma once
 
 #include "kernels/common/visual_spans.h"
@@ -26,6 +26,18 @@ VP_INLINE void store_logits(const Call& c, const Row& row, int kv_head, int firs
   float* to = row.stored_logits + (int64_t{kv_head} * row.padded_keys + first) * heads;
   for (int i = 0; i < floats; i += kWidth) vstore(to + i, vload(x + i));
 }
+
+// Keys of a block: whole tiles. Two small blocks ahead keep memory busier than one large one, whose
+// misses come less evenly. A pass over K of 16 bits alone waits for arithmetic, and a block costs
+// some.
+template <class T, int HT>
+VP_INLINE int block_keys(const Call& c, const Cut& cut) {
+  if (cut.attended != nullptr) return kListBlock;
+  constexpr int kTileKeys = kLanes / HT, kSmall = kBlock / static_cast<int>(sizeof(T));
+  if (!c.with_values && sizeof(T) <= 2) return kBlock;
+  return kSmall < kTileKeys ? kTileKeys : kSmall;
+}
+constexpr int kStreamAhead = 2, kListAhead = 1;  // blocks from a prefetch to its use
 
 template <class T, int HT>
 static void stream_part(const Call& c, int row, int kv_head, int index, Run run) {
@@ -46,23 +58,28 @@ static void stream_part(const Call& c, int row, int kv_head, int index, Run run)
   const int32_t* spans = c.visual.spans + int64_t{cache_row} * c.visual.spans_per_row * 2;
   int span = args.at_tau ? span_after(spans, c.visual.spans_per_row, cut.begin + range.begin) : 0;
 
-  const int block = block_keys<T>(cut), tiles_of_values = value_tiles(group, c.D);
+  const int block = block_keys<T, HT>(c, cut), tiles_of_values = value_tiles(group, c.D);
+  const int ahead = cut.attended != nullptr ? kListAhead : kStreamAhead;
   alignas(64) float x[kListBlock * kMaxGroup];
   Rescales rescales;
-  BlockKeys<T> buffers[2];
-  locate(c, cut, cache_row, kv_head, range.begin, range.end, buffers[0]);
+  BlockKeys<T> buffers[kStreamAhead + 1];
+  for (int i = 0; i < ahead; ++i)
+    locate(c, cut, cache_row, kv_head, range.begin + i * block, range.end, block, buffers[i]);
   // the hardware's prefetcher finds the first keys of a stream, but not those of a list
   if (cut.attended != nullptr && run.is_first) {
     prefetch_all(buffers[0].k, buffers[0].count, c.D);
     if (c.with_values) prefetch_all(buffers[0].v, buffers[0].count, c.D);
   }
-  for (int first = range.begin, turn = 0; first < range.end; first += block, turn ^= 1) {
+  for (int first = range.begin, turn = 0; first < range.end; first += block) {
     BlockKeys<T>& keys = buffers[turn];
-    BlockKeys<T>& next = buffers[turn ^ 1];
-    if (first + block < range.end || run.is_last) {
-      locate(c, cut, cache_row, kv_head, first + block, range.end, next);
+    BlockKeys<T>& next = buffers[turn == 0 ? ahead : turn - 1];
+    turn = turn == ahead ? 0 : turn + 1;
+    const int after = first + ahead * block;
+    if (after < range.end || run.is_last) {
+      locate(c, cut, cache_row, kv_head, after, range.end, block, next);
     } else {
-      locate_next_part(c, cut, cache_row, kv_head, index, next);
+      const int blocks_on = (after - range.end) / block;
+      locate_next_part(c, cut, cache_row, kv_head, index, blocks_on * block, block, next);
     }
     Prefetch<T> prefetch = Prefetch<T>::make(next.k, c.with_values ? next.v : nullptr, next.count,
                                              c.D, c.with_values ? 1 + tiles_of_values : 1);

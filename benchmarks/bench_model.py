@@ -136,9 +136,7 @@ class Run:
             one = k[:, :, :1]
             grown.lazy_initialization(one, one)
             grown._buffers = (k, v)
-            grown.keys, grown.values = grown._views = (
-                k[:, :, : shape.keys], v[:, :, : shape.keys]
-            )  # fmt: skip
+            grown.show(shape.keys)
             fixed.lazy_initialization(one[:0], one[:0])
             fixed.keys, fixed.values = k, v
             fixed.cumulative_length.fill_(shape.keys)

@@ -111,6 +111,18 @@ def test_layers_that_are_repeated_share_their_weights_and_the_config_that_patche
     assert all(attention.config is decoder.config for attention in attentions)
 
 
+def test_rounds_of_lossless_decoding_are_timed(run, tmp_path):
+    out = tmp_path / "rows.jsonl"
+    more = ("--dtypes", "fp32", "--keys", "64", "--round-rounds", "2")
+    run("bench_lossless.py", "--shapes", "b1-1k", *SMALL, *more, "--out", out)
+    found = {(row.bench, row.backend): row for row in rows.read(out)}
+    rounds = {name for kind, name in found if kind == "lossless-round"}
+    assert rounds == {"4 drafted", "8 drafted", "auto, 15 drafted"}
+    step = found["lossless-step", "ours:3 drafted"]
+    assert (step.scaled, step.baseline) == (0.25, "ours:dense")
+    assert 0 < step.facts["predicted"] < 4
+
+
 @pytest.mark.parametrize(("packing", "steps"), [("int8", 254), ("int4", 15)])
 def test_packed_weights_are_the_layers_within_half_a_step(monkeypatch, packing, steps):
     import torch

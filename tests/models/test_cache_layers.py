@@ -6,11 +6,13 @@ import pickle
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 import visionpulse as vp
 from visionpulse.models import kv_layers
 from visionpulse.models.conversation import Conversation, visual_set
+from visionpulse.models.layer_ends import CommonEnd
+from visionpulse.models.sliding_layers import Sliding
 from visionpulse.testing.draw import Draws
 
 
@@ -68,6 +70,74 @@ def test_growing_layer_can_be_reset_and_filled_again():
         out = [layer.update(*states(n, seed=n)) for layer in pair]
         assert torch.equal(out[0][0], out[1][0])
         assert torch.equal(out[0][1], out[1][1])
+
+
+WINDOW = 12
+
+
+def sliding():
+    return kv_layers.mixed(Sliding, DynamicSlidingWindowLayer)(WINDOW)
+
+
+REWINDABLE = {
+    "growing": (growing, DynamicLayer),
+    "sliding": (sliding, lambda: DynamicSlidingWindowLayer(WINDOW)),
+}
+
+
+def assert_alike(mine, theirs):
+    assert mine.get_seq_length() == theirs.get_seq_length()
+    assert mine.get_mask_sizes(3) == theirs.get_mask_sizes(3)
+    assert torch.equal(mine.keys, theirs.keys) and torch.equal(mine.values, theirs.values)
+
+
+@pytest.mark.parametrize("kind", REWINDABLE)
+@pytest.mark.parametrize("prompt", (3, 11, 12, 40))
+def test_a_layer_that_is_set_back_is_one_that_never_went_on(kind, prompt):
+    """Over rounds of drafts, a check and accepted tokens; nobody looks, or somebody does."""
+    made, plain = REWINDABLE[kind]
+    draws = Draws(7)
+    for looks in (False, True):
+        layer, tokens = made(), [states(prompt)]
+        layer.update(*tokens[0])
+
+        def alone(tokens=tokens):
+            other = plain()
+            for new in tokens:
+                other.update(*new)
+            return other
+
+        for seed in range(8):
+            length, drafted = layer.get_seq_length(), 15 if seed == 3 else 4
+            for i in range(drafted):
+                layer.update(*states(1, seed=100 + i))
+                if looks:
+                    assert layer.keys.shape[2]
+            end = CommonEnd([layer], length)
+            assert end.is_of([layer])
+            check = states(drafted + 1, seed=seed)
+            out = layer.update(*check)
+            other = alone()
+            expected = other.update(*check)
+            assert torch.equal(out[0], expected[0]) and torch.equal(out[1], expected[1])
+            end = CommonEnd([layer], length + 1)
+            accepted = int(draws.integers(1, drafted + 2, 1))
+            for count in range(1, accepted + 1):
+                end.move(length + count)
+                tokens.append([part[:, :, count - 1 : count] for part in check])
+                if looks:
+                    assert_alike(layer, alone())
+            for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+                assert_alike(twin, alone())
+            assert end.is_of([layer])
+    layer.reorder_cache(torch.tensor([1, 0]))
+    assert not end.is_of([layer])
+    other = alone()
+    other.reorder_cache(torch.tensor([1, 0]))
+    assert_alike(layer, other)
+    new = states(2, seed=9)
+    assert torch.equal(layer.update(*new)[0], other.update(*new)[0])
+    assert_alike(layer, other)
 
 
 def test_copies_are_apart():

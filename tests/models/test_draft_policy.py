@@ -10,7 +10,6 @@ from visionpulse.models.draft_policy import (
     PLAIN,
     TRIES,
     DraftPolicy,
-    expected,
     ways_of,
 )
 from visionpulse.models.lossless import RunAhead
@@ -35,11 +34,6 @@ class Machine:
 
     def last(self, rounds=300):
         return [self.round() for _ in range(rounds)][-20:]
-
-
-def test_tokens_of_a_round():
-    assert expected(1.0, 4) == 5 and expected(0.0, 4) == 1
-    assert expected(0.5, 2) == 1.75
 
 
 def test_each_way_is_tried_first_then_a_plain_step():

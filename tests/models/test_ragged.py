@@ -81,7 +81,7 @@ ROWS = {"one": ([9, "i", 6, "i", 3],), "four": RAGGED}
 
 
 @pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl", "internvl", "smolvlm", "glm4v"])
+@pytest.mark.parametrize("family", ["qwen3_vl", "internvl", "smolvlm", "glm4v", "gemma3"])
 def test_on_families(tiny, family, rows):
     vlm = tiny(family)
     wanted = generated(vlm.model.generate, vlm, {"tokens": 16}, ROWS[rows])

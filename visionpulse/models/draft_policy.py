@@ -1,9 +1,9 @@
 """How many tokens a round drafts, and by which schedule. It never changes what is said.
 
-A round of g drafted tokens costs g draft steps and one check, and gives `expected(acceptance, g)`
-tokens. The policy knows the costs from the rounds before, estimates the acceptance of each way to
-draft by a moving average, and takes what gives most tokens a second. Where nothing beats plain
-dense steps it takes these, and tries again later.
+A round of g drafted tokens costs g draft steps and one check, and gives 1 + a + ... + a^g tokens
+where each is accepted with chance a. The policy knows the costs from the rounds before, estimates
+the acceptance of each way to draft by a moving average, and takes what gives most tokens a second.
+Where nothing beats plain dense steps it takes these, and tries again later.
 """
 
 from collections import deque
@@ -16,11 +16,6 @@ FIRST = 4  # drafted tokens of a round that tries a way
 TRIES = 2  # rounds of each way at the beginning
 FORGET = 0.97  # weight of what is known when a round adds to it
 PLAIN, LONGEST_PLAIN = 32, 512  # plain steps before drafting is tried again; doubled each time
-
-
-def expected(acceptance: float, drafted: int) -> float:
-    """Tokens that a round gives on average, where each drafted token is accepted alike."""
-    return sum(acceptance**i for i in range(drafted + 1))
 
 
 class Plan(NamedTuple):
@@ -81,11 +76,8 @@ class DraftPolicy:
         if 1 not in self._checks or self._plain_left > 0:
             self._plain_left -= 1
             return Plan(0, 0)
-        best = max(
-            (Plan(way, tokens) for way in range(len(self._ways)) for tokens in range(1, MOST + 1)),
-            key=self.speed,
-        )
-        if self.speed(best) > 1 / self._checks[1].value:
+        best, speed = self._best()
+        if speed > 1 / self._checks[1].value:
             self._plain_next, self._is_due = PLAIN, False
             return best
         if self._is_due:  # a stretch of plain steps is over: has anything changed?
@@ -95,11 +87,20 @@ class DraftPolicy:
         self._plain_next = min(2 * self._plain_next, LONGEST_PLAIN)
         return Plan(0, 0)
 
-    def speed(self, plan: Plan) -> float:
-        """Tokens a second."""
-        way = self._ways[plan.way]
-        seconds = plan.tokens * way.step.value + self.check_seconds(plan.tokens + 1)
-        return expected(way.acceptance, plan.tokens) / seconds
+    def _best(self) -> tuple[Plan, float]:
+        """What gives most tokens a second, and how many."""
+        checks = [self.check_seconds(tokens + 1) for tokens in range(MOST + 1)]
+        best, most = Plan(0, 1), 0.0
+        for number, way in enumerate(self._ways):
+            acceptance, step = way.acceptance, way.step.value
+            power = said = 1.0
+            for tokens in range(1, MOST + 1):
+                power *= acceptance
+                said += power
+                speed = said / (tokens * step + checks[tokens])
+                if speed > most:
+                    best, most = Plan(number, tokens), speed
+        return best, most
 
     def check_seconds(self, tokens: int) -> float:
         """Seconds of a check: measured, or on the line between the nearest that were."""

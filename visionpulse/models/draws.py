@@ -79,7 +79,7 @@ class TokenDraws:
 
     @contextmanager
     def of(self, length: int, token: Tensor) -> Iterator[Callable[[Tensor], Tensor]]:
-        """A function from the logits [1, vocabulary] of each draft step to its token [1, 1].
+        """A function from the logits [1, 1, vocabulary] of each draft step to its token [1, 1].
 
         `length` tokens and `token` [1, 1] lie before the first. The dice are a copy: outside they
         lie as before.
@@ -88,14 +88,17 @@ class TokenDraws:
         processors = None if generation.processors is None else generation.processors()
         seen = None if generation.seen is None else generation.seen.ids
         if processors is None or seen is None or seen.shape != (1, length):
-            yield lambda logits: logits.argmax(-1, keepdim=True)
+            yield _likeliest
             return
         pure = [each for each in processors if is_one_of(each, PURE)]
+        if not pure and not generation.do_sample:
+            yield _likeliest
+            return
         ids = torch.cat((seen, token.to(seen.device)), dim=1)
 
         def choose(logits: Tensor) -> Tensor:
             nonlocal ids
-            scores = logits.to(dtype=torch.float32, copy=True)
+            scores = logits[:, -1].to(dtype=torch.float32, copy=True)
             for processor in pure:
                 scores = processor(ids, scores)
             if generation.do_sample:
@@ -111,3 +114,8 @@ class TokenDraws:
         on_cuda = [token.device] if token.device.type == "cuda" else []
         with torch.random.fork_rng(on_cuda):
             yield choose
+
+
+def _likeliest(logits: Tensor) -> Tensor:
+    token: Tensor = logits.argmax(-1)
+    return token

@@ -61,7 +61,8 @@ class Hooks:
             anatomy.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
             anatomy.decoder.register_forward_hook(self._after_decoder, with_kwargs=True),
         ]
-        if anatomy.model is not anatomy.base:
+        # a lossless model answers from a check without its base
+        if anatomy.model is not anatomy.base and patched.mode is None:
             after = anatomy.model.register_forward_hook(self._after_model, with_kwargs=True)
             self._handles.append(after)
 
@@ -207,6 +208,5 @@ class Hooks:
                 self._patched.fit_layers(cache)
 
     def _after_model(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> None:
-        # a lossless model answers from a check without its base
-        if not torch.compiler.is_compiling() and self._patched.mode is None:
+        if not torch.compiler.is_compiling():
             self._bypass.model_ends(args, kwargs)

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from .conversation import Conversation
+from .layer_ends import NOTHING, Rewindable
 from .lookback import LookBack
 
 SPARE_SHARE = 4  # a buffer with more than a quarter to spare is let go
 
 
-class Growing:
+class Growing(Rewindable):
     """Mixin over DynamicLayer: keys and values are views of buffers with slack.
 
     Anyone may replace `keys` and `values` (crop, reorder, offload, reset): tensors that are not the
@@ -28,7 +29,6 @@ class Growing:
     slack_tokens: ClassVar[int] = 256  # slack of a short cache
     slack_share: ClassVar[int] = 8  # slack of a long one: an eighth of its tokens
     _buffers: ClassVar[tuple[Tensor, Tensor] | None] = None  # [B, G, slots, D]
-    _views: ClassVar[tuple[Tensor, Tensor] | None] = None  # keys and values after the last update
 
     def update(
         self: Any, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -40,38 +40,35 @@ class Growing:
             return whole
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        views, keys = self._views, self.keys
-        if views is None or keys is not views[0] or self.values is not views[1]:
+        if not self.is_as_left:
             self._take_over(key_states, value_states)
-            keys = self.keys
-        past = keys.shape[2] if keys.dim() == 4 else 0
+        past = self.end
         total = past + key_states.shape[2]
         if self._buffers is None or total > self._buffers[0].shape[2]:
             self._grow(past, total, key_states, value_states)
         k, v = self._buffers
         k.narrow(2, past, total - past).copy_(key_states)
         v.narrow(2, past, total - past).copy_(value_states)
-        self._views = views = k.narrow(2, 0, total), v.narrow(2, 0, total)
+        views: tuple[Tensor, Tensor] = self.show(total)
+        return views
+
+    def show(self: Any, length: int) -> tuple[Tensor, Tensor]:
+        """Let keys and values be the first tokens of the buffers; returns them."""
+        k, v = self._buffers
+        self._end = length
+        views = k.narrow(2, 0, length), v.narrow(2, 0, length)
+        if self.stays_hidden:
+            if self._views is not NOTHING:
+                self.hide()
+            return views
+        self._views = views
         self.keys, self.values = views
         return views
 
-    @property
-    def is_as_left(self: Any) -> bool:
-        """Whether nobody has replaced keys and values since the last update or `set_length`."""
-        views = self._views
-        return views is not None and self.keys is views[0] and self.values is views[1]
-
-    def set_length(self: Any, length: int) -> None:
-        """Let the cache end at `length`: shorter, or longer over entries that were written before.
-
-        Not a crop: the conversation stays, because drafted tokens change nothing in its picture.
-        """
-        if not self.is_initialized or self.keys.dim() != 4 or self.keys.shape[2] == length:
-            return
-        owned = self._buffers is not None and self.is_as_left
-        whole = self._buffers if owned else (self.keys, self.values)
-        self.keys, self.values = views = tuple(part.narrow(2, 0, length) for part in whole)
-        self._views = views if owned else None  # else the next update takes them over
+    def view(self: Any, part: int) -> Tensor:
+        """Keys (0) or values (1) as far as the layer goes."""
+        whole: Tensor = self._buffers[part]
+        return whole.narrow(2, 0, self.end)
 
     def _slots_for(self, tokens: int) -> int:
         return tokens + max(self.slack_tokens, tokens // self.slack_share)
@@ -81,12 +78,13 @@ class Growing:
 
     def _take_over(self: Any, key_states: Tensor, value_states: Tensor) -> None:
         """Keep the buffers if keys and values still lie at their front, else let them go."""
-        buffers, self._views = self._buffers, None
-        if buffers is None or self.keys.dim() != 4:
+        buffers, keys, values = self._buffers, self.keys, self.values
+        tokens = keys.shape[2] if keys.dim() == 4 else 0
+        self._views, self._end = None, tokens
+        if buffers is None or keys.dim() != 4:
             self._buffers = None
             return
-        pairs = ((buffers[0], self.keys), (buffers[1], self.values))
-        tokens = self.keys.shape[2]
+        pairs = ((buffers[0], keys), (buffers[1], values))
         lies_inside = all(
             part.data_ptr() == whole.data_ptr()
             and part.shape[:2] == whole.shape[:2]
@@ -125,8 +123,8 @@ class Growing:
 
     def reset(self: Any) -> None:
         """Forget all tokens."""
-        self._buffers = self._views = None
         super().reset()  # type: ignore[misc]
+        self._buffers = self._views = None
 
 
 class Carrier:

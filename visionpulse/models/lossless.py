@@ -7,11 +7,11 @@ processors and stopping criteria see the logits of the dense model alone, one ca
 draw their own dice; a draft draws with a copy of them. Nothing in a round reads the device.
 """
 
-import dataclasses
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from typing import Any
@@ -24,13 +24,15 @@ from .conversation import Conversation
 from .draft_policy import DraftPolicy, FixedDraft, Plan, ways_of
 from .draws import TokenDraws
 from .families import Anatomy, UnsupportedModelError
-from .kv_layers import Growing, conversation_of
+from .kv_layers import conversation_of
+from .layer_ends import CommonEnd, Rewindable
 from .layer_roles import LayerRoles
 from .patched_model import PatchedModel
 from .rounds import Request, request_of
 from .stopwatch import Stopwatch
 
 AUTO = "auto"
+REWINDABLE = {"full_attention", "sliding_attention", "chunked_attention"}  # kinds of layers
 
 
 class Part(Enum):
@@ -72,17 +74,20 @@ class _Ahead(threading.local):
     """The checked tokens that nobody has asked for yet; of one cache at a time."""
 
     cache: "weakref.ref[Any] | None" = None
+    end: CommonEnd | None = None  # of that cache: the entries that the caller knows of
     checked: Any = None  # the output of the check
-    drafted: list[int] | Tensor = ()  # type: ignore[assignment]  # behind the first token
+    logits: Sequence[Tensor] = ()  # of it, [1, 1, vocabulary] each
+    # ids [1, n], and once somebody asked for another token the list of those behind the first
+    drafted: list[int] | Tensor = ()  # type: ignore[assignment]
     selections: list[Any] = ()  # type: ignore[assignment]  # of each draft step, with its roles
     plan: Plan = Plan(0, 0)
-    length = 0  # entries of the cache that the caller knows of
     served = 0  # drafted tokens that were asked for
 
     def drop(self) -> None:
         """Forget them."""
-        self.cache = self.checked = None
-        self.drafted, self.selections = [], []
+        self.cache = self.end = self.checked = None
+        self.drafted, self.selections, self.logits = [], [], ()
+        self.plan, self.served = Plan(0, 0), 0
 
 
 class RunAhead:
@@ -142,6 +147,9 @@ class RunAhead:
             return self._serve(request)
         self._learn(request)
         self._ahead.drop()
+        if not all(_can_rewind(layer) for layer in request.cache.layers):
+            self.mode.refusal = "a cache that cannot be rolled back"
+            return self.plain(*args, **kwargs)
         plan = self.plan()
         return self._round(request, plan) if plan.tokens else self._plain_step(request, plan)
 
@@ -153,42 +161,40 @@ class RunAhead:
             return "no picture"
         if conversation.has_holes:
             return "a mask with holes"
-        layers: list[Any] = cache.layers
-        if not all(isinstance(layer, Growing) for layer in layers):
-            return "a cache that cannot be rolled back"
         return request_of(named, cache, conversation)
 
     def _is_ahead(self, request: Request) -> bool:
         """Whether this call's token was drafted, checked, and its entry of the cache is there."""
-        ahead = self._ahead
-        known: Any = None if ahead.cache is None else ahead.cache()
-        if known is not request.cache:
+        ahead, end = self._ahead, self._ahead.end
+        if end is None or not self._is_cache(request.cache):
             return False
         if isinstance(ahead.drafted, Tensor):
-            ahead.drafted = ahead.drafted.tolist()
-        if ahead.served >= len(ahead.drafted) or request.length != ahead.length:
+            ahead.drafted = ahead.drafted.tolist()[0][1:]
+        if ahead.served >= len(ahead.drafted) or not end.is_of(request.cache.layers):
             return False
-        if not all(layer.is_as_left for layer in request.cache.layers):
-            return False  # cropped or reordered by its owner
         return int(request.token) == ahead.drafted[ahead.served]
+
+    def _is_cache(self, cache: Any) -> bool:
+        """Whether this is the cache that tokens were checked for."""
+        known = self._ahead.cache
+        return known is not None and known() is cache
 
     def _serve(self, request: Request) -> Any:
         ahead = self._ahead
         ahead.served += 1
-        ahead.length += 1
-        for layer in request.cache.layers:
-            layer.set_length(ahead.length)
+        assert ahead.end is not None
+        ahead.end.move(request.length + 1)
         _go_on(request.conversation, ahead.selections, ahead.served)
         self.patched.recorder.add_accepted()
-        return _answer(ahead.checked, ahead.served)
+        return _answer(ahead.checked, ahead.logits[ahead.served])
 
     def _learn(self, request: Request) -> None:
         """Tell the policy how the drafts of the last round fared, if this is its next token."""
         ahead = self._ahead
-        if ahead.cache is None or not ahead.plan.tokens:
+        if ahead.end is None or not ahead.plan.tokens:
             return
-        goes_on = ahead.cache() is request.cache and ahead.length == request.length
-        drafted = len(ahead.drafted) if goes_on else ahead.served
+        goes_on = self._is_cache(request.cache) and ahead.end.length == request.length
+        drafted = ahead.plan.tokens if goes_on else ahead.served
         self.policy.learn(ahead.plan, [(drafted, ahead.served)] if drafted else [])
 
     def _plain_step(self, request: Request, plan: Plan) -> Any:
@@ -212,23 +218,24 @@ class RunAhead:
         conversation, length = request.conversation, request.length
         before = conversation.steps, conversation.selection, conversation.selection_roles
         tokens, selections = [request.token], []
+        arguments = request.of_all(plan.tokens + 1)
         try:
             marks = [self.mark(request.token.device)]
             drafting = self.mode.of(Part.DRAFT, self.ways[plan.way])
             with drafting, self._draws.of(length, request.token) as choose:
                 for i in range(plan.tokens):
-                    logits = self.plain(**request.step(i, tokens[-1])).logits
+                    logits = self.plain(**arguments.step(i, tokens[-1])).logits
                     selections.append((conversation.selection, conversation.selection_roles))
-                    tokens.append(choose(logits[:, -1]))
-            _set_length(request.cache, length)
+                    tokens.append(choose(logits))
+            _end(request.cache, length)
             ids = torch.cat(tokens, dim=1)  # [1, draft + 1]
             marks.append(self.mark(request.token.device))
             with self.mode.of(Part.CHECK):
-                checked = self.plain(**request.whole(ids))
+                checked = self.plain(**arguments.check(ids))
             marks.append(self.mark(request.token.device))
-            _set_length(request.cache, length + 1)
+            end = _end(request.cache, length + 1)
         except BaseException:  # Ctrl-C too: as after the last token that the caller knows of
-            _set_length(request.cache, length)
+            _end(request.cache, length)
             conversation.steps, conversation.selection, conversation.selection_roles = before
             self._ahead.drop()
             raise
@@ -236,11 +243,12 @@ class RunAhead:
         conversation.steps = before[0]
         _go_on(conversation, selections, 0)
         ahead = self._ahead
-        ahead.cache, ahead.checked = weakref.ref(request.cache), checked
-        ahead.drafted, ahead.selections = ids[0, 1:], selections
-        ahead.length, ahead.served, ahead.plan = length + 1, 0, plan
+        ahead.cache, ahead.end, ahead.checked = weakref.ref(request.cache), end, checked
+        ahead.logits = checked.logits.split(1, dim=1)
+        ahead.drafted, ahead.selections = ids, selections
+        ahead.served, ahead.plan = 0, plan
         self.patched.recorder.add_round(plan.tokens)
-        return _answer(checked, 0)
+        return _answer(checked, ahead.logits[0])
 
 
 def _go_on(conversation: Conversation, selections: list[Any], served: int) -> None:
@@ -250,23 +258,36 @@ def _go_on(conversation: Conversation, selections: list[Any], served: int) -> No
     conversation.selection, conversation.selection_roles = last
 
 
-def _set_length(cache: Any, length: int) -> None:
-    for layer in cache.layers:
-        layer.set_length(length)
+def _can_rewind(layer: Any) -> bool:
+    return isinstance(layer, Rewindable) and layer.can_rewind
 
 
-def _answer(checked: Any, number: int) -> Any:
+def _end(cache: Any, length: int) -> CommonEnd:
+    """Let all layers end at `length`."""
+    return CommonEnd(cache.layers, length)
+
+
+def _answer(checked: Any, logits: Tensor) -> Any:
     """What the dense model says behind one token of a check."""
-    return dataclasses.replace(checked, logits=checked.logits[:, number : number + 1])
+    kind: Any = type(checked)
+    answer = kind.__new__(kind)  # past the checks of what was checked already
+    answer.__dict__.update(checked.__dict__, logits=logits)
+    for name, value in checked.items():
+        OrderedDict.__setitem__(answer, name, value)
+    OrderedDict.__setitem__(answer, "logits", logits)
+    return answer
+
+
+def _kinds(anatomy: Anatomy) -> set[str]:
+    kinds = getattr(anatomy.config, "layer_types", None)
+    return set(kinds) if kinds else {"full_attention"}
 
 
 def refuse(anatomy: Anatomy) -> None:
     """Refuse a model whose rejected tokens could not be rolled back, or that drafts nothing."""
     if anatomy.dense_because:
         reason = anatomy.dense_because
-    elif not all(anatomy.full):
-        kinds = getattr(anatomy.config, "layer_types", None) or ["sliding_attention"]
-        others = sorted({kind for kind in kinds if kind != "full_attention"})
+    elif others := sorted(_kinds(anatomy) - REWINDABLE):
         reason = (
             f"it has layers of {', '.join(others)}, whose state cannot be rolled back "
             "behind a rejected token"

@@ -12,8 +12,10 @@ from ..layer_ops import LayerOps
 from .conversation import Conversation
 from .families import Anatomy
 from .float8_layers import fit_layers
+from .kv_layers import swap_layers
 from .layer_roles import LayerRoles
 from .notices import Notices
+from .sliding_layers import swap_sliding
 from .stats import Recorder
 from .tensor_parallel import HeadGroup
 
@@ -59,6 +61,12 @@ class PatchedModel:
             most = backends.resolve(name, device, lambda backend: None, 2).max_queries
             self._most_queries[device] = most
         return queries <= most
+
+    def swap_layers(self, cache: Any) -> None:
+        """Put our layers in place of the untouched ones of a cache."""
+        swap_layers(cache, len(self.anatomy.full))
+        if self.mode is not None:
+            swap_sliding(cache)
 
     @property
     def stores_8_bits(self) -> bool:

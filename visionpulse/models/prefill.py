@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .conversation import Conversation, visual_set
 from .dense_steps import DenseSteps
-from .kv_layers import attach, conversation_of, has_layers, swap_layers
+from .kv_layers import attach, conversation_of, has_layers
 from .masks import has_holes
 from .notices import DenseReason
 from .patched_model import PatchedModel
@@ -44,7 +44,7 @@ class Prefill:
             return None
         past, capacity, conversation = 0, None, None
         if cache is not None:
-            swap_layers(cache, len(patched.anatomy.full))
+            patched.swap_layers(cache)
             patched.fit_layers(cache)
             patched.notices.cache(cache)
             conversation = conversation_of(cache, self._layer)

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..selection import Selection
 from . import registry
 from .arguments import cache_of_output
-from .kv_layers import conversation_of, swap_layers
+from .kv_layers import conversation_of
 from .lossless import Part, RunAhead
 from .ragged_cache import RowPlaces, can_be_ragged, end_at, ragged
 from .rounds import BatchRequest, batch_request_of
@@ -70,11 +70,13 @@ class BatchLoop:
         reason = refusal_of(logits_processor, stopping_criteria)
         cache = cache_of_output(kwargs)
         if cache is not None:
-            swap_layers(cache, len(patched.anatomy.full))
+            patched.swap_layers(cache)
         if synced_gpus:
             reason = "a model split over processes"
         elif cache is None or not can_be_ragged(cache):
             reason = "a cache that no row can be rolled back in"
+        elif "chunked_attention" in (getattr(patched.anatomy.config, "layer_types", None) or ()):
+            reason = "layers that attend within chunks"
         elif registry.base_name(patched.anatomy.config) not in ("sdpa", "eager"):
             reason = "an attention implementation that takes no mask of our own"
         if reason is None:
@@ -131,8 +133,7 @@ class _Batch:
         kwargs = model._update_model_kwargs_for_generation(output, self._kwargs)
         ids = torch.cat((ends.prompt, said), dim=1)
         named = model.prepare_inputs_for_generation(ids, next_sequence_length=1, **kwargs)
-        anatomy = self._ahead.patched.anatomy
-        return batch_request_of(named, ends.width, registry.base_name(anatomy.config))
+        return batch_request_of(named, ends.width, self._ahead.patched.anatomy.config)
 
     def _round(self, request: BatchRequest, places: RowPlaces) -> None:
         """Draft and check."""

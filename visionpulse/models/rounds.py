@@ -1,11 +1,15 @@
 """The arguments of a decode step, and what they are for the tokens of a round that it begins."""
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from . import registry
 from .conversation import Conversation
+from .sliding_layers import BEFORE
 from .visual_positions import has_features
 
 _POSITIONS = ("position_ids", "cache_position")  # [.., 1], one more for each token
@@ -22,41 +26,65 @@ class Request(NamedTuple):
     length: int  # entries of the cache
     token: Tensor  # [1, 1]
 
-    def step(self, number: int, token: Tensor) -> dict[str, Any]:
-        """The arguments of draft step `number` with its token [1, 1]."""
-        return self._with(token, number, 1)
-
-    def whole(self, ids: Tensor) -> dict[str, Any]:
-        """The arguments of the check of ids [1, n]; it gives the logits of all."""
-        named = self._with(ids, 0, ids.shape[1])
-        return named | {"logits_to_keep": 0} if "logits_to_keep" in named else named
-
-    def _with(self, ids: Tensor, first: int, count: int) -> dict[str, Any]:
-        """Arguments for `count` tokens, `first` places behind the token of the request."""
-        named = dict(self.named)
-        named["input_ids"] = ids
-        mask = named.get("attention_mask")
+    def of_all(self, tokens: int) -> "RoundArguments":
+        """The arguments for a round of so many tokens; that of the request is the first."""
+        whole: dict[str, Tensor] = {}
+        moving: dict[str, tuple[Tensor, ...]] = {}
+        checked: dict[str, Tensor] = {}
+        mask = self.named.get("attention_mask")
         if mask is not None:
-            more = mask.new_ones(1, first + count - 1)
-            named["attention_mask"] = torch.cat((mask, more), dim=1)
-        for name in _POSITIONS:
-            value = named.get(name)
-            if value is not None:
-                named[name] = value + torch.arange(first, first + count, device=value.device)
+            whole["attention_mask"] = pad(mask, (0, tokens - 1), value=1)
         for name in _KINDS:
-            value = named.get(name)
+            value = self.named.get(name)
             if value is not None and value.shape[1] == 1:
-                named[name] = value.expand(-1, count)
+                checked[name] = value.expand(-1, tokens)  # the same for each
             elif value is not None:  # of all tokens; those of a draft are text
-                more = value.new_zeros(1, first + count - 1)
-                named[name] = torch.cat((value, more), dim=1)
+                whole[name] = pad(value, (0, tokens - 1))
+        for name in _POSITIONS:
+            value = self.named.get(name)
+            if value is not None:
+                checked[name] = places = value + _steps(tokens, value.device)
+                moving[name] = places.split(1, dim=-1)
+        return RoundArguments(self.named, whole, moving, checked)
+
+
+class RoundArguments(NamedTuple):
+    """The arguments of one token of one row, and of those behind it."""
+
+    named: dict[str, Any]
+    whole: dict[str, Tensor]  # [1, keys]: a token's forward gets those of the keys it sees
+    moving: dict[str, tuple[Tensor, ...]]  # of each token
+    checked: dict[str, Tensor]  # [.., tokens]
+
+    def step(self, number: int, token: Tensor) -> dict[str, Any]:
+        """Those of draft step `number` with its token [1, 1]."""
+        if not number:
+            return self.named
+        named = {**self.named, "input_ids": token}
+        for name, value in self.whole.items():
+            named[name] = value.narrow(1, 0, self.named[name].shape[1] + number)
+        for name, values in self.moving.items():
+            named[name] = values[number]
         return named
+
+    def check(self, ids: Tensor) -> dict[str, Any]:
+        """Those of the check of ids [1, tokens]; it gives the logits of all."""
+        named = {**self.named, **self.whole, **self.checked, "input_ids": ids}
+        if "logits_to_keep" in named:
+            named["logits_to_keep"] = 0
+        return named
+
+
+@functools.lru_cache
+def _steps(tokens: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.arange(tokens, device=device)
 
 
 def request_of(named: dict[str, Any], cache: Any, conversation: Conversation) -> Request | str:
     """A call of the model as a step to run ahead of, or why it is none."""
     ids, length = named.get("input_ids"), int(cache.get_seq_length())
-    if not isinstance(ids, Tensor) or ids.shape[1:] != (1,):
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[1] != 1:
         return "no step of one token"
     if ids.shape[0] != 1:
         return f"a batch of {ids.shape[0]} rows"
@@ -81,6 +109,7 @@ class BatchRequest(NamedTuple):
     named: dict[str, Any]
     visible: Tensor  # bool [B, n], the keys of the prompt
     is_additive: bool  # the mask, as eager attention takes it
+    window: int | None  # of the layers whose attention slides, if any
 
     def rows_of(self, numbers: list[Any]) -> Tensor:
         """Numbers of the host, of each row, where the tokens are."""
@@ -94,16 +123,19 @@ class BatchRequest(NamedTuple):
         width, queries = self.visible.shape[1], ids.shape[1]
         ahead = first[:, None] + torch.arange(queries, device=first.device)  # [B, Q]
         slots = ahead + width
-        seen = torch.nn.functional.pad(self.visible, (0, size - width), value=True)
+        seen = pad(self.visible, (0, size - width), value=True)
         places = torch.arange(size, device=slots.device)
         mask = (seen[:, None] & (places <= slots[:, :, None]))[:, None]  # [B, 1, Q, size]
         named = {**self.named, "input_ids": ids, "position_ids": self.named["position_ids"] + ahead}
-        named["attention_mask"] = mask
-        if self.is_additive:
-            low = torch.finfo(torch.float32).min
-            named["attention_mask"] = torch.zeros(mask.shape, device=mask.device).masked_fill_(
-                ~mask, low
-            )
+        if self.window is None:
+            named["attention_mask"] = self._mask(mask)
+        else:
+            near = mask & (places > slots[:, None, :, None] - self.window)
+            begin = max(width - (self.window - 1 + BEFORE), 0)  # what the layers hold
+            named["attention_mask"] = {
+                "full_attention": self._mask(mask),
+                "sliding_attention": self._mask(near[..., begin:]),
+            }
         for name in _KINDS:
             if named.get(name) is not None:
                 named[name] = named[name][:, -1:].expand(-1, queries)
@@ -111,9 +143,20 @@ class BatchRequest(NamedTuple):
             named["logits_to_keep"] = 0
         return named, slots
 
+    def _mask(self, seen: Tensor) -> Tensor:
+        """A mask [B, 1, Q, N] as the model's attention takes it."""
+        if not self.is_additive:
+            return seen
+        low = torch.finfo(torch.float32).min
+        return torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, low)
 
-def batch_request_of(named: dict[str, Any], width: int, attention: str) -> BatchRequest:
+
+def batch_request_of(named: dict[str, Any], width: int, decoder_config: Any) -> BatchRequest:
     """The call that `generate()` would make behind a prompt of `width`, for blocks of tokens."""
     named = {name: value for name, value in named.items() if name != "cache_position"}
     visible = named["attention_mask"][:, :width].bool()
-    return BatchRequest(named, visible, attention == "eager")
+    slides = "sliding_attention" in (getattr(decoder_config, "layer_types", None) or ())
+    return BatchRequest(
+        named, visible, registry.base_name(decoder_config) == "eager",
+        decoder_config.sliding_window if slides else None,
+    )  # fmt: skip

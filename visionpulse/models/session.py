@@ -46,12 +46,10 @@ class Session:
         self._config = config
         registry.enter(anatomy.decoder, attention)
         self._finalizer = weakref.finalize(anatomy.decoder, registry.leave, id(anatomy.config))
+        self.patched.mode = Mode() if draft else None
         self._hooks = _SessionHooks(self)
         self._draft = draft
-        self._ahead: RunAhead | None = None
-        if draft:
-            self.patched.mode = Mode()
-            self._ahead = RunAhead(self.patched, self.patched.mode, draft)
+        self._ahead = RunAhead(self.patched, self.patched.mode, draft) if draft else None
 
     @property
     def config(self) -> PulseConfig:

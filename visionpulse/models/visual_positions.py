@@ -1,5 +1,6 @@
 """Finds the visual tokens of a prompt: in its token ids, in its embeddings, or in a user's mask."""
 
+import functools
 import re
 import threading
 from typing import Any
@@ -85,7 +86,12 @@ class VisualPositions(threading.local):
 
 def has_features(kwargs: dict[str, Any]) -> bool:
     """Whether pictures are among the arguments of a forward."""
-    return any(_FEATURES.search(name) and _is_something(part) for name, part in kwargs.items())
+    return any(_names_feature(name) and _is_something(part) for name, part in kwargs.items())
+
+
+@functools.cache
+def _names_feature(name: str) -> bool:
+    return _FEATURES.search(name) is not None
 
 
 def _is_something(value: Any) -> bool:

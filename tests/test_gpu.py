@@ -1,5 +1,10 @@
 """What only a GPU can show of the CUDA and Triton backends: graphs, streams, and no look back."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -199,6 +204,70 @@ def test_streams_do_not_disturb_each_other(on):
     torch.cuda.synchronize()
     for step, results in zip(steps, wanted, strict=True):
         assert_same(step.results(), results)
+
+
+def test_a_neighbour_that_burns_changes_no_bit(on):
+    """Blocks come in any order and few at a time, and clusters wait for room."""
+    problem, side = LONG.build(torch.bfloat16, "cuda"), torch.cuda.Stream()
+    step = Step(problem, on)
+    wanted = step().results()
+    heat = torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda")
+    different = torch.zeros((), dtype=torch.int64, device="cuda")
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side):
+        for _ in range(300):
+            heat @ heat
+    for _ in range(100):
+        for now, then in zip(step().results(), wanted, strict=True):
+            different += (now.nan_to_num(9) != then.nan_to_num(9)).sum()
+    torch.cuda.current_stream().synchronize()
+    assert not side.query(), "the neighbour ended before the steps did"
+    assert int(different) == 0
+
+
+def test_tensors_on_a_second_device_are_served_there(on):
+    """While the first one is current, in turns with it, and on a stream of their own."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU")
+    first, second = (LONG.build(torch.bfloat16, f"cuda:{n}") for n in range(2))
+    steps = Step(first, on), Step(second, on)
+    wanted = steps[0]().results()
+    side = torch.cuda.Stream("cuda:1")
+    side.wait_stream(torch.cuda.current_stream("cuda:1"))
+    for _ in range(3):
+        assert_same([t.to("cuda:0") for t in steps[1]().results()], wanted)
+        assert_same(steps[0]().results(), wanted)
+        with torch.cuda.stream(side):
+            results = steps[1]().results()
+        side.synchronize()
+        assert_same([t.to("cuda:0") for t in results], wanted)
+        assert torch.cuda.current_device() == 0
+
+
+FIRST_USE = """
+import torch
+from test_gpu import LONG, Step, assert_same
+step = Step(LONG.build(torch.bfloat16, "cuda"), "cuda")
+torch.cuda.synchronize()
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    step()
+graph.replay()
+replayed = step.results()
+assert_same(replayed, Step(step.problem, "cuda")().results())
+"""
+
+
+@pytest.mark.backend("cuda")
+def test_a_first_use_may_lie_in_a_capture():
+    """No kernel is loaded before: a process of its own."""
+    here = Path(__file__).parent
+    paths = os.pathsep.join((str(here), os.environ.get("PYTHONPATH", "")))
+    done = subprocess.run(
+        [sys.executable, "-c", FIRST_USE], cwd=here.parent, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": paths, "CUDA_MODULE_LOADING": "LAZY"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_back_to_back_steps_give_the_same_bits(on):

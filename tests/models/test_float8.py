@@ -203,7 +203,8 @@ def live_bytes():
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 def test_the_cache_of_8192_tokens_takes_half_the_memory(tiny, kind):
-    vlm = tiny("llava", num_hidden_layers=2, head_dim=64)
+    few_heads = {"num_attention_heads": 2, "head_dim": 64}
+    vlm = tiny("llava", num_hidden_layers=2, **few_heads)
     vlm.model.to(torch.bfloat16)
     inputs = vlm.inputs([8192 - 5])
 

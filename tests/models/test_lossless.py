@@ -100,7 +100,7 @@ def test_tokens_scores_and_cache_are_the_unpatched_models(tiny, name, draft):
 def test_on_families_and_drafts(tiny, family, draft):
     vlm = tiny(family)
     wanted = generated(vlm, {})
-    for count in (1, 5, 15):
+    for count in (1, 5, 15) if family == "llava" else (5,):
         with vp.patch(vlm.model, DRAFTS[draft], lossless=True, draft=count) as session:
             assert_same(generated(vlm, {}), wanted)
             stats = session.stats

@@ -191,6 +191,16 @@ PROOFS = {
     "serving-clients": Proof(
         ("tests/serving/test_server.py",), SERVING, ("torch",), engine=True, optional=True,
     ),
+    "serving-sglang": Proof(
+        ("tests/serving/test_sglang.py",),
+        ("visionpulse/*.py", "visionpulse/serving/*.py", "visionpulse/backends/", "pyproject.toml",
+         "tests/serving/environment.py", "tests/serving/*sglang*.py"),
+        ("torch",),
+        # sglang, and what it imports that vLLM's environment lacks
+        packages=("sglang==0.5.23", "orjson==3.13.0", "ipython==9.18.1", "traitlets==5.16.1",
+                  "gguf==0.19.0"),
+        engine=True,
+    ),
     "lmms-eval": Proof(
         ("tests/test_lmms_eval.py",),
         ("visionpulse/integrations/", "visionpulse/models/", "visionpulse/cli/run.py",

@@ -80,8 +80,8 @@ ALLOWED = {
     "__main__": {"cli"},
 }  # fmt: skip
 OPTIONAL = {
-    "transformers", "triton", "matplotlib", "vllm", "prometheus_client", "lmms_eval", "accelerate",
-    "peft",
+    "transformers", "triton", "matplotlib", "vllm", "sglang", "prometheus_client", "lmms_eval",
+    "accelerate", "peft",
 }  # fmt: skip
 # Modules that only an engine imports have the engine; the package above them does not.
 INSIDE = {"serving.vllm": {"vllm", "prometheus_client"}}

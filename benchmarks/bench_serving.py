@@ -4,7 +4,7 @@
 
 Runs in the Python that has vLLM. Both read a paged cache of vLLM's block size; vLLM's holds its own
 packed layout, ours plain rows, as in the engines. One layer of each kind is timed, cold, and
-multiplied. `serve_bench.py` times whole servers.
+multiplied.
 """
 
 import argparse

@@ -1,10 +1,15 @@
 """What transformers says to the same requests, dense or with `vp.patch`, one at a time."""
 
+from contextlib import contextmanager
+from unittest import mock
+
 import torch
 from asks import Ask
 
 import visionpulse as vp
 from visionpulse.data import tiny, trail
+from visionpulse.float8 import FLOAT8
+from visionpulse.models import float8_layers
 
 
 def inputs_of(ask: Ask) -> dict:
@@ -30,3 +35,20 @@ def tokens(asks: list[Ask], config: vp.PulseConfig | None, count: int) -> list[l
         out = model.generate(**inputs, max_new_tokens=count, do_sample=False, pad_token_id=0)
         made.append(out[0, inputs["input_ids"].shape[1] :].tolist())
     return made
+
+
+@contextmanager
+def stored_as_in_an_engine():
+    """A cache of 8 bits as vLLM has it: all scales are 1, and a prefill reads what it stored."""
+    layer = float8_layers.Float8Growing
+    update = layer.update
+
+    def read_back(self, key_states, *args, **kwargs):
+        found = update(self, key_states, *args, **kwargs)
+        if found[0].dtype == FLOAT8:  # a decode step
+            return found
+        return self.read_back(key_states.dtype, found[0].shape[2])
+
+    ones = mock.patch.object(float8_layers, "scales_for", lambda x: torch.ones(x.shape[1]))
+    with ones, mock.patch.object(layer, "update", read_back):
+        yield

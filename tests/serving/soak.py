@@ -3,8 +3,10 @@
     $(python tests/serving/environment.py) tests/serving/soak.py --minutes 20 --out FILE
 
 Each answer is compared with what the same server said to the same request alone, before the soak.
-Fails on a wrong answer, a request that does not end, or memory that grows after the warm-up. Runs
-in vLLM's Python, which has openai and psutil; `--out` appends what was seen as a row.
+An answer that differs must be one of a request that was preempted: vLLM then reads the prompt and
+the words so far anew, in one dense prefill, so the server, asked alone for what follows them, says
+the rest. Fails on any other answer, a request that does not end, or memory that grows after the
+warm-up. Runs in vLLM's Python, which has openai and psutil; `--out` appends what was seen as a row.
 """
 
 import argparse
@@ -16,7 +18,7 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -93,6 +95,7 @@ class Soak:
         self.model = self.client.models.list().data[0].id
         self.seen: Counter[str] = Counter()
         self.faults: list[str] = []
+        self.others: list[tuple[Case, str, list[str], list[str]]] = []  # answers that differ
         self.wrong = 0
         self.slowest = 0.0  # seconds of a request
         self.memory: list[dict[int, int]] = []  # bytes of each process
@@ -108,8 +111,10 @@ class Soak:
         ]
         self.right = sum(known) / len(known)
 
-    def stream(self, case: Case, tokens: int, extra: dict[str, Any]) -> Any:
-        """The streamed answer."""
+    def stream(
+        self, case: Case, tokens: int, extra: dict[str, Any], begun: Sequence[str] = ()
+    ) -> Any:
+        """The streamed answer, or what follows the words that it has begun with."""
         wish = {"vllm_xargs": {"visionpulse": case.wish}} if case.wish else {}
         content = case.content
         if random.random() < NEW:  # a name of its own makes a picture new
@@ -117,15 +122,24 @@ class Soak:
                 part | {"uuid": uuid.uuid4().hex} if part["type"] == "image_url" else part
                 for part in content
             ]
+        messages: Any = [{"role": "user", "content": content}]
+        if begun:
+            messages.append({"role": "assistant", "content": " ".join(begun)})
+            extra = extra | {"add_generation_prompt": False, "continue_final_message": True}
         return self.client.chat.completions.create(
-            model=self.model, messages=[{"role": "user", "content": content}], stream=True,
-            temperature=0, max_tokens=tokens,
+            model=self.model,
+            messages=messages,
+            stream=True,
+            temperature=0,
+            max_tokens=tokens,
             extra_body={"skip_special_tokens": False} | wish | extra,
-        )  # fmt: skip
+        )
 
-    def words(self, case: Case, tokens: int = trail.LONGEST_ANSWER) -> list[str]:
+    def words(
+        self, case: Case, tokens: int = trail.LONGEST_ANSWER, begun: Sequence[str] = ()
+    ) -> list[str]:
         """All words of an answer of at most so many tokens."""
-        chunks = self.stream(case, tokens, {})
+        chunks = self.stream(case, tokens, {}, begun)
         return "".join(c.choices[0].delta.content or "" for c in chunks if c.choices).split()
 
     def abort(self, case: Case, words: int) -> list[str]:
@@ -139,8 +153,21 @@ class Soak:
         return said.split()[:-1]  # the last may be half a word
 
     def compare(self, case: Case, how: str, said: list[str], wanted: list[str]) -> None:
-        """Count a wrong answer and keep what it was."""
+        """Keep an answer that differs."""
         if said != wanted:
+            self.others.append((case, how, said, wanted))
+
+    def judge(self) -> None:
+        """Ask alone how those answers came about."""
+        for case, how, said, wanted in self.others:
+            pairs = enumerate(zip(said, wanted, strict=False))
+            same = next((i for i, (a, b) in pairs if a != b), min(len(said), len(wanted)))
+            again = (
+                self.words(case, len(said) - k, said[:k]) == said[k:] for k in range(1, same + 1)
+            )
+            if how != "alone again" and any(again):
+                self.seen["differs behind a preemption"] += 1
+                continue
             self.wrong += 1
             said, wanted = " ".join(said), " ".join(wanted)
             self.faults.append(f"{case.name}, {case.wish}, {how}: {said!r}, expected {wanted!r}")
@@ -201,6 +228,7 @@ class Soak:
         if stuck:
             self.faults.append(f"{stuck} requests did not end")
         self.server.until("vllm:num_requests_running", lambda n: n == 0)
+        self.judge()
         fifth = max(1, len(self.memory) // 5)
         early, late = (
             {pid: statistics.median(one[pid] for one in part) / 2**20 for pid in part[-1]}
@@ -214,6 +242,8 @@ class Soak:
                  "cached_tokens": "vllm:prefix_cache_hits_total",
                  "sparse_rows": "visionpulse:decode_rows_total",
                  "dense_rows": "visionpulse:dense_rows_total"}  # fmt: skip
+        if self.seen["differs behind a preemption"] > seen.get(names["preemptions"], 0):
+            self.faults.append("more answers differ than requests were preempted")
         if not seen.get(names["preemptions"]):
             self.faults.append("nothing was preempted")
         return {
@@ -222,6 +252,10 @@ class Soak:
             "requests": sum(self.seen[kind] for kind in KINDS), "seen": dict(self.seen),
             "wrong": self.wrong, "stuck": stuck, "slowest_s": round(self.slowest, 1),
             "rss_mib": [round(part) for part in total],
+            "rss_mib_by_tenth": [
+                round(sum(self.memory[i * len(self.memory) // 10].values()) / 2**20)
+                for i in range(10)
+            ],
             "rss_mib_of_processes": [[round(n) for n in part.values()] for part in (early, late)],
             **{name: seen.get(series, 0.0) for name, series in names.items()},
             "faults": self.faults[:10],

@@ -46,6 +46,7 @@ CHUNKED = {"max_num_batched_tokens": 96, "enable_chunked_prefill": True, "max_nu
 # 41 blocks of 32 tokens hold not all nine requests at once.
 FEW_BLOCKS = {"num_gpu_blocks_override": 41, "block_size": 32, "max_model_len": 1024}
 CACHED = {"enable_prefix_caching": True}
+EIGHT = {"kv_cache_dtype": "fp8"}  # vLLM itself asks for AVX-512 or AMX
 GROUPS = (  # a process each
     [
         engine("stock"),
@@ -59,6 +60,10 @@ GROUPS = (  # a process each
         engine("preemption", PRUNED, **FEW_BLOCKS),
         engine("lookback, preemption", SETTINGS["lookback"], **FEW_BLOCKS),
         engine("small blocks", PRUNED, block_size=32),
+    ],
+    [
+        engine("8 bits", PRUNED, **EIGHT),
+        engine("8 bits, chunked", PRUNED, **EIGHT, **CHUNKED),
     ],
 )
 
@@ -100,12 +105,15 @@ def tokens_of(name, turn=0):
 def expected(name):
     """Tokens of transformers: dense, or patched with a setting."""
     if name == "dense":
-        config = None
-    else:
-        fields = dict(SETTINGS[name])
-        config = resolve(fields.pop("preset", "10pct")).updated(
-            **{key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}
-        )
+        return oracle.tokens(asks.mixed(), None, TOKENS)
+    if name == "8 bits":
+        with oracle.stored_as_in_an_engine():
+            config = resolve("5pct").updated(cache="fp8")
+            return oracle.tokens(asks.mixed(), config, TOKENS)
+    fields = dict(SETTINGS[name])
+    config = resolve(fields.pop("preset", "10pct")).updated(
+        **{key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}
+    )
     return oracle.tokens(asks.mixed(), config, TOKENS)
 
 
@@ -148,6 +156,12 @@ def test_stock_vllm_in_chunks_is_dense_too():
 def test_a_prefix_from_the_cache_changes_nothing():
     assert tokens_of("prefix cache") == tokens_of("prefix cache", 1) == expected("5pct")
     assert max(result("prefix cache")["rounds"][1]["cached"]) >= 128
+
+
+@pytest.mark.parametrize("name", ("8 bits", "8 bits, chunked"))
+def test_a_cache_of_8_bits_says_what_the_patched_model_says_with_one(name):
+    assert tokens_of(name) == expected("8 bits")
+    assert tokens_of(name) != expected("5pct")
 
 
 def test_an_engine_without_our_key_has_vllms_own_classes():

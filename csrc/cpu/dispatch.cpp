@@ -36,7 +36,9 @@ std::vector<const Kernels*> available() {
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
                       __builtin_cpu_supports("lzcnt");
-  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  // tables of bytes too: of the CPUs with bfloat16 only Cooper Lake has none, and takes avx512
+  const bool bf16 =
+      avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
   (void)bf16;
 #if defined(VP_HAVE_AVX512_BF16)
   if (bf16) found.push_back(&kAvx512Bf16);

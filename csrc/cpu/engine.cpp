@@ -241,7 +241,7 @@ void merge(const Kernels& kernels, const Call& c, int threads) {
 
 // The pass over all visible keys.
 void stream(const Kernels& kernels, Call& c, const Plan& plan, int threads) {
-  const int type = static_cast<int>(c.cache.dtype);
+  const int type = storage_of(c);
   c.cuts = plan.visible;
   c.shared = c.queries.count > 1;
   c.part_heads = plan.shared_heads;
@@ -329,7 +329,7 @@ int64_t attend(const Kernels& kernels, Call c, const Scratch& scratch) {
   c.with_values = true;
   if (sparse) {
     const int parts = cut_attended(c, plan, scratch.threads);
-    run_parts(c, parts, scratch.threads, kernels.stream[static_cast<int>(c.cache.dtype)]);
+    run_parts(c, parts, scratch.threads, kernels.stream[storage_of(c)]);
   } else {
     stream(kernels, c, plan, scratch.threads);
   }
@@ -382,7 +382,7 @@ int64_t decode(const Kernels& kernels, Call c, bool dense, float* scores, const 
   c.selection = {c.indices, c.counts, c.score.k_max};
   c.with_values = true;
   const int parts = cut_attended(c, plan, scratch.threads);
-  run_parts(c, parts, scratch.threads, kernels.weigh[static_cast<int>(c.cache.dtype)]);
+  run_parts(c, parts, scratch.threads, kernels.weigh[storage_of(c)]);
   merge(kernels, c, scratch.threads);
   return 0;
 }

@@ -8,6 +8,7 @@
 namespace visionpulse::cpu {
 
 constexpr int kBlock = 32;      // most keys of a block of a stream: its K and V stay in L1
+constexpr int kByteBlock = 64;  // the same in 8 bits
 constexpr int kListBlock = 64;  // keys of a block of a list: scattered keys take longer to arrive
 constexpr int kLanes = 16;      // logits of a tile: kLanes / HT keys of HT = 1, 2 or 4 heads
 constexpr int kScoreChunk = 1024;  // keys of one score task
@@ -112,20 +113,29 @@ struct GatherProbe {
   int32_t ahead;  // keys from a prefetch to its use; below 0: K and V in blocks of so many
 };
 
-// The kernels of one instruction set; arrays have one kernel for each DType, those of 4 by that of
-// the cache, those of 3 by that of the output.
+// The place of a call's storage type in a table: that of the cache's DType, or the last for kFloat8
+// beside q in bfloat16, which has kernels of its own where the CPU multiplies pairs of bfloat16.
+VP_HD int32_t storage_of(const Call& c) {
+  const bool pairs = c.cache.dtype == DType::kFloat8 && c.dtype == DType::kBFloat16;
+  return static_cast<int32_t>(c.cache.dtype) + (pairs ? 1 : 0);
+}
+constexpr int32_t kStorages = 5;
+
+// The kernels of one instruction set; arrays have one kernel for each storage type, those of 3 for
+// each DType of the output.
 struct Kernels {
   const char* name;
   int32_t unit;              // columns of a value step
   int32_t width;             // floats in a register
   bool rounds_bf16_weights;  // those of V in bfloat16 are rounded to it; else float32
   // One part of one KV head, in one pass: logits, statistics and, if wanted, the sum of V.
-  void (*stream[4])(const Call&, int32_t row, int32_t kv_head, int32_t part, Run);
+  void (*stream[kStorages])(const Call&, int32_t row, int32_t kv_head, int32_t part, Run);
   // The same from stored logits in place of K.
-  void (*weigh[4])(const Call&, int32_t row, int32_t kv_head, int32_t part, Run);
+  void (*weigh[kStorages])(const Call&, int32_t row, int32_t kv_head, int32_t part, Run);
   // The stream of all queries of a cache row, and before it their q in its layout.
-  void (*stream_shared[4])(const Call&, int32_t cache_row, int32_t kv_head, int32_t part, Run);
-  void (*pack_queries[4])(const Call&, int32_t cache_row, int32_t kv_head);
+  void (*stream_shared[kStorages])(const Call&, int32_t cache_row, int32_t kv_head, int32_t part,
+                                   Run);
+  void (*pack_queries[kStorages])(const Call&, int32_t cache_row, int32_t kv_head);
   // Makes the parts of one KV head one, in order, and writes the output.
   void (*merge[3])(const Call&, int32_t row, int32_t kv_head);
   void (*merge_float8[3])(const Call&, int32_t row, int32_t kv_head);  // from V of kFloat8

@@ -14,6 +14,7 @@ constexpr int kDotLanes = kDotVecs * kWidth;  // dot products of one dot tile
 // type itself.
 template <class T>
 struct Dot {
+  static constexpr int kColumns = kUnit;  // of a unit
   using Query = float;
   struct Unit {
     Vec a, b;
@@ -39,6 +40,7 @@ struct Dot {
 #if defined(VP_HAS_PAIR_DOT)
 template <>
 struct Dot<bf16> {
+  static constexpr int kColumns = kUnit;
   using Query = bf16;
   using Unit = Pairs;
   VP_INLINE Unit query(const bf16* q) { return load_pairs(q); }
@@ -47,6 +49,33 @@ struct Dot<bf16> {
   VP_INLINE Vec add(Vec acc, Unit q, Unit k) { return dot_pairs(acc, q, k); }
   VP_INLINE void store(bf16* to, Unit u) { __builtin_memcpy(to, &u, sizeof u); }
 };
+
+template <>
+struct Dot<f8_as_bf16> {
+  static constexpr int kColumns = 2 * kUnit;
+  using Query = bf16;
+  struct Unit {
+    Pairs a, b;
+  };
+  VP_INLINE Unit query(const bf16* q) { return {load_pairs(q), load_pairs(q + kUnit)}; }
+  VP_INLINE Unit key(const f8_as_bf16* k) {
+    Unit u;
+    widen(load_bytes(k), u.a, u.b);
+    return u;
+  }
+  VP_INLINE Unit key_tail(const f8_as_bf16* k, int n) {
+    Unit u;
+    widen(load_bytes(k, n), u.a, u.b);
+    return u;
+  }
+  VP_INLINE Vec add(Vec acc, Unit q, Unit k) {
+    return dot_pairs(dot_pairs(acc, q.a, k.a), q.b, k.b);
+  }
+  VP_INLINE void store(bf16* to, Unit u) { __builtin_memcpy(to, &u, sizeof u); }
+};
+using f8_beside_bf16 = f8_as_bf16;
+#else
+using f8_beside_bf16 = f8;
 #endif
 
 // The first n elements of a unit of q, then zeros, in the order of K's units.
@@ -57,6 +86,21 @@ struct QueryUnit {
     Dot<T>::store(to, n == kUnit ? Dot<T>::key(from) : Dot<T>::key_tail(from, n));
   }
 };
+
+#if defined(VP_HAS_PAIR_DOT)
+template <>
+struct QueryUnit<f8_as_bf16> {
+  VP_INLINE void load(const Call& c, int64_t at, int n, bf16* to) {
+    constexpr int kColumns = Dot<f8_as_bf16>::kColumns;
+    bf16 columns[kColumns] = {};
+    __builtin_memcpy(columns, static_cast<const bf16*>(c.q) + at, n * sizeof(bf16));
+    for (int i = 0; i < kColumns; i += 16) {
+      __builtin_memcpy(to + i / 2, columns + i, 8 * sizeof(bf16));
+      __builtin_memcpy(to + i / 2 + kUnit, columns + i + 8, 8 * sizeof(bf16));
+    }
+  }
+};
+#endif
 
 // Beside K of f8, q has a dtype of its own; the units of f8 hold their columns in order.
 template <>
@@ -75,21 +119,22 @@ struct QueryUnit<f8> {
 // The query heads of one KV head, padded with zeros to whole head tiles and units.
 template <class T>
 struct Query {
+  static constexpr int kColumns = Dot<T>::kColumns;
   alignas(64) typename Dot<T>::Query data[kMaxGroup * kMaxHeadDim];  // [padded heads, padded D]
   int32_t stride;
 
   VP_INLINE void load(Query& into, const Call& c, int row, int kv_head) {
-    const int group = c.H / c.G, whole = c.D / kUnit, rest = c.D % kUnit;
-    into.stride = padded_dim(c.D, kUnit);
+    const int group = c.H / c.G, whole = c.D / kColumns, rest = c.D % kColumns;
+    into.stride = padded_dim(c.D, kColumns);
     const int64_t first = c.rows[row].cache_row * c.q_stride.row +
                           c.rows[row].query * c.queries.q_stride +
                           int64_t{kv_head} * group * c.q_stride.head;
     for (int h = 0; h < padded_heads(group); ++h) {
       auto* to = into.data + h * into.stride;
-      for (int u = 0; u * kUnit < into.stride; ++u) {
-        const int n = h >= group ? 0 : u < whole ? kUnit : rest;
-        QueryUnit<T>::load(c, n > 0 ? first + h * c.q_stride.head + u * kUnit : first, n,
-                           to + u * kUnit);
+      for (int u = 0; u * kColumns < into.stride; ++u) {
+        const int n = h >= group ? 0 : u < whole ? kColumns : rest;
+        QueryUnit<T>::load(c, n > 0 ? first + h * c.q_stride.head + u * kColumns : first, n,
+                           to + u * kColumns);
       }
     }
   }
@@ -100,13 +145,13 @@ struct Query {
 template <class T, int HT, int DIM>
 VP_INLINE void dot_tile(const typename Dot<T>::Query* q, int q_stride, const T* const* keys,
                         int any_dim, Vec* out /* [kDotVecs] */) {
-  constexpr int kKeys = kDotLanes / HT;
+  constexpr int kKeys = kDotLanes / HT, kColumns = Dot<T>::kColumns;
   const int dim = DIM > 0 ? DIM : any_dim;
   Vec acc[kDotLanes];
   for (int i = 0; i < kDotLanes; ++i) acc[i] = vzero();
-  const int whole = dim / kUnit * kUnit;
+  const int whole = dim / kColumns * kColumns;
 #pragma GCC unroll 8
-  for (int d = 0; d < whole; d += kUnit) {
+  for (int d = 0; d < whole; d += kColumns) {
     typename Dot<T>::Unit query[HT];
     for (int h = 0; h < HT; ++h) query[h] = Dot<T>::query(q + h * q_stride + d);
     for (int n = 0; n < kKeys; ++n) {
@@ -139,7 +184,7 @@ VP_INLINE Scaling scaling_of(const ScoreArgs& s, float factor) {
 // What the elements of K or V that load_unit gives are to be multiplied with.
 template <class T>
 VP_INLINE float factor_of(const CacheScale& scale, int kv_head) {
-  return sizeof(T) == 1 ? scale_of(scale, kv_head) / kFloat8Share : 1.0f;
+  return sizeof(T) == 1 ? scale_of(scale, kv_head) / kShare<T> : 1.0f;
 }
 VP_INLINE Vec logit(Vec dot, const Scaling& s) {
   const Vec z = vmul(dot, vset(s.scale));

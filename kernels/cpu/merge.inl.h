@@ -8,15 +8,21 @@
 
 namespace visionpulse::cpu::VP_ISA {
 
-// Where the sums hold column d of V: in the order in which Weigh loads a unit.
-VP_INLINE int column_of(const void*, int d) { return d; }
-VP_INLINE int column_of(const bf16*, int d) {
+// Where the sums hold column d of V: in the order in which Weigh loads it.
+VP_INLINE int column_of(const void*, int d, int) { return d; }
+VP_INLINE int column_of(const bf16*, int d, int) {
   const int within = d % kUnit, unit = d - within;
 #if defined(VP_HAS_PAIR_DOT)
   return unit + within / 4 % 2 * kWidth + within / 8 * 4 + within % 4;
 #else
   return unit + within % 2 * kWidth + within / 2;
 #endif
+}
+VP_INLINE int column_of(const f8_as_bf16*, int d, int dim) {
+  constexpr int kColumns = 2 * kUnit;
+  const int within = d % kColumns, first = d - within;
+  if (first + kColumns > dim) return column_of(static_cast<const bf16*>(nullptr), d, dim);
+  return first + within / 4 % 4 * kWidth + within / 16 * 4 + within % 4;
 }
 
 // Round to nearest even; overflow becomes infinity, and subnormals are exact.
@@ -72,7 +78,7 @@ static void merge_parts(const Call& c, int row, int kv_head) {
     const float inverse =
         m == minus_infinity() && l == 0.0f ? 0.0f : factor_of<K>(c.cache.v_scale, kv_head) / l;
     const K* const stored = nullptr;
-    for (int d = 0; d < c.D; ++d) store_as(out + d, sum[column_of(stored, d)] * inverse);
+    for (int d = 0; d < c.D; ++d) store_as(out + d, sum[column_of(stored, d, c.D)] * inverse);
   }
 }
 

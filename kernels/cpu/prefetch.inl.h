@@ -19,6 +19,7 @@ VP_INLINE void prefetch_lines(const void* from) {
 // One vector, whole: parts of it would mislead the hardware's prefetcher. The common sizes are
 // unrolled.
 VP_INLINE void prefetch_vector(const void* vector, int lines) {
+  if (lines == 2) return prefetch_lines<2>(vector);
   if (lines == 4) return prefetch_lines<4>(vector);
   if (lines == 8) return prefetch_lines<8>(vector);
   const char* p = static_cast<const char*>(vector);

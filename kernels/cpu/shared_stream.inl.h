@@ -41,10 +41,18 @@ struct Lanewise<bf16> {
   VP_INLINE Pairs repeat_weight(const float* p) { return repeat_pair(p); }
   VP_INLINE Vec add(Vec sum, Pairs a, Pairs b) { return dot_pairs(sum, a, b); }
 };
+template <>
+struct Lanewise<f8_as_bf16> : Lanewise<bf16> {};
 #endif
 
 template <class T>
 using Element = typename Lanewise<T>::Element;
+
+// Columns of q and of a vector of K: whole units.
+template <class T>
+VP_INLINE int key_columns(int dim) {
+  return padded_dim(dim, Dot<T>::kColumns);
+}
 
 // Whether a vector is used where it lies: it has the type of the arithmetic and whole units.
 template <class T>
@@ -55,8 +63,9 @@ VP_INLINE bool lies_ready(int dim) {
 // A vector of K in the order of load_unit, padded with zeros to whole units.
 template <class T>
 VP_INLINE void stage_vector(const T* from, int dim, Element<T>* to) {
+  constexpr int kColumns = Dot<T>::kColumns;
   int d = 0;
-  for (; d + kUnit <= dim; d += kUnit) Dot<T>::store(to + d, Dot<T>::key(from + d));
+  for (; d + kColumns <= dim; d += kColumns) Dot<T>::store(to + d, Dot<T>::key(from + d));
   if (d < dim) Dot<T>::store(to + d, Dot<T>::key_tail(from + d, dim - d));
 }
 
@@ -64,9 +73,9 @@ VP_INLINE void stage_vector(const T* from, int dim, Element<T>* to) {
 // loads. The lanes past the last head hold zeros.
 template <class T>
 static void pack_queries(const Call& c, int cache_row, int kv_head) {
-  constexpr int kStep = Lanewise<T>::kStep;
+  constexpr int kStep = Lanewise<T>::kStep, kColumns = Dot<T>::kColumns;
   const SharedPass& pass = c.passes[cache_row];
-  const int group = c.H / c.G, columns = padded_dim(c.D, kUnit);
+  const int group = c.H / c.G, columns = key_columns<T>(c.D);
   const int64_t first = cache_row * c.q_stride.row + int64_t{kv_head} * group * c.q_stride.head;
   auto* packed = static_cast<Element<T>*>(pass.q) + int64_t{kv_head} * pass.padded * columns;
   alignas(64) Element<T> staged[kMaxHeadDim + kUnit];
@@ -76,8 +85,8 @@ static void pack_queries(const Call& c, int cache_row, int kv_head) {
     if (r < pass.count) {
       const int64_t query = pass.first + r / group;
       const int64_t at = first + query * c.queries.q_stride + r % group * c.q_stride.head;
-      for (int d = 0; d < c.D; d += kUnit)
-        QueryUnit<T>::load(c, at + d, c.D - d < kUnit ? c.D - d : kUnit, staged + d);
+      for (int d = 0; d < c.D; d += kColumns)
+        QueryUnit<T>::load(c, at + d, c.D - d < kColumns ? c.D - d : kColumns, staged + d);
     } else {
       for (int d = 0; d < columns; ++d) staged[d] = Element<T>{};
     }
@@ -98,7 +107,7 @@ struct Staged {
 template <class T>
 VP_INLINE void stage_keys(const BlockKeys<T>& keys, int dim, Staged<T>& to) {
   const bool ready = lies_ready<T>(dim);
-  const int columns = padded_dim(dim, kUnit);
+  const int columns = key_columns<T>(dim);
   for (int i = 0; i < keys.count; ++i) {
     Element<T>* space = to.k_space + i * columns;
     if (!ready) stage_vector(keys.k[i], dim, space);
@@ -117,6 +126,13 @@ VP_INLINE Pairs load_value(const float* p, const Pairs*) {
 #endif
 VP_INLINE Vec load_value(const float* p, const Vec*) { return vload(p); }
 
+template <class T, int UNITS>
+VP_INLINE void stage_units(const T* const* v, int column, float* to) {
+  typename Weigh<T>::Value x[2 * UNITS];
+  Weigh<T>::template load<UNITS>(v, column, x);
+  for (int u = 0; u < 2 * UNITS; ++u) store_value(to + column + u * kWidth, x[u]);
+}
+
 template <class T>
 VP_INLINE void stage_values(BlockKeys<T>& keys, int dim, Staged<T>& to) {
   using W = Weigh<T>;
@@ -129,13 +145,14 @@ VP_INLINE void stage_values(BlockKeys<T>& keys, int dim, Staged<T>& to) {
   if (W::kKeys == 2 && keys.count % 2 != 0) keys.v[keys.count] = reinterpret_cast<const T*>(kZeros);
   for (int i = 0; i < keys.count; i += W::kKeys) {
     float* space = to.v_space + i / W::kKeys * columns;
-    typename W::Value a, b;
-    for (int d = 0; d < columns; d += kUnit) {
-      if (d < whole) {
-        W::load(keys.v + i, d, a, b);
-      } else {
-        W::load_rest(keys.v + i, d, dim - d, a, b);
-      }
+    // in the units of sum_heads, whose order merge takes back
+    int d = 0;
+    for (; d + kValueUnits * kUnit <= dim; d += kValueUnits * kUnit)
+      stage_units<T, kValueUnits>(keys.v + i, d, space);
+    for (; kValueUnits > 1 && d + kUnit <= dim; d += kUnit) stage_units<T, 1>(keys.v + i, d, space);
+    if (d < dim) {
+      typename W::Value a, b;
+      W::load_rest(keys.v + i, d, dim - d, a, b);
       store_value(space + d, a);
       store_value(space + d + kWidth, b);
     }
@@ -304,11 +321,12 @@ static void tile_of_heads(const Call& c, int cache_row, int kv_head, const Block
                           int first_head, const Part& part) {
   constexpr int kKeys = kStepKeys<NV>, lanes = NV * kWidth;
   const SharedPass& pass = c.passes[cache_row];
-  const int columns = padded_dim(c.D, kUnit), whole = (keys.count + kKeys - 1) / kKeys * kKeys;
+  const int columns = padded_dim(c.D, kUnit), q_columns = key_columns<T>(c.D);
+  const int whole = (keys.count + kKeys - 1) / kKeys * kKeys;
   const auto* q = static_cast<const Element<T>*>(pass.q) +
-                  (int64_t{kv_head} * pass.padded + first_head) * columns;
+                  (int64_t{kv_head} * pass.padded + first_head) * q_columns;
   alignas(64) float x[kBlock * kLanes], rescale[kLanes];
-  dot_heads<T, NV>(q, staged.k, whole, columns, scaling, prefetch, x);
+  dot_heads<T, NV>(q, staged.k, whole, q_columns, scaling, prefetch, x);
   hide_keys(c, cache_row, keys, pass.seen.begin + first, whole, first_head, lanes, x);
   if (args.at_tau && (c.store_all_logits || visual.content != Content::kText)) {
     float* to = pass.stored_logits + (int64_t{kv_head} * pass.padded_keys + first) * pass.padded +
@@ -358,7 +376,7 @@ static void stream_shared(const Call& c, int cache_row, int kv_head, int index, 
       locate_next_part(c, cut, cache_row, kv_head, index, 0, block, next);
     }
     // a few lines at each step along D: a burst would fill the miss buffers
-    const int passes = tiles * (columns / (kDepth * Lanewise<T>::kStep));
+    const int passes = tiles * (key_columns<T>(c.D) / (kDepth * Lanewise<T>::kStep));
     Prefetch<T> prefetch =
         Prefetch<T>::make(next.k, c.with_values ? next.v : nullptr, next.count, c.D, passes);
     stage_keys(keys, c.D, staged);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// AVX-512 (F, BW, DQ, VL), and with VP_NATIVE_BF16 the dot product of bfloat16 pairs. The comments
-// hold for the functions of the same name in every simd file.
+// AVX-512 (F, BW, DQ, VL), and with VP_NATIVE_BF16 the dot product of bfloat16 pairs and tables of
+// bytes (VBMI). The comments hold for the functions of the same name in every simd file.
 #pragma once
 
 #include <immintrin.h>
@@ -145,11 +145,54 @@ struct Neighbours {
 };
 VP_INLINE Pairs load_pairs(const bf16* p) { return {(__m512bh)_mm512_loadu_si512(p)}; }
 VP_INLINE Pairs load_pairs_tail(const bf16* p, int n) { return {(__m512bh)load_tail_pairs(p, n)}; }
+// The bfloat16 of each e4m3 without its sign: every one is exact, and none is subnormal, which a
+// product of pairs would take for zero.
+struct Float8Bytes {
+  alignas(64) uint8_t high[128], low[128];
+  constexpr Float8Bytes() : high(), low() {
+    for (int i = 0; i < 128; ++i) {
+      int exponent = 120 + (i >> 3), fraction = i & 7;
+      if (i < 8) ++exponent;
+      for (; i != 0 && i < 8 && fraction < 8; --exponent) fraction *= 2;
+      const int bits = i == 0 ? 0 : i == 127 ? 0x7fc0 : (exponent << 7) + (fraction % 8 << 4);
+      high[i] = static_cast<uint8_t>(bits >> 8);
+      low[i] = static_cast<uint8_t>(bits & 0xff);
+    }
+  }
+};
+// Of each 16 bytes the first 8 to a, the others to b.
+VP_INLINE void widen(__m512i bytes, Pairs& a, Pairs& b) {
+  static constexpr Float8Bytes table;
+  const __m512i low = _mm512_permutex2var_epi8(_mm512_load_si512(table.low), bytes,
+                                               _mm512_load_si512(table.low + 64));
+  const __m512i high = _mm512_permutex2var_epi8(_mm512_load_si512(table.high), bytes,
+                                                _mm512_load_si512(table.high + 64));
+  const __m512i with_sign = _mm512_ternarylogic_epi32(
+      high, bytes, _mm512_set1_epi8(static_cast<char>(0x80)), 0xf8);  // a | b & c
+  a.x = (__m512bh)_mm512_unpacklo_epi8(low, with_sign);
+  b.x = (__m512bh)_mm512_unpackhi_epi8(low, with_sign);
+}
+VP_INLINE __m512i load_bytes(const f8_as_bf16* p) { return _mm512_loadu_si512(p); }
+// The first n of 64, then zeros.
+VP_INLINE __m512i load_bytes(const f8_as_bf16* p, int n) {
+  return _mm512_maskz_loadu_epi8(~uint64_t{0} >> (64 - n), p);
+}
 VP_INLINE Vec dot_pairs(Vec acc, Pairs q, Pairs k) { return _mm512_dpbf16_ps(acc, q.x, k.x); }
 // The pairs (x[i], y[i]) of a unit: of columns 0 to 3 of each 8, then of columns 4 to 7.
 VP_INLINE void interleave(Pairs x, Pairs y, Pairs& a, Pairs& b) {
   a.x = (__m512bh)_mm512_unpacklo_epi16((__m512i)x.x, (__m512i)y.x);
   b.x = (__m512bh)_mm512_unpackhi_epi16((__m512i)x.x, (__m512i)y.x);
+}
+// The pairs of 64 columns of two keys: of columns 0 to 3 of each 16, of columns 4 to 7, ...
+VP_INLINE void interleave(__m512i x, __m512i y, Pairs* pairs /* [4] */) {
+  widen(_mm512_unpacklo_epi8(x, y), pairs[0], pairs[1]);
+  widen(_mm512_unpackhi_epi8(x, y), pairs[2], pairs[3]);
+}
+// Of the first 32 columns, in the order of the interleave of bfloat16.
+VP_INLINE void interleave(__m512i x, __m512i y, Pairs& a, Pairs& b) {
+  const __m512i even = _mm512_cvtepu8_epi16(_mm512_castsi512_si256(x));
+  const __m512i odd = _mm512_cvtepu8_epi16(_mm512_castsi512_si256(y));
+  widen(_mm512_or_si512(even, _mm512_slli_epi16(odd, 8)), a, b);
 }
 VP_INLINE Pairs repeat_pair(const float* pair) {
   return {(__m512bh)_mm512_castps_si512(_mm512_set1_ps(*pair))};

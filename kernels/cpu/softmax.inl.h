@@ -17,7 +17,7 @@ struct BlockVisual {
   Content content;
   // [key tiles, kLanes], only filled for a mixed block: all ones where the lane's key is visual, or
   // text
-  alignas(64) uint32_t visual_lanes[kBlock * 4], text_lanes[kBlock * 4];
+  alignas(64) uint32_t visual_lanes[kByteBlock * 4], text_lanes[kByteBlock * 4];
 };
 
 // Running statistics of one head tile. Each lane sums its own keys; all lanes of a head share m.
@@ -155,13 +155,14 @@ VP_INLINE void find_visual(const VisualArgs& v, int row, int from, int keys, int
   out.content = Content::kVisual;
   if (spans[2 * span] <= from && spans[2 * span + 1] >= end) return;
   out.content = Content::kMixed;
-  for (int i = 0; i < kBlock * HT; ++i) out.visual_lanes[i] = 0;
+  const int lanes = (keys * HT + kLanes - 1) / kLanes * kLanes;
+  for (int i = 0; i < lanes; ++i) out.visual_lanes[i] = 0;
   for (int s = span; s < v.spans_per_row && spans[2 * s] < end; ++s) {
     const int begin = spans[2 * s] > from ? spans[2 * s] - from : 0;
     const int stop = (spans[2 * s + 1] < end ? spans[2 * s + 1] : end) - from;
     for (int i = begin * HT; i < stop * HT; ++i) out.visual_lanes[i] = 0xffffffffu;
   }
-  for (int i = 0; i < kBlock * HT; ++i) out.text_lanes[i] = ~out.visual_lanes[i];
+  for (int i = 0; i < lanes; ++i) out.text_lanes[i] = ~out.visual_lanes[i];
 }
 
 }  // namespace visionpulse::cpu::VP_ISA

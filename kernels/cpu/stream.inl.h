@@ -29,12 +29,13 @@ VP_INLINE void store_logits(const Call& c, const Row& row, int kv_head, int firs
 
 // Keys of a block: whole tiles. Two small blocks ahead keep memory busier than one large one, whose
 // misses come less evenly. A pass over K of 16 bits alone waits for arithmetic, and a block costs
-// some.
+// some; one over 8 bits always does.
 template <class T, int HT>
 VP_INLINE int block_keys(const Call& c, const Cut& cut) {
   if (cut.attended != nullptr) return kListBlock;
   constexpr int kTileKeys = kLanes / HT, kSmall = kBlock / static_cast<int>(sizeof(T));
-  if (!c.with_values && sizeof(T) <= 2) return kBlock;
+  if (sizeof(T) == 1) return kByteBlock;
+  if (!c.with_values && sizeof(T) == 2) return kBlock;
   return kSmall < kTileKeys ? kTileKeys : kSmall;
 }
 constexpr int kStreamAhead = 2, kListAhead = 1;  // blocks from a prefetch to its use

@@ -49,21 +49,23 @@ static void score_any(const Call& c, int row, int chunk) {
 
 }  // namespace visionpulse::cpu::VP_ISA
 
-// Kernels of a storage type each, in the order of DType.
-#define VP_KERNELS(NAME)                                                               \
-  {NAME,                                                                               \
-   kUnit,                                                                              \
-   kWidth,                                                                             \
-   Weigh<bf16>::kKeys == 2,                                                            \
-   {stream_any<float>, stream_any<bf16>, stream_any<f16>, stream_any<f8>},             \
-   {weigh_any<float>, weigh_any<bf16>, weigh_any<f16>, weigh_any<f8>},                 \
-   {stream_shared<float>, stream_shared<bf16>, stream_shared<f16>, stream_shared<f8>}, \
-   {pack_queries<float>, pack_queries<bf16>, pack_queries<f16>, pack_queries<f8>},     \
-   {merge_parts<float, float>, merge_parts<bf16, bf16>, merge_parts<f16, f16>},        \
-   {merge_parts<float, f8>, merge_parts<bf16, f8>, merge_parts<f16, f8>},              \
-   row_statistics,                                                                     \
-   score_any,                                                                          \
-   score_chunk_of_queries,                                                             \
-   select_row,                                                                         \
-   read_bytes,                                                                         \
+// Kernels of a storage type each, in the order of storage_of.
+#define VP_STORED(KERNEL) \
+  {KERNEL<float>, KERNEL<bf16>, KERNEL<f16>, KERNEL<f8>, KERNEL<f8_beside_bf16>}
+#define VP_KERNELS(NAME)                                                              \
+  {NAME,                                                                              \
+   kUnit,                                                                             \
+   kWidth,                                                                            \
+   Weigh<bf16>::kKeys == 2,                                                           \
+   VP_STORED(stream_any),                                                             \
+   VP_STORED(weigh_any),                                                              \
+   VP_STORED(stream_shared),                                                          \
+   VP_STORED(pack_queries),                                                           \
+   {merge_parts<float, float>, merge_parts<bf16, bf16>, merge_parts<f16, f16>},       \
+   {merge_parts<float, f8>, merge_parts<bf16, f8_beside_bf16>, merge_parts<f16, f8>}, \
+   row_statistics,                                                                    \
+   score_any,                                                                         \
+   score_chunk_of_queries,                                                            \
+   select_row,                                                                        \
+   read_bytes,                                                                        \
    read_scattered}

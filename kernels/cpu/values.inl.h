@@ -13,8 +13,9 @@ template <class T>
 struct Weigh {
   static constexpr int kKeys = 1;  // of a step
   using Value = Vec;
-  VP_INLINE void load(const T* const* v, int column, Vec& a, Vec& b) {
-    load_unit(v[0] + column, a, b);
+  template <int UNITS>
+  VP_INLINE void load(const T* const* v, int column, Vec* x /* [2 * UNITS] */) {
+    for (int u = 0; u < UNITS; ++u) load_unit(v[0] + column + u * kUnit, x[2 * u], x[2 * u + 1]);
   }
   VP_INLINE void load_rest(const T* const* v, int column, int n, Vec& a, Vec& b) {
     load_tail(v[0] + column, n, a, b);
@@ -29,8 +30,10 @@ template <>
 struct Weigh<bf16> {
   static constexpr int kKeys = 2;
   using Value = Pairs;
-  VP_INLINE void load(const bf16* const* v, int column, Pairs& a, Pairs& b) {
-    interleave(load_pairs(v[0] + column), load_pairs(v[1] + column), a, b);
+  template <int UNITS>
+  VP_INLINE void load(const bf16* const* v, int column, Pairs* x) {
+    for (int u = 0; u < UNITS; ++u, column += kUnit)
+      interleave(load_pairs(v[0] + column), load_pairs(v[1] + column), x[2 * u], x[2 * u + 1]);
   }
   VP_INLINE void load_rest(const bf16* const* v, int column, int n, Pairs& a, Pairs& b) {
     interleave(load_pairs_tail(v[0] + column, n), load_pairs_tail(v[1] + column, n), a, b);
@@ -38,11 +41,26 @@ struct Weigh<bf16> {
   VP_INLINE Pairs weight(const float* p) { return repeat_pair(p); }
   VP_INLINE Vec add(Vec sum, Pairs weight, Pairs value) { return dot_pairs(sum, weight, value); }
 };
+
+template <>
+struct Weigh<f8_as_bf16> : Weigh<bf16> {
+  template <int UNITS>
+  VP_INLINE void load(const f8_as_bf16* const* v, int column, Pairs* x) {
+    if constexpr (UNITS == 2) {
+      interleave(load_bytes(v[0] + column), load_bytes(v[1] + column), x);
+    } else {
+      load_rest(v, column, kUnit, x[0], x[1]);
+    }
+  }
+  VP_INLINE void load_rest(const f8_as_bf16* const* v, int column, int n, Pairs& a, Pairs& b) {
+    interleave(load_bytes(v[0] + column, n), load_bytes(v[1] + column, n), a, b);
+  }
+};
 #endif
 
 // acc[h] = acc[h] * rescale[h] + sum over keys of p[key, h] * v[key], for NH heads and UNITS units
 // of columns. A block is summed from zero and then added, which also keeps rounding errors small.
-// p [key tiles, steps, HT].
+// p [key tiles, steps, HT]. A tail is one unit.
 template <class T, int HT, int NH, int UNITS, bool TAIL>
 VP_INLINE void value_tile(const T* const* values, int keys, Prefetch<T>& prefetch, const float* p,
                           int p_stride, int dim, int column, const float* rescale, float* acc,
@@ -59,12 +77,10 @@ VP_INLINE void value_tile(const T* const* values, int keys, Prefetch<T>& prefetc
     for (int i = 0; i < n; i += W::kKeys) {
       const T* const* v = values + first + i;
       typename W::Value x[2 * UNITS];
-      for (int u = 0; u < UNITS; ++u) {
-        if (TAIL) {
-          W::load_rest(v, column + u * kUnit, dim - column, x[2 * u], x[2 * u + 1]);
-        } else {
-          W::load(v, column + u * kUnit, x[2 * u], x[2 * u + 1]);
-        }
+      if (TAIL) {
+        W::load_rest(v, column, dim - column, x[0], x[1]);
+      } else {
+        W::template load<UNITS>(v, column, x);
       }
       for (int h = 0; h < NH; ++h) {
         const auto weight = W::weight(p + i / W::kKeys * HT + h);

@@ -211,6 +211,25 @@ def whole_step(results: Path) -> str:
     return "\n".join(tables) + "\n" + note + source(shown)
 
 
+def soak(results: Path) -> str:
+    """The last soak of a server."""
+    path = results / "serving-soak.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    if not lines:
+        raise MissingRowError(f"{path.name} has no row; run tests/serving/soak.py --out {path}")
+    row = json.loads(lines[-1])
+    seen, (early, late), machine = row["seen"], row["rss_mib"], row["machine"]
+    text = (
+        f"A soak of {row['minutes']:g} minutes: {row['requests']} random requests of "
+        f"{row['clients']} clients, {seen['aborted']} of them aborted, {seen['cut short']} cut "
+        f"short, {row['preemptions']:.0f} preemptions. Wrong answers: {row['wrong']}, besides "
+        f"{seen.get('differs behind a preemption', 0)} that differ as the limit below says; "
+        f"requests that did not end: {row['stuck']}; memory of all processes {early} MiB after "
+        f"the warm-up, {late} MiB at the end. {machine['device']}, commit {machine['commit']}."
+    )
+    return "\n".join(textwrap.wrap(text, 104)) + "\n"
+
+
 def families(results: Path) -> str:
     """How many model types work; `tests/models/family_table.py` made the files."""
     counts = []
@@ -223,7 +242,7 @@ def families(results: Path) -> str:
 
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "first": first, "cpu-decode": cpu_decode, "whole-step": whole_step, "serving": serving,
-    "families": families,
+    "soak": soak, "families": families,
 }  # fmt: skip
 PAGES = (ROOT / "README.md", ROOT / "docs" / "serving.md", ROOT / "docs" / "limits.md")
 

@@ -321,6 +321,8 @@ def test_selections_are_compared_as_long_as_both_runs_say_the_same():
     assert overlaps(traces, ([[7, 8, 9, 4]], [[7, 8, 9, 4]])) == [1.0, 0.5, 1.0]
     assert overlaps(traces, ([[7, 8, 9, 4]], [[7, 8, 1, 4]])) == [1.0, 0.5]
     assert overlaps(traces, ([[7]], [[7]])) == [1.0]  # steps behind the end of an answer
+    shorter = kept([1, 2], [3, 4], [5, 6]), kept([1, 2], [3, 9])  # its whole batch ended there
+    assert overlaps(shorter, ([[7, 8, 9]], [[7, 8, 9]])) == [1.0, 0.5]
 
 
 def test_larger_logits_are_taken_back(model):

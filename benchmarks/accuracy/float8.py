@@ -70,7 +70,8 @@ def overlaps(traces: Sequence[vp.Trace], answers: Sequence[Sequence[Sequence[int
     found = []
     for (row, step, layer), tokens in kept.items():
         so_far = said[row][: step + 1]  # a step takes the token that the one before it made
-        if len(so_far) > step and so_far == others[row][: step + 1] and tokens:
+        both = (row, step, layer) in other  # a batch whose longest row ended here goes no further
+        if both and len(so_far) > step and so_far == others[row][: step + 1] and tokens:
             found.append(len(tokens & other[row, step, layer]) / len(tokens))
     return found
 

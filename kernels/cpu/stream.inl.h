@@ -27,13 +27,6 @@ VP_INLINE void store_logits(const Call& c, const Row& row, int kv_head, int firs
   for (int i = 0; i < floats; i += kWidth) vstore(to + i, vload(x + i));
 }
 
-// Keys of a head that lie between those of others, as in pages [P, page, G, D]: one large block
-// ahead is faster there. 2 * D: K and V of a key in one row.
-template <class T>
-VP_INLINE bool is_scattered(const Call& c, const Cut& cut) {
-  return cut.attended != nullptr || (sizeof(T) > 1 && c.cache.k_stride.token > 2 * c.D);
-}
-
 // Keys of a block: whole tiles. Two small blocks ahead keep memory busier than one large one, whose
 // misses come less evenly. A pass over K of 16 bits alone waits for arithmetic, and a block costs
 // some; one over 8 bits always does.
@@ -42,11 +35,10 @@ VP_INLINE int block_keys(const Call& c, const Cut& cut) {
   if (cut.attended != nullptr) return kListBlock;
   constexpr int kTileKeys = kLanes / HT, kSmall = kBlock / static_cast<int>(sizeof(T));
   if (sizeof(T) == 1) return kByteBlock;
-  if (is_scattered<T>(c, cut)) return sizeof(T) > 2 ? kBlock / 2 : kBlock;
   if (!c.with_values && sizeof(T) == 2) return kBlock;
   return kSmall < kTileKeys ? kTileKeys : kSmall;
 }
-constexpr int kStreamAhead = 2, kScatteredAhead = 1;  // blocks from a prefetch to its use
+constexpr int kStreamAhead = 2, kListAhead = 1;  // blocks from a prefetch to its use
 
 template <class T, int HT>
 static void stream_part(const Call& c, int row, int kv_head, int index, Run run) {
@@ -68,7 +60,7 @@ static void stream_part(const Call& c, int row, int kv_head, int index, Run run)
   int span = args.at_tau ? span_after(spans, c.visual.spans_per_row, cut.begin + range.begin) : 0;
 
   const int block = block_keys<T, HT>(c, cut), tiles_of_values = value_tiles(group, c.D);
-  const int ahead = is_scattered<T>(c, cut) ? kScatteredAhead : kStreamAhead;
+  const int ahead = cut.attended != nullptr ? kListAhead : kStreamAhead;
   alignas(64) float x[kListBlock * kMaxGroup];
   Rescales rescales;
   BlockKeys<T> buffers[kStreamAhead + 1];

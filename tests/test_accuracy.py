@@ -257,8 +257,9 @@ def test_the_tables_of_the_pages_are_the_committed_rows(measure):
     assert write.filled(pages) == pages
     assert all(f"<!-- {mark} -->" in pages for mark in write.PARTS)
     digest = script("table").about(tiny.FOLDER)["weights"]
-    for (file, *_), _ in write.PARTS.values():
-        assert f'"weights": "{digest}"' in (write.RESULTS / file).read_text()
+    for files, _ in write.PARTS.values():
+        for file in files[:1]:  # a table of arithmetic has none
+            assert f'"weights": "{digest}"' in (write.RESULTS / file).read_text()
 
 
 def test_reuse_is_counted_on_the_right_part_of_answers(measure, model):

@@ -16,7 +16,6 @@
 #include "csrc/cuda/plan.cpp"
 #include "kernels/cuda/attend.cu"
 #include "kernels/cuda/score.cu"
-#include "kernels/cuda/score_finish.cu"
 #include "kernels/cuda/select.cu"
 
 namespace visionpulse::cuda {
@@ -24,7 +23,6 @@ namespace visionpulse::cuda {
 Chip chip;
 
 const Chip& chip_of(int32_t) { return chip; }
-void load(const char*, const void*, int32_t) {}
 OnDevice::OnDevice(int32_t) {}
 OnDevice::~OnDevice() {}
 

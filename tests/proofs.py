@@ -199,7 +199,7 @@ PROOFS = {
         # sglang, and what it imports that vLLM's environment lacks
         packages=("sglang==0.5.23", "orjson==3.13.0", "ipython==9.18.1", "traitlets==5.16.1",
                   "gguf==0.19.0"),
-        engine=True,
+        engine=True, optional=True,
     ),
     "lmms-eval": Proof(
         ("tests/test_lmms_eval.py",),

@@ -58,7 +58,9 @@ ALLOWED = {
         "backends", "bench.cost", "bench.memory", "config", "files", "float8", "layer_ops", "ops",
         "schedule", "trace.record", "workspace", *RECORDS,
     },
-    "calibration": {"cache", "config", "figures", "files", "models", "ops", "visual"},
+    "calibration": {
+        "cache", "config", "figures", "files", "models", "ops", "trace.record", "visual"
+    },
     "testing": {"budgets", "call", "config", "float8", "reference", *RECORDS},
     "bench": {
         "_native", "backends", "call", "config", "figures", "files", "float8", "ops", "schedule",

@@ -3,13 +3,16 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import visionpulse as vp
+from visionpulse.calibration import float8
 from visionpulse.calibration import suggest as calibration
+from visionpulse.calibration.float8 import Float8Trial
 from visionpulse.calibration.observe import TAUS, Observation
 from visionpulse.calibration.suggest import (
     GRID,
@@ -131,6 +134,38 @@ def test_a_schedule_that_breaks_the_model_is_named(tmp_path):
     assert [t["name"] for t in about["schedules"]] == [bears.name, slips.name, breaks.name]
 
 
+@pytest.mark.parametrize("agree, breaks", [(0.995, False), (0.9, True)])
+def test_a_cache_of_8_bits_is_in_the_setting_if_the_model_bears_it(tmp_path, agree, breaks):
+    best = trial("best", 0.99, 0.001, 0.05)
+    small = Float8Trial(
+        trial("with a cache of 8 bits", agree, 0.002, 0.05), 0.97, 0.75, 0.925, 0.6, 3
+    )
+    assert small.breaks(best) is breaks
+    config = best.config if breaks else best.config.updated(cache="fp8")
+    seen = observation([[0.5, 0.5]], 1.0)
+    made = Calibration(config, [best], {0: 0.1}, {0.4: 0.9}, seen, [], [], small)
+    assert made.chosen is best and "*best" in made.report()
+    last = made.report().split("\n\n")[-1].replace("\n", " ")
+    assert "92.5 % of a step's kept tokens stay, 97.00 % of steps and 75.0 % of answers" in last
+    assert "3 numbers were clamped" in last
+    assert last.endswith("breaks this model: the setting leaves it out.") is breaks
+    path = made.save(tmp_path / "config.json")
+    assert vp.load_config(path).cache == ("model" if breaks else "fp8")
+    assert json.loads(path.read_text())["about"]["float8"]["kept"] == 0.925
+
+
+def test_kept_tokens_are_compared_in_the_steps_of_answers():
+    said = [torch.tensor([[5, 6, -1], [5, 6, 7]])]
+    other = [torch.tensor([[5, 9, -1], [5, 6, 7]])]
+    assert list(float8._agreement(said, other)) == [[True, False], [True, True, True]]
+    rows = [SimpleNamespace(conversation=4, row=row, step=step, layer=2, kept=np.array([1, step]))
+            for row in (0, 1) for step in range(3)]  # fmt: skip
+    kept = float8._kept(rows, said)
+    assert set(kept) == {(0, 0, 0, 2), (0, 0, 1, 2), (0, 1, 0, 2), (0, 1, 1, 2), (0, 1, 2, 2)}
+    changed = kept | {(0, 1, 2, 2): frozenset([2, 9])}
+    assert float8._shares(kept, changed) == [1.0, 1.0, 1.0, 1.0, 0.5]
+
+
 def test_the_schedules_that_are_tried_keep_the_setting():
     seen = observation([[0.5] * 6], 1.0)
     config = vp.PulseConfig(anchor=2, tau=0.2, ratio=(0.01, 0.07))
@@ -190,7 +225,7 @@ def test_it_finds_a_good_setting_from_a_bad_start(model, pictures, others):
     bad = vp.PulseConfig(anchor=0, tau=1e-3, ratio=(0.0, 0.004))
     drawn = trail.test_set(31, pictures, tiny.SIDE, "crowded")
     inputs = [tiny.inputs_of(drawn[i : i + 8]) for i in range(0, pictures, 8)]
-    found = calibrate(model, inputs, start=bad)
+    found = calibrate(model, inputs, start=bad, cache="fp8")
     start = next(t for t in found.trials if t.name == "start")
     assert found.chosen.agreement > start.agreement
     assert found.chosen.distance < start.distance / 10
@@ -206,6 +241,10 @@ def test_it_finds_a_good_setting_from_a_bad_start(model, pictures, others):
     assert right(model, bad, other) < dense / 2
     assert right(model, found.config, other) >= dense - 2
     assert found.chosen.retention < 0.2
+    small = found.float8
+    assert small.trial.steps == found.chosen.steps and found.config.cache == "fp8"
+    assert 0.5 < small.kept < 1 and small.same < small.kept and small.answers <= small.steps <= 1
+    assert small.trial.distance != found.chosen.distance
     assert [t.steps for t in found.schedules] == [found.chosen.steps] * len(found.schedules)
     # such a late anchor leaves the look-ups of a step with what the last one kept
     late = [

@@ -24,7 +24,7 @@ from ..models.draft_policy import ways_of
 from ..models.families import UnsupportedModelError, anatomy
 from ..models.layer_roles import LayerRoles
 from ..models.lossless import refuse
-from .suggest import along
+from .trials import along
 
 DRAFTS = (1, 2, 4, 8, 15)  # tokens that a round drafts
 ROUNDS = 4  # that are timed of each

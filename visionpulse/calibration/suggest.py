@@ -14,54 +14,28 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from ..config import PRESETS, PulseConfig, config_data
 from ..figures import figure, save_figure
 from ..files import write_text
 from ..models import patch
 from .correlation import pearson
+from .float8 import Float8Trial, float8_trial
 from .observe import TAUS, Observation, observe
+from .trials import BEARS, ForcedAnswers, Trial
 
 LOST = 0.02  # attention to the picture that the layers after the anchor may lose in a step
 ANCHORS = 3  # layers that are tried through the patch
-BEARS = 0.98  # share of steps that write the dense model's token, below which a setting is no use
 GRID = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.10, 0.15, 0.20, 0.30, 0.50)
 Floats = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One setting, run along the dense answers."""
-
-    config: PulseConfig
-    name: str
-    steps: int  # decode steps compared
-    differs: int  # steps in which the most likely token is another
-    distance: float  # mean Kullback-Leibler divergence of dense from sparse, nats per step
-    retention: float  # mean share of visual tokens kept
-
-    @property
-    def agreement(self) -> float:
-        """Share of steps that write the dense model's token."""
-        return 1 - self.differs / self.steps
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """The 95 % Wilson interval of the agreement; steps of one answer are not independent."""
-        z2, n, p = 1.96**2, self.steps, self.agreement
-        middle = (p + z2 / (2 * n)) / (1 + z2 / n)
-        half = 1.96 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-        return max(0.0, middle - half), min(1.0, middle + half)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,11 +49,16 @@ class Calibration:
     seen: Observation = field(repr=False)
     remarks: list[str] = field(default_factory=list)
     schedules: list[Trial] = field(default_factory=list)  # the suggestion under other schedules
+    float8: Float8Trial | None = None  # and with a cache of 8 bits, where it was asked for
 
     @property
     def chosen(self) -> Trial:
         """The trial of the suggested setting."""
-        return next(trial for trial in self.trials if trial.config == self.config)
+        return next(t for t in self.trials if self._is_chosen(t))
+
+    def _is_chosen(self, trial: Trial) -> bool:
+        """Settings are tried without 8 bits."""
+        return trial.config == self.config.updated(cache="model")
 
     @property
     def is_sure(self) -> bool:
@@ -110,13 +89,16 @@ class Calibration:
             f"{'setting':<34} {'kept %':>7} {'agrees %':>9} {'distance':>9}",
         ]
         for trial in sorted(self.trials, key=lambda t: t.retention):
-            lines.append(("*" if trial.config == self.config else " ") + _line(trial))
+            lines.append(("*" if self._is_chosen(trial) else " ") + _line(trial))
         if self.schedules:
             lines += ["", "the suggestion under other schedules:"]
             lines += [
                 f" {_line(trial)}{' breaks this model' if trial in self.breaking else ''}"
                 for trial in self.schedules
             ]
+        if self.float8 is not None:
+            lines += ["", "the suggestion with a cache of 8 bits:", f" {_line(self.float8.trial)}"]
+            lines += ["", self.float8.says(self.chosen)]
         return "\n".join(lines)
 
     def save(self, path: str | PathLike[str]) -> Path:
@@ -127,6 +109,9 @@ class Calibration:
             "breaking": [trial.name for trial in self.breaking],
         }
         about |= {"lost": self.lost, "follows": self.follows}
+        if self.float8 is not None:
+            shares = {f.name: getattr(self.float8, f.name) for f in fields(self.float8)}
+            about["float8"] = shares | {"trial": _data([self.float8.trial])[0]}
         known = {"config": config_data(self.config), "about": about}
         return write_text(path, json.dumps(known, indent=1) + "\n")
 
@@ -136,7 +121,7 @@ class Calibration:
         axis = drawing.subplots()
         floor = min((t.distance for t in self.trials if t.distance > 0), default=1e-9)
         for trial in self.trials:
-            is_chosen = trial.config == self.config
+            is_chosen = self._is_chosen(trial)
             axis.scatter(
                 100 * trial.retention, max(trial.distance, floor), s=70 if is_chosen else 22,
                 color="#d9480f" if is_chosen else "#3b5b8c", zorder=3 if is_chosen else 2,
@@ -170,17 +155,24 @@ def calibrate(
     inputs: "Mapping[str, Any] | Sequence[Mapping[str, Any]]",
     *,
     start: PulseConfig | None = None,
+    cache: str | None = None,
     max_new_tokens: int = 64,
     tick: Callable[[str, int, int], None] = lambda what, done, total: None,
     **options: Any,
 ) -> Calibration:
     """Suggest a setting for this model from `inputs`, each what `model.generate` takes.
 
-    `start` is a setting to compare with; its other fields (score, mass, ...) are kept. `options` go
-    to `generate`. `tick(what, done, total)` is called as the work proceeds.
+    `start` is a setting to compare with; its other fields (score, mass, ...) are kept. With
+    `cache="fp8"`, by default that of `start`, the suggestion runs once more with a cache of 8 bits,
+    and has it if the model bears it. `options` go to `generate`. `tick(what, done, total)` is
+    called as the work proceeds.
     """
     batches = [inputs] if isinstance(inputs, Mapping) else list(inputs)
     base = replace(start or PulseConfig(), schedule="paper", budget="dynamic")
+    wanted = base.updated(cache=base.cache if cache is None else cache)
+    if wanted.cache == "fp8":
+        patch(model, wanted.updated(anchor=None)).unpatch()  # refused now, not after minutes
+    base = base.updated(cache="model")
     seen = observe(
         model, batches, max_new_tokens=max_new_tokens, taus=TAUS, ratios=GRID,
         tick=lambda done: tick("dense answers", done, len(batches)), **options,
@@ -205,7 +197,12 @@ def calibrate(
     follows = {t: _follows(seen, int(_anchor(best.config)), t, best.config.ratio) for t in TAUS}
     schedules = run("schedules", _schedules(seen, best.config))
     remarks = _remarks(seen, trials, best)
-    return Calibration(best.config, trials, lost, follows, seen, remarks, schedules)
+    float8, config = None, best.config
+    if wanted.cache == "fp8":
+        float8 = float8_trial(forced, config)
+        config = config if float8.breaks(best) else config.updated(cache="fp8")
+        tick("cache of 8 bits", 1, 1)
+    return Calibration(config, trials, lost, follows, seen, remarks, schedules, float8)
 
 
 def _able(seen: Observation) -> tuple[int, ...]:
@@ -298,69 +295,3 @@ def _remarks(seen: Observation, trials: Sequence[Trial], best: Trial) -> list[st
     if seen.mass_mean.max() < 0.01:
         remarks.append("the model hardly looks at the picture in these answers")
     return remarks
-
-
-class ForcedAnswers:
-    """Runs settings along the dense answers and compares what the model would write."""
-
-    def __init__(
-        self, model: Any, batches: Sequence[Mapping[str, Any]], seen: Observation, options: Any
-    ) -> None:
-        self.model, self.batches, self.options = model, batches, options
-        self.answers: list[list[tuple[int, ...]]] = []
-        rows = iter(seen.answers)
-        for batch in batches:
-            self.answers.append([next(rows) for _ in range(len(batch["input_ids"]))])
-        self.dense = [made for made in self._logits()]  # per input [B, T, vocabulary]
-
-    def _logits(self) -> Iterator[Tensor]:
-        for batch, answers in zip(self.batches, self.answers, strict=True):
-            yield along(self.model, batch, answers, self.options)
-
-    def run(self, name: str, config: PulseConfig) -> Trial:
-        """Compare one setting with the dense answers."""
-        steps = differs = 0
-        distance = 0.0
-        with patch(self.model, config) as session:
-            for dense, sparse, answers in zip(
-                self.dense, self._logits(), self.answers, strict=True
-            ):
-                lengths = torch.tensor([len(answer) for answer in answers])
-                live = torch.arange(1, dense.shape[1] + 1) < lengths[:, None]  # [B, T - 1]
-                live = live.to(dense.device)
-                apart = (dense.exp() * (dense - sparse).nan_to_num(0.0)).sum(-1)
-                differs += int((dense.argmax(-1) != sparse.argmax(-1))[live].sum())
-                distance += float(apart[live].clamp(min=0).sum())
-                steps += int(live.sum())
-            retention = session.stats.retention.mean
-        return Trial(config, name, steps, differs, distance / max(steps, 1), retention)
-
-
-def along(
-    model: Any, batch: Mapping[str, Any], answers: Sequence[tuple[int, ...]], options: Any
-) -> Tensor:
-    """Log-probabilities of every position of the answers but the first, [B, T - 1, vocabulary]."""
-    from transformers import LogitsProcessorList
-
-    path, size = _padded(answers), batch["input_ids"].shape[1]
-    logits: list[Tensor] = []
-
-    def force(ids: Tensor, scores: Tensor) -> Tensor:
-        at = ids.shape[1] - size
-        if at:
-            logits.append(scores.float().log_softmax(-1))
-        only = torch.full_like(scores, -torch.inf)
-        return only.scatter_(1, path[:, at : at + 1].to(scores.device), 0.0)
-
-    model.generate(
-        **batch, **(options | {"do_sample": False}), max_new_tokens=path.shape[1],
-        logits_processor=LogitsProcessorList([force]),
-    )  # fmt: skip
-    return torch.stack(logits, 1)
-
-
-def _padded(answers: Sequence[tuple[int, ...]]) -> Tensor:
-    """Answers as one tensor [B, T], each repeated at its end."""
-    longest = max(len(answer) for answer in answers)
-    rows = [list(answer) + [answer[-1]] * (longest - len(answer)) for answer in answers]
-    return torch.tensor(rows)

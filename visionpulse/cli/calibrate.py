@@ -11,7 +11,7 @@ from ..calibration.suggest import calibrate
 from ..config import resolve as resolve_config
 from ..data import tiny, trail
 from ..files import check_writable, one_line
-from .parser import add_preset, failure, parser_of
+from .parser import add_cache, add_preset, failure, parser_of
 
 TINY = "tiny"
 
@@ -28,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=8, help="lines of --data to use")
     parser.add_argument("--tokens", type=int, default=128, help="of each dense answer")
     add_preset(parser, None, "a setting to compare with")
+    add_cache(parser)
     parser.add_argument("--out", type=Path, default=Path("visionpulse.json"))
     parser.add_argument("--plot", type=Path, help="draw error against retention")
     args = parser.parse_args(argv)
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_writable(args.out.parent)
         model, inputs = _tiny(args.count) if args.model == TINY else loaded(args)
         calibration = calibrate(
-            model, inputs, start=start, max_new_tokens=args.tokens,
+            model, inputs, start=start, cache=args.cache, max_new_tokens=args.tokens,
             tick=progress_bar(),
         )  # fmt: skip
     except (ImportError, OSError, ValueError) as error:

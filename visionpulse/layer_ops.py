@@ -43,7 +43,7 @@ class LayerOps:
         queries = count(q)
         backend = resolve(config.backend, q.device, lambda b: b.against(call), queries)
         self.backend = fitted(backend, queries)
-        self._budgets: dict[tuple[int, int, bool], Params] = {}
+        self._budgets: dict[tuple[int, bool], Params] = {}
 
     def attend(
         self,
@@ -85,9 +85,13 @@ class LayerOps:
         )
 
     def _budget(self, q: Tensor, visual: VisualTokens, ratio: Tensor | None) -> Params | None:
-        """The anchor's numbers; None for a policy that runs between the stages."""
+        """The anchor's numbers; None for a policy that runs between the stages.
+
+        What the count of rows decides is kept for good: a captured graph reads its memory. K_max
+        may differ in every step.
+        """
         rows = q.shape[:-2].numel()
-        key = (visual.max_count, rows, ratio is None)
+        key = rows, ratio is None
         params = self._budgets.get(key)
         if params is None:
             params, between = ops.budget(self.params, self.config, visual, rows, q.device)
@@ -95,6 +99,8 @@ class LayerOps:
                 return None
             if params.ratio is None or ratio is not None:  # else drawn for this step alone
                 self._budgets[key] = params
+        elif params.k_max != (k_max := ops.k_max(self.config, visual)):
+            params = params._replace(k_max=k_max)
         return params if ratio is None else params._replace(ratio=ratio)
 
 

@@ -261,14 +261,16 @@ def budget(
         mass_of=config.mass,
         score=config.score,
         anchor_output=config.anchor_output,
-        k_max=_k_max(policy, visual),
+        k_max=k_max(config, visual),
         ratio=ratio,
         wanted=wanted,
     )
     return params, between
 
 
-def _k_max(policy: Any, visual: VisualTokens) -> int:
+def k_max(config: PulseConfig, visual: VisualTokens) -> int:
+    """The width of a selection, checked."""
+    policy = budgets.policy_of(config.budget, config.ratio)
     return checks.bound(policy.bound(visual.max_count), policy)
 
 
@@ -282,8 +284,7 @@ def _buffers(
     """The caller's selection, checked to hold what this config selects."""
     if given is None:
         return None
-    k_max = _k_max(budgets.policy_of(config.budget, config.ratio), visual)
-    return checks.selection_buffers(given, rows, k_max, dtype, visual.device)
+    return checks.selection_buffers(given, rows, k_max(config, visual), dtype, visual.device)
 
 
 def _backend(name: str, device: torch.device, against: Against, queries: int | None) -> Backend:

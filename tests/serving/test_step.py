@@ -117,6 +117,17 @@ def test_requests_have_budgets_of_their_own_and_may_opt_out():
     assert engines.counters.totals().dense_rows == {"no visual tokens": 1, "opted out": 1}
 
 
+def test_what_layers_remember_does_not_grow_with_the_pictures():
+    """K_max is that of each step, and requests bring new pictures for months."""
+    engines = Engines(SMALL | {"anchor": 1, "budget": "top_k:7"})
+    for end in (40, 8, 33, 12, 20):
+        engines.rows = [RequestRow(f"r{i}", ((2, end + i),)) for i in range(4)]
+        engines.lengths = torch.full((4,), end + 9, dtype=torch.int32)
+        check_step(engines, engines.step(), [engines.setting.config] * 4)
+    (ops,) = engines.layers[1]._ops.values()
+    assert len(ops._budgets) == 1
+
+
 def test_a_wish_that_nobody_refused_leaves_its_request_dense():
     engines = Engines(SMALL | {"anchor": 1}, wishes=({"a": 1}, "nonsense", "top_k:x", 7))
     q, outs, _ = engines.step()

@@ -167,6 +167,17 @@ def test_a_request_chooses_its_budget_or_opts_out():
             of_request(wrong, setting)
 
 
+def test_on_a_gpu_a_request_may_only_opt_out_and_is_told_what_else_to_do():
+    setting = setting_of({"preset": "10pct", "anchor": 4}, engine(device="cuda"))
+    assert of_request("off", setting) is None and of_request(None, setting) is setting.config
+    for wish in ("5pct", "top_k:8", "nonsense"):
+        with pytest.raises(ValueError) as refused:
+            of_request(wish, setting)
+        (line,) = str(refused.value).splitlines()
+        for words in ("must be 'off' on a GPU", repr(wish), "leave it out", "engine of its own"):
+            assert words in line
+
+
 @pytest.mark.parametrize(
     "installed, is_served",
     [("0.32.0+cpu", True), ("0.33.1", True), ("0.31.9", False), ("0.34.0", False), ("1.0", False)],

@@ -117,7 +117,7 @@ def test_rounds_of_lossless_decoding_are_timed(run, tmp_path):
     run("bench_lossless.py", "--shapes", "b1-1k", *SMALL, *more, "--out", out)
     found = {(row.bench, row.backend): row for row in rows.read(out)}
     rounds = {name for kind, name in found if kind == "lossless-round"}
-    assert rounds == {"4 drafted", "8 drafted", "auto, 15 drafted"}
+    assert rounds == {"4 drafted", "8 drafted", "auto, 15 drafted", "one forward"}
     step = found["lossless-step", "ours:3 drafted"]
     assert (step.scaled, step.baseline) == (0.25, "ours:dense")
     assert 0 < step.facts["predicted"] < 4

@@ -118,7 +118,7 @@ def overhead(bench: Bench, keys: int, layers: int, rounds: int) -> None:
     times["one forward"] = Times(tuple(sorted(inside["4 drafted"])))
     for name, taken in times.items():
         bench.say(f"{name:<20} {1e6 * taken.best:8.1f} us of CPU time, {keys} keys")
-    facts = dict.fromkeys(times, {"layers": layers, "keys": keys})
+    facts = {name: {"layers": layers, "keys": keys} for name in times}
     bench.add(
         "lossless-round", f"tiny-{keys}", torch.float32, times, ceilings, baseline="one forward",
         facts=facts,

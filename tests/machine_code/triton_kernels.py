@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import tempfile
+from itertools import product
 from pathlib import Path
 
 os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="visionpulse-triton-")
@@ -16,6 +17,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 from .sass import Kernel, loops_of, read
 
 STEPS = {"dense": {}, "decode": {"score": "prob", "output": "pruned"}, "follow": {}}
+CACHES = {"": False, ", 8 bits": True}
 
 
 def barriers_behind_arrival(kernel: Kernel) -> tuple[int, int]:
@@ -36,9 +38,9 @@ def facts() -> dict[str, dict[str, int]]:
     import launches  # type: ignore[import-not-found]
 
     found = {}
-    for step, options in STEPS.items():
+    for (step, options), (cache, float8) in product(STEPS.items(), CACHES.items()):
         with launches.recorded("sm_90") as recorded:
-            getattr(launches, step)(launches.Shape(), **options)
+            getattr(launches, step)(launches.Shape(float8=float8), **options)
         for one in recorded:
             compiled = aot.build(one.kernel, one.arguments, one.options, "sm_90")
             with tempfile.TemporaryDirectory() as folder:
@@ -47,9 +49,10 @@ def facts() -> dict[str, dict[str, int]]:
                 (kernel,) = (k for k in read(cubin).values() if k.code)
             loops = loops_of(kernel)
             barriers, looped = barriers_behind_arrival(kernel)
-            found[f"{step} {one.kernel.__name__.strip('_')}"] = {
+            found[f"{step} {one.kernel.__name__.strip('_')}{cache}"] = {
                 "serial loops": sum(loop.serial and not loop.copies for loop in loops),
                 "copying loops": sum(loop.copies > 0 for loop in loops),
+                "instructions": max(loop.instructions for loop in loops if loop.copies),
                 "barriers": barriers,
                 "barriers in loops": looped,
             }

@@ -41,9 +41,10 @@ class Use(NamedTuple):
     kernel: str
     loop: str | None
     tensors: int
+    float8: bool = False  # K and V of 8 bits
 
 
-KERNELS = {
+BFLOAT16 = {
     "dense decode": Use("dense-bfloat16", "_score_kernel", "stream", 2),
     "score, pruned": Use("pruned-bfloat16", "_score_kernel", "stream", 1),
     "score, dense output": Use("dense-anchor-bfloat16", "_score_kernel", "stream", 2),
@@ -51,11 +52,17 @@ KERNELS = {
     "attend, follower": Use("follow-bfloat16", "_attend_kernel", "gather", 2),
     "select": Use("pruned-bfloat16", "_select_kernel", None, 0),
 }
+FLOAT8 = {
+    f"{name}, 8 bits": use._replace(row=use.row.replace("bfloat16", "float8"), float8=True)
+    for name, use in BFLOAT16.items()
+    if use.loop
+}
+KERNELS = BFLOAT16 | FLOAT8
 
 
 def blocks_of(name, target):
     """Blocks of a kernel that fit on a multiprocessor; its threads, registers, shared bytes."""
-    row, kernel, loop, _ = KERNELS[name]
+    row, kernel, loop, *_ = KERNELS[name]
     registers, shared, _ = LIMITS[row][kernel][target]
     table, chip = tuning.TABLE[target], CHIPS[target]
     warps = getattr(table, loop).half.warps if loop else table.select_warps
@@ -66,7 +73,7 @@ def blocks_of(name, target):
 def plan_of(name):
     return tuning.plan(
         "sm_90", SMS, kv_heads=KV_HEADS, group=HEADS // KV_HEADS, head_dim=HEAD_DIM,
-        itemsize=ITEMSIZE, gather=KERNELS[name].loop == "gather",
+        itemsize=ITEMSIZE, gather=KERNELS[name].loop == "gather", float8=KERNELS[name].float8,
     )  # fmt: skip
 
 
@@ -96,7 +103,8 @@ def occupancy():
             yield held + "| | the last program of a row: instructions and latency |"
             continue
         plan = plan_of(name)
-        staged = (plan.stages - 1) * use.tensors * plan.block_n * HEAD_DIM * ITEMSIZE
+        key = HEAD_DIM * (1 if use.float8 else ITEMSIZE)
+        staged = (plan.stages - 1) * use.tensors * plan.block_n * key
         flying = [min(blocks, programs(name, shape) / SMS) * staged for shape in SHAPES]
         bound = ["memory" if bytes_ >= IN_FLIGHT else "latency" for bytes_ in flying]
         numbers = ", ".join(f"{bytes_ / 1000:.0f}" for bytes_ in flying)
@@ -105,7 +113,7 @@ def occupancy():
 
 def everywhere():
     """Blocks per multiprocessor on every target."""
-    yield "| blocks of bfloat16 | " + " | ".join(CHIPS) + " |"
+    yield "| blocks | " + " | ".join(CHIPS) + " |"
     yield "|---|" + "---|" * len(CHIPS)
     for name in KERNELS:
         held = " | ".join(str(blocks_of(name, target)[0]) for target in CHIPS)
@@ -115,7 +123,9 @@ def everywhere():
 def moved(name, rows, visual):
     """Bytes that a kernel moves from and to memory: inputs, outputs, and stored logits."""
     shape, kept = step(rows, visual), kept_of(visual)
-    one = rows * KV_HEADS * HEAD_DIM * ITEMSIZE  # the K of one position
+    if KERNELS[name].float8:
+        shape = shape._replace(kv_itemsize=1)
+    one = rows * KV_HEADS * HEAD_DIM * (1 if KERNELS[name].float8 else ITEMSIZE)  # K of a position
     logits = 4 * rows * HEADS * shape.keys
     return {
         "dense decode": cost.dense(shape).bytes,
@@ -123,7 +133,7 @@ def moved(name, rows, visual):
         "score, dense output": cost.dense(shape).bytes + logits,
         "attend, anchor": (TEXT + kept) * one,
         "attend, follower": cost.attend(shape, kept).bytes,
-    }[name]
+    }[name.removesuffix(", 8 bits")]
 
 
 def traffic():
@@ -131,7 +141,9 @@ def traffic():
     columns = " | ".join(f"{shape}: MB, us at {BANDWIDTH / 1e12} TB/s" for shape in SHAPES)
     yield f"| kernel | {columns} | measured |"
     yield "|---|" + "---|" * (len(SHAPES) + 1)
-    for name in list(KERNELS)[:-1]:
+    for name, use in KERNELS.items():
+        if use.loop is None:
+            continue
         cells = (moved(name, *shape) for shape in SHAPES.values())
         shown = (f"{bytes_ / 1e6:.1f}, {microseconds(bytes_):.1f}" for bytes_ in cells)
         yield f"| {name} | {' | '.join(shown)} | |"

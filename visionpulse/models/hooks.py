@@ -160,7 +160,8 @@ class Hooks:
         mode = self._patched.mode
         detail = "a compiled step" if torch.compiler.is_compiling() else mode.refusal
         text = conversation.visual is None and conversation.unknown_because is None
-        reason = DenseReason.LOSSLESS if detail else DenseReason.UNPAID
+        reason = DenseReason.LAST_SLOT if mode.is_at_end else DenseReason.UNPAID
+        reason = DenseReason.LOSSLESS if detail else reason
         reason = DenseReason.TEXT if text else reason
         self.dense.add_step(reason, conversation, inputs.device, detail)
 

@@ -11,9 +11,7 @@ import functools
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from enum import Enum
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,54 +25,21 @@ from .families import Anatomy, UnsupportedModelError
 from .kv_layers import conversation_of
 from .layer_ends import CommonEnd, Rewindable
 from .layer_roles import LayerRoles
+from .mode import Mode, Part
 from .patched_model import PatchedModel
 from .rounds import Request, request_of
+from .static_ends import StaticEnd, is_static, slots_of, why_not
 from .stopwatch import Stopwatch
 
 AUTO = "auto"
 REWINDABLE = {"full_attention", "sliding_attention", "chunked_attention"}  # kinds of layers
 
 
-class Part(Enum):
-    """What a forward of a lossless model does."""
-
-    NEITHER = "neither"  # dense, one token at a time
-    DRAFT = "draft"  # sparse
-    CHECK = "check"  # dense, all tokens of a round
-
-
-class Mode(threading.local):
-    """The part that a thread's forward plays, and why it does not run ahead."""
-
-    part = Part.NEITHER
-    roles: LayerRoles | None = None  # of a draft, where a policy chose the way
-    refusal = ""
-
-    @property
-    def drafts(self) -> bool:
-        """Whether it drafts."""
-        return self.part is Part.DRAFT
-
-    @property
-    def checks(self) -> bool:
-        """Whether it checks."""
-        return self.part is Part.CHECK
-
-    @contextmanager
-    def of(self, part: Part, roles: LayerRoles | None = None) -> Iterator[None]:
-        """Play a part."""
-        before, (self.part, self.roles) = (self.part, self.roles), (part, roles)
-        try:
-            yield
-        finally:
-            self.part, self.roles = before
-
-
 class _Ahead(threading.local):
     """The checked tokens that nobody has asked for yet; of one cache at a time."""
 
     cache: "weakref.ref[Any] | None" = None
-    end: CommonEnd | None = None  # of that cache: the entries that the caller knows of
+    end: CommonEnd | StaticEnd | None = None  # of that cache: the entries that the caller knows of
     checked: Any = None  # the output of the check
     logits: Sequence[Tensor] = ()  # of it, [1, 1, vocabulary] each
     # ids [1, n], and once somebody asked for another token the list of those behind the first
@@ -142,15 +107,20 @@ class RunAhead:
             self._ahead.drop()
             self.mode.refusal = request
             return self.plain(*args, **kwargs)
-        self.mode.refusal = ""
+        self.mode.refusal, self.mode.is_at_end = "", False
         if self._is_ahead(request):
             return self._serve(request)
         self._learn(request)
         self._ahead.drop()
-        if not all(_can_rewind(layer) for layer in request.cache.layers):
+        is_fixed = request.conversation.capacity is not None
+        if not (is_fixed or all(map(_can_rewind, request.cache.layers))):
             self.mode.refusal = "a cache that cannot be rolled back"
             return self.plain(*args, **kwargs)
         plan = self.plan()
+        if is_fixed:
+            left = slots_of(request.cache) - request.length - 1
+            self.mode.is_at_end = left == 0
+            plan = plan._replace(tokens=min(plan.tokens, left))
         return self._round(request, plan) if plan.tokens else self._plain_step(request, plan)
 
     def _request(self, named: dict[str, Any]) -> Request | str:
@@ -159,6 +129,10 @@ class RunAhead:
         conversation = conversation_of(cache, self.patched.anatomy.first_full)
         if cache is None or conversation is None or conversation.visual is None:
             return "no picture"
+        if conversation.capacity is not None and not conversation.has_picture:
+            return "no picture"  # the set of a static cache has one shape, with and without
+        if conversation.capacity is not None and not is_static(cache):
+            return "a cache that cannot be rolled back" + why_not(cache)
         if conversation.has_holes:
             return "a mask with holes"
         return request_of(named, cache, conversation)
@@ -262,9 +236,10 @@ def _can_rewind(layer: Any) -> bool:
     return isinstance(layer, Rewindable) and layer.can_rewind
 
 
-def _end(cache: Any, length: int) -> CommonEnd:
+def _end(cache: Any, length: int) -> CommonEnd | StaticEnd:
     """Let all layers end at `length`."""
-    return CommonEnd(cache.layers, length)
+    kind = StaticEnd if is_static(cache) else CommonEnd
+    return kind(cache.layers, length)
 
 
 def _answer(checked: Any, logits: Tensor) -> Any:

@@ -1,7 +1,7 @@
 """The reasons for a dense decode step, and the warnings of a session, each said once.
 
-Steps without a picture, paused ones, and those of a dense schedule or a policy are silent. Every
-other dense step loses something that the user did not give up.
+Steps without a picture, paused ones, those of a dense schedule or a policy, and the last of a
+static cache are silent. Every other dense step loses something that the user did not give up.
 """
 
 import threading
@@ -30,9 +30,13 @@ class DenseReason(Enum):
     INPUTS = "attention inputs"
     LOSSLESS = "lossless, not run ahead"
     UNPAID = "drafting would not pay"
+    LAST_SLOT = "last slot of a static cache"
 
 
-SILENT = (DenseReason.TEXT, DenseReason.ASKED, DenseReason.PAUSED, DenseReason.UNPAID)
+SILENT = (
+    DenseReason.TEXT, DenseReason.ASKED, DenseReason.PAUSED, DenseReason.UNPAID,
+    DenseReason.LAST_SLOT,
+)  # fmt: skip
 
 _TEXTS = {
     DenseReason.TRAINING: "the model is in training mode, which runs its own attention; call "
@@ -56,7 +60,7 @@ _TEXTS = {
     "replaced, or the forward goes another way; unpatch the model and patch it again",
     DenseReason.ATTENTION: "no layer called the attention function of visionpulse (the config says "
     "{detail}); unpatch, set the attention implementation, patch again",
-    DenseReason.LOSSLESS: "lossless decoding runs ahead for one row on a dynamic cache, and for "
+    DenseReason.LOSSLESS: "lossless decoding runs ahead for one row, and on dynamic caches for "
     "batches in session.generate(...); this is {detail}",
     DenseReason.INPUTS: "the anchor was left to the model's own attention: {detail}",
 }

@@ -15,7 +15,8 @@ from ..selection import Selection
 from . import registry
 from .arguments import cache_of_output
 from .kv_layers import conversation_of
-from .lossless import Part, RunAhead
+from .lossless import RunAhead
+from .mode import Part
 from .ragged_cache import RowPlaces, can_be_ragged, end_at, ragged
 from .rounds import BatchRequest, batch_request_of
 from .row_draws import RowDraws, refusal_of

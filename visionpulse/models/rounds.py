@@ -1,6 +1,7 @@
 """The arguments of a decode step, and what they are for the tokens of a round that it begins."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from .conversation import Conversation
 from .sliding_layers import BEFORE
 from .visual_positions import has_features
 
+MASK, FULL = "attention_mask", "full_attention"  # the mask, or a dict of it by kind of layer
 _POSITIONS = ("position_ids", "cache_position")  # [.., 1], one more for each token
 _KINDS = ("token_type_ids", "mm_token_type_ids")  # [1, 1], or [1, keys]
 _EXTRAS = ("output_attentions", "output_hidden_states")
@@ -29,11 +31,18 @@ class Request(NamedTuple):
     def of_all(self, tokens: int) -> "RoundArguments":
         """The arguments for a round of so many tokens; that of the request is the first."""
         whole: dict[str, Tensor] = {}
-        moving: dict[str, tuple[Tensor, ...]] = {}
-        checked: dict[str, Tensor] = {}
-        mask = self.named.get("attention_mask")
-        if mask is not None:
-            whole["attention_mask"] = pad(mask, (0, tokens - 1), value=1)
+        moving: dict[str, Sequence[Any]] = {}
+        checked: dict[str, Any] = {}
+        mask = self.named.get(MASK)
+        by_kind = isinstance(mask, dict)
+        if isinstance(mask, dict):
+            mask = mask[FULL]
+        if mask is not None and mask.dim() == 4:
+            masks = _masks(mask, self.length, tokens)
+            each = [masks, *(masks[:, :, i : i + 1] for i in range(tokens))]
+            checked[MASK], *moving[MASK] = [{FULL: one} for one in each] if by_kind else each
+        elif mask is not None:
+            whole[MASK] = pad(mask, (0, tokens - 1), value=1)
         for name in _KINDS:
             value = self.named.get(name)
             if value is not None and value.shape[1] == 1:
@@ -53,8 +62,8 @@ class RoundArguments(NamedTuple):
 
     named: dict[str, Any]
     whole: dict[str, Tensor]  # [1, keys]: a token's forward gets those of the keys it sees
-    moving: dict[str, tuple[Tensor, ...]]  # of each token
-    checked: dict[str, Tensor]  # [.., tokens]
+    moving: dict[str, Sequence[Any]]  # of each token
+    checked: dict[str, Any]  # [.., tokens]
 
     def step(self, number: int, token: Tensor) -> dict[str, Any]:
         """Those of draft step `number` with its token [1, 1]."""
@@ -75,6 +84,16 @@ class RoundArguments(NamedTuple):
         return named
 
 
+def _masks(mask: Tensor, length: int, tokens: int) -> Tensor:
+    """The masks [1, 1, tokens, slots] of a token and those behind it, bool or additive.
+
+    From its own [1, 1, 1, slots], behind `length` tokens in a static cache.
+    """
+    steps, slots = _steps(tokens, mask.device), _steps(mask.shape[-1], mask.device)
+    new = (slots > length) & (slots <= length + steps[:, None])
+    return mask | new if mask.dtype == torch.bool else mask.masked_fill(new, 0)
+
+
 @functools.lru_cache
 def _steps(tokens: int, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
@@ -90,9 +109,15 @@ def request_of(named: dict[str, Any], cache: Any, conversation: Conversation) ->
         return f"a batch of {ids.shape[0]} rows"
     if any(named.get(name) for name in _EXTRAS) or named.get("return_dict") is False:
         return "a step that gives attentions, hidden states or a tuple"
-    mask = named.get("attention_mask")
+    mask, slots = named.get(MASK), conversation.capacity
+    if isinstance(mask, dict) and mask.keys() == {FULL}:
+        mask = mask[FULL]
     if mask is not None and not (
-        isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == length + 1
+        isinstance(mask, Tensor)
+        and (
+            (mask.dim() == 2 and mask.shape[1] == length + 1)
+            or (slots is not None and mask.shape == (1, 1, 1, slots))
+        )
     ):
         return "a mask that is not one number a key"
     if has_features(named) or named.get("inputs_embeds") is not None:

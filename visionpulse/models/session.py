@@ -22,7 +22,8 @@ from .float8_layers import holds_8_bits
 from .hooks import Hooks
 from .kv_layers import release
 from .layer_roles import LayerRoles
-from .lossless import AUTO, Mode, RunAhead, refuse
+from .lossless import AUTO, RunAhead, refuse
+from .mode import Mode
 from .patched_model import PatchedModel
 from .stats import Recorder, Stats
 from .tensor_parallel import head_group
@@ -230,10 +231,11 @@ def patch(
     `config` is a PulseConfig, the name of a preset, or a .json file of `visionpulse calibrate`;
     keywords change fields of it. The model keeps its `generate()`, its prefill and its training.
     With `lossless=True` the tokens are the dense model's: sparse steps draft some, and one dense
-    forward checks them, for one row on a dynamic cache, or for a batch in `session.generate(...)`;
-    others decode dense. What differs is the rounding of a forward of several tokens. `draft` is how
-    many, 1 to 15; "auto" takes what pays on this model and machine, also which schedule drafts
-    unless the setting names one, and decodes dense where nothing pays.
+    forward checks them, for one row on a dynamic or static cache, or for a batch on a dynamic one
+    in `session.generate(...)`; others decode dense. What differs is the rounding of a forward
+    of several tokens. `draft` is how many, 1 to 15; "auto" takes what pays on this model and
+    machine, also which schedule drafts unless the setting names one, and decodes dense where
+    nothing pays.
     Patching twice with the same setting returns the same session; as a context manager the session
     unpatches at the end.
     """

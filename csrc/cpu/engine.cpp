@@ -6,6 +6,7 @@
 
 #include "csrc/arena.h"
 #include "csrc/cpu/pool.h"
+#include "csrc/cpu/run_parts.h"
 #include "kernels/common/split.h"
 #include "kernels/common/visual_spans.h"
 
@@ -43,8 +44,6 @@ struct Plan {
   int32_t shared_heads, row_heads;  // in a part of a cache row, and of a row
   int64_t shared_floats, row_floats;
 };
-
-int rows_of(const Call& c) { return c.B * c.queries.count; }
 
 Row row_of(const Call& c, int index) {
   Row row = {};
@@ -189,50 +188,6 @@ int64_t plan_call(const Kernels& kernels, Call& c, const Needs& needs, const Scr
   return 0;
 }
 
-// The row of a task; row b has the tasks first(b) .. first(b + 1) - 1.
-template <class First>
-int row_of_task(int rows, int task, First first) {
-  int low = 0, high = rows - 1;
-  while (low < high) {
-    const int mid = (low + high + 1) / 2;
-    if (first(mid) <= task) {
-      low = mid;
-    } else {
-      high = mid - 1;
-    }
-  }
-  return low;
-}
-
-using PartEntry = void (*)(const Call&, int32_t, int32_t, int32_t, Run);
-
-// A thread takes a few neighbours at a time, so that each part prefetches the next one's first
-// keys. A row stays on one memory node, or one of its KV heads where there are fewer rows than
-// nodes.
-void run_parts(const Call& c, int parts, int threads, PartEntry entry) {
-  const int cuts = c.shared ? c.B : rows_of(c);
-  constexpr int kTurns = 8;  // of a thread, so that a slow one leaves little undone
-  const int length = threads > 1 ? std::max(1, parts / (threads * kTurns)) : std::max(1, parts);
-  const auto row_of_part = [&](int part) {
-    return row_of_task(cuts, part, [&](int b) { return c.cuts[b].first_part; });
-  };
-  const auto take = [&](int turn) {
-    const int begin = turn * length, end = std::min(parts, begin + length);
-    for (int part = begin; part < end; ++part) {
-      const int row = row_of_part(part);
-      const Cut& cut = c.cuts[row];
-      entry(c, row, (part - cut.first_part) / cut.n_parts, (part - cut.first_part) % cut.n_parts,
-            {part == begin || part == cut.first_part, part + 1 == end});
-    }
-  };
-  parallel((parts + length - 1) / length, threads, take, [&](int turn) {
-    const int part = turn * length;
-    const Cut& cut = c.cuts[row_of_part(part)];
-    const int unit = cuts > 1 ? cut.n_parts * c.G : cut.n_parts;
-    return (cut.first_part + (part - cut.first_part) / unit * unit) / length;
-  });
-}
-
 void merge(const Kernels& kernels, const Call& c, int threads) {
   const auto& entries = c.cache.dtype == DType::kFloat8 ? kernels.merge_float8 : kernels.merge;
   const auto entry = entries[static_cast<int>(c.dtype)];
@@ -246,10 +201,11 @@ void stream(const Kernels& kernels, Call& c, const Plan& plan, int threads) {
   c.shared = c.queries.count > 1;
   c.part_heads = plan.shared_heads;
   c.part_floats = plan.shared_floats;
-  if (!c.shared) return run_parts(c, plan.visible_parts, threads, kernels.stream[type]);
+  const int heads = heads_together(c, plan.visible_parts, threads, false);
+  if (!c.shared) return run_parts(c, plan.visible_parts, threads, heads, kernels.stream[type]);
   const auto pack = kernels.pack_queries[type];
   parallel(c.B * c.G, threads, [&](int task) { pack(c, task / c.G, task % c.G); });
-  run_parts(c, plan.visible_parts, threads, kernels.stream_shared[type]);
+  run_parts(c, plan.visible_parts, threads, 1, kernels.stream_shared[type]);
 }
 
 // Lists the visible text and kept positions, ascending. Skips an index that is no visible visual
@@ -329,7 +285,8 @@ int64_t attend(const Kernels& kernels, Call c, const Scratch& scratch) {
   c.with_values = true;
   if (sparse) {
     const int parts = cut_attended(c, plan, scratch.threads);
-    run_parts(c, parts, scratch.threads, kernels.stream[storage_of(c)]);
+    run_parts(c, parts, scratch.threads, heads_together(c, parts, scratch.threads, true),
+              kernels.stream[storage_of(c)]);
   } else {
     stream(kernels, c, plan, scratch.threads);
   }
@@ -382,7 +339,7 @@ int64_t decode(const Kernels& kernels, Call c, bool dense, float* scores, const 
   c.selection = {c.indices, c.counts, c.score.k_max};
   c.with_values = true;
   const int parts = cut_attended(c, plan, scratch.threads);
-  run_parts(c, parts, scratch.threads, kernels.weigh[storage_of(c)]);
+  run_parts(c, parts, scratch.threads, 1, kernels.weigh[storage_of(c)]);
   merge(kernels, c, scratch.threads);
   return 0;
 }

@@ -82,11 +82,12 @@ static void weigh_part(const Call& c, int row, int kv_head, int index, Run run) 
       locate(c, cut, cache_row, kv_head, first + block, range.end, block, next);
       prefetch_logits<T, HT>(stored, next, tiles);
     } else {
-      locate_next_part(c, cut, cache_row, kv_head, index, 0, block, next);
+      locate_next_part(c, cut, cache_row, kv_head, 1, index, 0, block, next);
     }
     gather_logits<T, HT>(stored, keys, tiles, x);
     softmax_block<HT>(tiles, keys.count, nullptr, {1.0f, false}, x, states, rescales);
-    Prefetch<T> prefetch = Prefetch<T>::make(next.v, nullptr, next.count, c.D, tiles_of_values);
+    Prefetch<T> prefetch =
+        Prefetch<T>::make(next.v, nullptr, {1, 0, 0}, next.count, c.D, tiles_of_values);
     sum_block<T, HT>(c, keys, prefetch, x, rescales, part);
   }
   store_part<HT>(states, tiles, part);

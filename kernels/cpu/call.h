@@ -27,6 +27,7 @@ struct Cut {
 // prefetches.
 struct Run {
   bool is_first, is_last;
+  int32_t heads;  // KV heads from the part's on, whose parts of the same keys run with it
 };
 
 // A query: a row of the cache, or one of its Q queries.

@@ -116,21 +116,22 @@ struct QueryUnit<f8> {
   }
 };
 
-// The query heads of one KV head, padded with zeros to whole head tiles and units.
+// The query heads of KV heads that run together, each one's padded with zeros to whole head tiles
+// and units.
 template <class T>
 struct Query {
   static constexpr int kColumns = Dot<T>::kColumns;
   alignas(64) typename Dot<T>::Query data[kMaxGroup * kMaxHeadDim];  // [padded heads, padded D]
   int32_t stride;
 
-  VP_INLINE void load(Query& into, const Call& c, int row, int kv_head) {
+  VP_INLINE void load(Query& into, const Call& c, int row, int kv_head, int to_head) {
     const int group = c.H / c.G, whole = c.D / kColumns, rest = c.D % kColumns;
     into.stride = padded_dim(c.D, kColumns);
     const int64_t first = c.rows[row].cache_row * c.q_stride.row +
                           c.rows[row].query * c.queries.q_stride +
                           int64_t{kv_head} * group * c.q_stride.head;
     for (int h = 0; h < padded_heads(group); ++h) {
-      auto* to = into.data + h * into.stride;
+      auto* to = into.data + (to_head + h) * into.stride;
       for (int u = 0; u * kColumns < into.stride; ++u) {
         const int n = h >= group ? 0 : u < whole ? kColumns : rest;
         QueryUnit<T>::load(c, n > 0 ? first + h * c.q_stride.head + u * kColumns : first, n,
@@ -193,8 +194,9 @@ VP_INLINE Vec logit(Vec dot, const Scaling& s) {
 
 // Logits x [key tiles, head tiles, kLanes] of a block. Lanes without a key get -inf.
 template <class T, int HT>
-VP_INLINE void dot_block(const Query<T>& q, BlockKeys<T>& keys, int dim, int tiles_of_heads,
-                         const Scaling& scaling, Prefetch<T>& prefetch, float* x) {
+VP_INLINE void dot_block(const Query<T>& q, int first_head, BlockKeys<T>& keys, int dim,
+                         int tiles_of_heads, const Scaling& scaling, Prefetch<T>& prefetch,
+                         float* x) {
   constexpr int kTileKeys = kLanes / HT, kDotKeys = kDotLanes / HT;
   const int whole = (keys.count + kTileKeys - 1) / kTileKeys * kTileKeys;
   // a partial tile repeats its last key, so every logit comes from the same instructions
@@ -203,7 +205,7 @@ VP_INLINE void dot_block(const Query<T>& q, BlockKeys<T>& keys, int dim, int til
     Prefetch<T>::fetch(prefetch, kDotKeys);
     for (int t = 0; t < tiles_of_heads; ++t) {
       Vec out[kDotVecs];
-      const auto* heads = q.data + t * HT * q.stride;
+      const auto* heads = q.data + (first_head + t * HT) * q.stride;
       if (dim == 128) {
         dot_tile<T, HT, 128>(heads, q.stride, keys.k + first, dim, out);
       } else {

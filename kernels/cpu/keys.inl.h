@@ -95,6 +95,16 @@ VP_INLINE void locate(const Call& c, const Cut& cut, int row, int kv_head, int f
   }
 }
 
+// From a block's keys of one KV head to those of the next.
+template <class T>
+VP_INLINE void next_head(const KvHeads& heads, BlockKeys<T>& keys) {
+  for (int i = 0; i < keys.count; ++i) {
+    if (keys.any_missing && keys.missing[i]) continue;
+    keys.k[i] += heads.k_stride;
+    keys.v[i] += heads.v_stride;
+  }
+}
+
 // Where a part lies in its cut.
 struct PartRange {
   int begin, end;
@@ -107,13 +117,14 @@ VP_INLINE PartRange range_of_part(const Cut& cut, int index) {
 // A block after a part's last: that of the next part at its key `first`, if the same thread runs
 // it.
 template <class T>
-VP_INLINE void locate_next_part(const Call& c, const Cut& cut, int row, int kv_head, int index,
-                                int first, int block, BlockKeys<T>& keys) {
+VP_INLINE void locate_next_part(const Call& c, const Cut& cut, int row, int kv_head, int heads,
+                                int index, int first, int block, BlockKeys<T>& keys) {
   keys.count = 0;
   const bool same_head = index + 1 < cut.n_parts;
-  if (!same_head && kv_head + 1 == c.G) return;
+  if (!same_head && kv_head + heads == c.G) return;
   const PartRange range = range_of_part(cut, same_head ? index + 1 : 0);
-  locate(c, cut, row, kv_head + (same_head ? 0 : 1), range.begin + first, range.end, block, keys);
+  locate(c, cut, row, kv_head + (same_head ? 0 : heads), range.begin + first, range.end, block,
+         keys);
 }
 
 }  // namespace visionpulse::cpu::VP_ISA

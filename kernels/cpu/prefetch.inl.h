@@ -33,35 +33,46 @@ VP_INLINE int lines_of(int dim) {
 }
 
 template <class T>
-VP_INLINE void prefetch_all(const T* const* vectors, int count, int dim) {
-  for (int i = 0; i < count; ++i) prefetch_vector(vectors[i], lines_of<T>(dim));
+VP_INLINE void prefetch_all(const T* const* vectors, int count, int dim, int64_t offset = 0) {
+  for (int i = 0; i < count; ++i) prefetch_vector(vectors[i] + offset, lines_of<T>(dim));
 }
+
+// KV heads that are computed together, and the way from one to the next.
+struct KvHeads {
+  int count;
+  int64_t k_stride, v_stride;
+};
 
 // Prefetches the vectors of the next block while one is computed. Spread out, because a burst would
 // fill the miss buffers and stall.
 template <class T>
 struct Prefetch {
   const T *const *k, *const *v;
+  KvHeads heads;
   int count;      // vectors, K and V together
   int lines;      // of a vector
   int passes;     // calls of `fetch` for each key of the block being computed
   bool by_turns;  // K and V lie in one row, and are fetched by turns; else all K first
-  int next, due;
+  int next, head, due;
 
   // Without V: v is nullptr.
-  VP_INLINE Prefetch make(const T* const* k, const T* const* v, int keys, int dim, int passes) {
+  VP_INLINE Prefetch make(const T* const* k, const T* const* v, const KvHeads& heads, int keys,
+                          int dim, int passes) {
     const bool by_turns = v != nullptr && keys > 0 && v[0] == k[0] + dim;
-    return {k, v, v != nullptr ? 2 * keys : keys, lines_of<T>(dim), passes, by_turns, 0, 0};
+    const int count = v != nullptr ? 2 * keys : keys;
+    return {k, v, heads, count, lines_of<T>(dim), passes, by_turns, 0, 0, 0};
   }
 
   VP_INLINE void fetch(Prefetch& p, int keys) {
     for (p.due += p.v != nullptr ? 2 * keys : keys; p.due >= p.passes && p.next < p.count;
-         p.due -= p.passes, ++p.next) {
+         p.due -= p.passes) {
       const int half = p.count / 2;
-      const T* vector = p.v == nullptr ? p.k[p.next]
-                        : p.by_turns   ? (p.next % 2 != 0 ? p.v : p.k)[p.next / 2]
-                                       : (p.next < half ? p.k[p.next] : p.v[p.next - half]);
+      const bool is_v = p.v != nullptr && (p.by_turns ? p.next % 2 != 0 : p.next >= half);
+      const int key = p.v == nullptr ? p.next : p.by_turns ? p.next / 2 : p.next - is_v * half;
+      const T* vector =
+          is_v ? p.v[key] + p.head * p.heads.v_stride : p.k[key] + p.head * p.heads.k_stride;
       prefetch_vector(vector, p.lines);
+      if (++p.head == p.heads.count) p.head = 0, ++p.next;
     }
   }
 };

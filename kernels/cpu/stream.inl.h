@@ -46,14 +46,16 @@ static void stream_part(const Call& c, int row, int kv_head, int index, Run run)
   const int cache_row = c.rows[row].cache_row;
   const int group = c.H / c.G, tiles = head_tiles(group), heads = tiles * HT;
   const PartRange range = range_of_part(cut, index);
-  const Part part = part_at(c, part_index(cut, kv_head, index));
-  const Scaling scaling = scaling_of(c.score, factor_of<T>(c.cache.k_scale, kv_head));
   const SoftmaxArgs args = {1.0f / c.score.tau, c.store_logits};
+  const KvHeads together = {run.heads, c.cache.k_stride.head, c.cache.v_stride.head};
   Query<T> q;
-  Query<T>::load(q, c, row, kv_head);
-  TileState states[kMaxGroup / 4];
-  for (int t = 0; t < tiles; ++t) TileState::reset(states[t]);
-  if (c.with_values) clear(part.acc, int64_t{group} * padded_dim(c.D, kUnit));
+  TileState states[kMaxGroup / 4];  // [KV heads, head tiles]
+  for (int h = 0; h < run.heads; ++h) {
+    Query<T>::load(q, c, row, kv_head + h, h * heads);
+    for (int t = 0; t < tiles; ++t) TileState::reset(states[h * tiles + t]);
+    const Part part = part_at(c, part_index(cut, kv_head + h, index));
+    if (c.with_values) clear(part.acc, int64_t{group} * padded_dim(c.D, kUnit));
+  }
   BlockVisual visual;
   visual.content = Content::kText;
   const int32_t* spans = c.visual.spans + int64_t{cache_row} * c.visual.spans_per_row * 2;
@@ -68,8 +70,10 @@ static void stream_part(const Call& c, int row, int kv_head, int index, Run run)
     locate(c, cut, cache_row, kv_head, range.begin + i * block, range.end, block, buffers[i]);
   // the hardware's prefetcher finds the first keys of a stream, but not those of a list
   if (cut.attended != nullptr && run.is_first) {
-    prefetch_all(buffers[0].k, buffers[0].count, c.D);
-    if (c.with_values) prefetch_all(buffers[0].v, buffers[0].count, c.D);
+    for (int h = 0; h < run.heads; ++h) {
+      prefetch_all(buffers[0].k, buffers[0].count, c.D, h * together.k_stride);
+      if (c.with_values) prefetch_all(buffers[0].v, buffers[0].count, c.D, h * together.v_stride);
+    }
   }
   for (int first = range.begin, turn = 0; first < range.end; first += block) {
     BlockKeys<T>& keys = buffers[turn];
@@ -80,21 +84,28 @@ static void stream_part(const Call& c, int row, int kv_head, int index, Run run)
       locate(c, cut, cache_row, kv_head, after, range.end, block, next);
     } else {
       const int blocks_on = (after - range.end) / block;
-      locate_next_part(c, cut, cache_row, kv_head, index, blocks_on * block, block, next);
+      locate_next_part(c, cut, cache_row, kv_head, run.heads, index, blocks_on * block, block,
+                       next);
     }
-    Prefetch<T> prefetch = Prefetch<T>::make(next.k, c.with_values ? next.v : nullptr, next.count,
-                                             c.D, c.with_values ? 1 + tiles_of_values : 1);
-    dot_block<T, HT>(q, keys, c.D, tiles, scaling, prefetch, x);
-    if (args.at_tau) {
+    Prefetch<T> prefetch =
+        Prefetch<T>::make(next.k, c.with_values ? next.v : nullptr, together, next.count, c.D,
+                          c.with_values ? 1 + tiles_of_values : 1);
+    if (args.at_tau)
       find_visual<HT>(c.visual, cache_row, cut.begin + first, keys.count, span, visual);
-      const int floats = (keys.count + kLanes / HT - 1) / (kLanes / HT) * (kLanes / HT) * heads;
-      if (c.store_all_logits || visual.content != Content::kText)
-        store_logits(c, c.rows[row], kv_head, first, x, floats);
+    const bool stores = args.at_tau && (c.store_all_logits || visual.content != Content::kText);
+    const int floats = (keys.count + kLanes / HT - 1) / (kLanes / HT) * (kLanes / HT) * heads;
+    for (int h = 0; h < run.heads; ++h) {
+      const Scaling scaling = scaling_of(c.score, factor_of<T>(c.cache.k_scale, kv_head + h));
+      const Part part = part_at(c, part_index(cut, kv_head + h, index));
+      dot_block<T, HT>(q, h * heads, keys, c.D, tiles, scaling, prefetch, x);
+      if (stores) store_logits(c, c.rows[row], kv_head + h, first, x, floats);
+      softmax_block<HT>(tiles, keys.count, &visual, args, x, states + h * tiles, rescales);
+      if (c.with_values) sum_block<T, HT>(c, keys, prefetch, x, rescales, part);
+      if (h + 1 < run.heads) next_head(together, keys);
     }
-    softmax_block<HT>(tiles, keys.count, &visual, args, x, states, rescales);
-    if (c.with_values) sum_block<T, HT>(c, keys, prefetch, x, rescales, part);
   }
-  store_part<HT>(states, tiles, part);
+  for (int h = 0; h < run.heads; ++h)
+    store_part<HT>(states + h * tiles, tiles, part_at(c, part_index(cut, kv_head + h, index)));
 }
 
 }  // namespace visionpulse::cpu::VP_ISA

@@ -1,0 +1,75 @@
+// SPDX-License-Identifier: Apache-2.0
+// How the threads share the parts of a call.
+#pragma once
+
+#include <algorithm>
+
+#include "csrc/cpu/pool.h"
+#include "kernels/cpu/call.h"
+
+namespace visionpulse::cpu {
+
+constexpr int kTurns = 8;  // of a thread, so that a slow one leaves little undone
+
+inline int rows_of(const Call& c) { return c.B * c.queries.count; }
+
+// The row of a task; row b has the tasks first(b) .. first(b + 1) - 1.
+template <class First>
+inline int row_of_task(int rows, int task, First first) {
+  int low = 0, high = rows - 1;
+  while (low < high) {
+    const int mid = (low + high + 1) / 2;
+    if (first(mid) <= task) {
+      low = mid;
+    } else {
+      high = mid - 1;
+    }
+  }
+  return low;
+}
+
+// Parts that run together read a token whole, where its heads lie side by side: a head by itself
+// would come back to every token's row, and to its page of memory. Which parts do is no part of the
+// arithmetic.
+inline int heads_together(const Call& c, int parts, int threads, bool is_list) {
+  const Strides &k = c.cache.k_stride, &v = c.cache.v_stride;
+  if (k.head >= k.token || v.head >= v.token) return 1;
+  // their queries fill no more than those of the largest group; the rows of a list arrive later
+  int heads = std::min({c.G, kMaxGroup / padded_heads(c.H / c.G), is_list ? 4 : 8});
+  if (threads > 1) heads = std::max(1, std::min(heads, parts / (threads * kTurns)));
+  while (c.G % heads != 0) --heads;
+  return heads;
+}
+
+using PartEntry = void (*)(const Call&, int32_t, int32_t, int32_t, Run);
+
+// A thread takes a few neighbours at a time, so that each part prefetches the next one's first
+// keys. A row stays on one memory node, or one of its KV heads where there are fewer rows than
+// nodes.
+inline void run_parts(const Call& c, int all_parts, int threads, int heads, PartEntry entry) {
+  const int cuts = c.shared ? c.B : rows_of(c), head_groups = c.G / heads;
+  const int parts = all_parts / heads;
+  const auto first_of = [&](const Cut& cut) { return cut.first_part / heads; };
+  const int length = threads > 1 ? std::max(1, parts / (threads * kTurns)) : std::max(1, parts);
+  const auto row_of_part = [&](int part) {
+    return row_of_task(cuts, part, [&](int b) { return first_of(c.cuts[b]); });
+  };
+  const auto take = [&](int turn) {
+    const int begin = turn * length, end = std::min(parts, begin + length);
+    for (int part = begin; part < end; ++part) {
+      const int row = row_of_part(part);
+      const Cut& cut = c.cuts[row];
+      const int at = part - first_of(cut);
+      entry(c, row, at / cut.n_parts * heads, at % cut.n_parts,
+            {part == begin || at == 0, part + 1 == end, heads});
+    }
+  };
+  parallel((parts + length - 1) / length, threads, take, [&](int turn) {
+    const int part = turn * length;
+    const Cut& cut = c.cuts[row_of_part(part)];
+    const int unit = cuts > 1 ? cut.n_parts * head_groups : cut.n_parts;
+    return (first_of(cut) + (part - first_of(cut)) / unit * unit) / length;
+  });
+}
+
+}  // namespace visionpulse::cpu

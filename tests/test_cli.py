@@ -152,12 +152,36 @@ ERRORS = {
     "demo not writable": (["demo", "--out", "CLOSED"], 1, "cannot use"),
     "demo preset": (["demo", "--preset", "7pct"], 2, "no preset '7pct'"),
     "demo file": (["demo", "--preset", "none.json"], 2, "no file none.json"),
+    **{
+        f"{verb[0]} dense": ([*verb, "--preset", "dense"], 2, "dense prunes nothing")
+        for verb in (["demo"], ["bench"], ["calibrate", "tiny"], ["acceptance", "--model", "tiny"])
+    },
     "bench file": (["bench", "--preset", "none.json"], 2, "no file none.json"),
     "bench model": (["bench", "--model", "BROKEN"], 2, "is no JSON"),
     "calibrate preset": (["calibrate", "tiny", "--preset", "none.json"], 2, "no file none.json"),
     "calibrate not writable": (["calibrate", "tiny", "--out", "CLOSED"], 1, "cannot use"),
     "calibrate no weights": (["calibrate", "EMPTY", "--data", "DATA"], 1, "visionpulse calibrate:"),
 }
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("demo", "--pictures", "0"), ("demo", "--seed", "-1"), ("bench", "--batch", "0"),
+        ("bench", "--text", "-4"), ("bench", "--threads", "two"),
+        ("calibrate", "tiny", "--count", "0"), ("acceptance", "--model", "tiny", "--tokens", "1"),
+    ],
+)  # fmt: skip
+def test_a_number_that_cannot_be_is_refused_by_its_option(arguments, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and f"argument {arguments[-2]}: wants a whole number" in said
+
+
+def test_the_version_is_said(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"visionpulse {vp.__version__}\n"
 
 
 @pytest.mark.parametrize("name", ERRORS)
@@ -206,6 +230,12 @@ def test_ctrl_c_ends_without_a_traceback(capsys, monkeypatch):
     monkeypatch.setattr(info, "main", stop)
     assert cli.main(["info"]) == 130
     assert capsys.readouterr().err == "visionpulse info: stopped\n"
+
+
+def test_a_reader_that_leaves_early_hears_no_error():
+    command = f"{sys.executable} -u -m visionpulse info | true"
+    ended = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert ended.stderr == ""
 
 
 def test_info_is_short_and_in_full_on_demand(capsys):

@@ -46,7 +46,8 @@ def test_both_answers_stand_side_by_side(shown):
 
 
 def test_numbers_are_measured(shown):
-    text, _ = shown
+    text, out = shown
+    assert max(map(len, text.replace(str(out), "page.html").splitlines())) <= 80
     dense, sparse, ratio = map(
         float,
         re.search(r"dense ([\d.]+) ms, VisionPulse ([\d.]+) ms, ratio ([\d.]+)", text).groups(),

@@ -1,6 +1,7 @@
 """What a machine would gain: measured layers added up to decode steps, as text, data and plots."""
 
 import argparse
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -172,42 +173,50 @@ class GainReport:
 
     def text(self) -> str:
         """The answer as a table."""
-        schedule, options = self.config.schedule, self.options
+        schedule = self.config.schedule
         vllm = ("vLLM",) if self.has_vllm else ()
         torchs = ("as called", "best form", *vllm)
         times: list[tuple[str, ...]] = [
-            ("visual", "kept", *torchs, "dense", schedule, "predicted", "weights*")
+            ("visual", "kept", *torchs, "dense", schedule, "limit*", "weights*")
         ]
         gains: list[tuple[str, ...]] = [("visual", "attention", "step*")]
         for step in self.steps:
             spent, weights = step["attention"], step["predicted_weights"]
             ours, visual = spent[schedule], plots.short(step["visual"])
             values = (*spent.values(), step["predicted_attention"], weights)
-            times.append((visual, str(step["kept"]), *(f"{1e3 * v:.1f} ms" for v in values)))
+            times.append((visual, str(step["kept"]), *(f"{1e3 * v:.1f}" for v in values)))
             forms = (spent[TODAY], spent[PLAIN], *(spent[name] for name in (VLLM,) if vllm))
             steps = " / ".join(f"{(weights + form) / (weights + ours):.2f}x" for form in forms)
             gains.append((visual, " / ".join(f"{form / ours:.1f}x" for form in forms), steps))
-        machine, roof = self.machine, self.roof
         peers = "vLLM's kernel, " if vllm else ""
-        rounds = [len(one.times["dense"].seconds) for one in self.measured]
+        found = {len(one.times["dense"].seconds) for one in self.measured}
+        rounds = " to ".join(map(str, sorted({min(found), max(found)})))
         return (
-            f"\n{options.model}, {self.decoder.layers} layers, batch {options.batch}, "
-            f"{options.dtype}{', cache of 8 bits' if self.config.cache == 'fp8' else ''}, "
-            f"{options.text} text tokens, schedule {schedule!r}\n"
-            f"{machine.device}, {machine.isa}, {machine.threads} thread(s), "
-            f"load {machine.load:g} before the run; {machine.clock_note.split(',')[0]}\n"
-            f"ceilings: {self.measured[0].limits.read.name} {roof.read / 1e9:.1f} GB/s, "
-            f"gather {(roof.gather or 0) / 1e9:.1f} GB/s, "
-            f"product {roof.compute / 1e9:,.0f} GFLOP/s\n\n"
-            f"Attention of one decode step, bests of {min(rounds)} to {max(rounds)} rounds:\n"
+            f"\n{self._head()}\n\n"
+            f"Attention of one decode step in ms, bests of {rounds} rounds:\n"
             f"torch (as models call it, and in its best form), {peers}then ours.\n"
             f"{_table(times)}\n\nGains over torch as models call it / in its best form"
             f"{' / vLLM' if vllm else ''}:\n"
             f"{_table(gains)}\n\n{self._lossless()}\n\n{self._memories()}\n"
-            "* the weights' time is predicted from the read ceiling, not measured;\n"
-            "  'predicted' is the sparse attention at the ceilings."
+            "* predicted from the ceilings, not measured: 'limit' is the sparse attention at\n"
+            "  its best, 'weights' what reading the weights takes."
             f"{BREAKS if schedule == 'lookback' else ''}"
         )
+
+    def _head(self) -> str:
+        """What was measured, on which machine, and its ceilings; in lines of 80 columns."""
+        options, machine, roof = self.options, self.machine, self.roof
+        lines = (
+            f"{options.model}, {self.decoder.layers} layers, batch {options.batch}, "
+            f"{options.dtype}{', cache of 8 bits' if self.config.cache == 'fp8' else ''}, "
+            f"{options.text} text tokens, schedule {self.config.schedule!r}",
+            f"{machine.device}, {machine.isa}, {machine.threads} thread(s), "
+            f"load {machine.load:g} before the run; {machine.clock_note.split(',')[0]}",
+            f"ceilings: {self.measured[0].limits.read.name} {roof.read / 1e9:.1f} GB/s, "
+            f"gather {(roof.gather or 0) / 1e9:.1f} GB/s, "
+            f"product {roof.compute / 1e9:,.0f} GFLOP/s",
+        )
+        return "\n".join(textwrap.fill(line, 79, break_long_words=False) for line in lines)
 
     def rows(self) -> list[rows_.Row]:
         """The layers as rows."""

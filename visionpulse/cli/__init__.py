@@ -1,9 +1,11 @@
 """The command line: one module a verb, imported when the verb is asked for."""
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
+from .. import __version__
 from .parser import EXIT_CODES, failure
 
 # verb, its module's name with dashes: what it is for
@@ -31,6 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(usage)
         return 0
+    if argv[0] == "--version":
+        print(f"visionpulse {__version__}")
+        return 0
     if argv[0] not in VERBS:
         print(f"visionpulse: no verb {argv[0]!r}\n{usage}", file=sys.stderr)
         return 2
@@ -40,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"visionpulse {argv[0]}: stopped", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # `| head` has read enough; Python's own flush at exit would say so
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         if argv[0] == "run":  # the program's own error, with its own traceback
             raise

@@ -9,12 +9,11 @@ import torch
 from ..bench.progress import progress_bar
 from ..bench.rows import Machine
 from ..calibration.acceptance import measure_acceptance
-from ..config import resolve as resolve_config
 from ..data import tiny, trail
 from ..files import check_writable
 from .bench import threads_of
 from .calibrate import TINY, loaded
-from .parser import add_preset, failure, parser_of
+from .parser import OUT, PRUNING, add_inputs, add_preset, failure, parser_of, pruning
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,19 +22,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = parser_of("acceptance", main.__doc__ or "", example)
     add = parser.add_argument
     add("--model", required=True, help=f"folder or name for from_pretrained, or {TINY!r}")
-    add(
-        "--data", type=Path,
-        help='JSON lines like {"image": "a.png", "prompt": "..."}; several images as a list',
-    )  # fmt: skip
-    add("--count", type=int, default=8, help="lines of --data to use")
-    add("--tokens", type=int, default=128, help="of each dense answer")
-    add_preset(parser, "10pct", "the setting that drafts")
-    add("--out", type=Path, default=Path("visionpulse-acceptance.json"))
+    add_inputs(parser)
+    add_preset(parser, "10pct", "the setting that drafts", names=PRUNING)
+    add("--out", type=Path, default=Path("visionpulse-acceptance.json"), help=OUT)
     args = parser.parse_args(argv)
     if args.model != TINY and args.data is None:
         parser.error("--data is needed: acceptance is that of inputs like those you will serve")
     try:
-        config = resolve_config(args.preset)
+        config = pruning(args.preset)
     except ValueError as error:
         return failure("acceptance", error, 2)
     torch.set_num_threads(threads_of(Machine.here().load))

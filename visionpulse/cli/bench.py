@@ -25,11 +25,10 @@ from ..bench.report import CHECK, CHECKED, PLAIN, TODAY, VLLM, WIDE, GainReport,
 from ..bench.timing import interleaved
 from ..bench.vllm_form import PAGE, VllmForm, missing
 from ..config import PulseConfig
-from ..config import resolve as resolve_config
 from ..files import check_writable, write_text
 from ..ops import attend, decode, explain
 from ..selection import Selection
-from .parser import add_cache, add_preset, failure, parser_of
+from .parser import PRUNING, add_cache, add_preset, at_least, failure, parser_of, pruning
 
 MOST_ROUNDS, LEAST_ROUNDS = 15, 3
 
@@ -39,9 +38,7 @@ def main(argv: Sequence[str]) -> int:
     options = _options(argv)
     try:
         decoder = cost.decoder_of(options.model)
-        preset = resolve_config(options.preset)
-        if preset.schedule == "dense":
-            raise ValueError("--preset dense prunes nothing; the dense kernel is in every table")
+        preset = pruning(options.preset)
         cache = preset.cache if options.cache is None else options.cache
         config = preset.updated(schedule=options.schedule, cache=cache)
         shapes = _shapes(options, decoder, config)
@@ -67,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
             written += report.plots(folder)
         except ImportError as error:
             print(f"\nno plots: {error}")
-    print("\nwritten: " + ", ".join(map(str, written)))
+    print("\nwritten:", *(f"  {path}" for path in written), sep="\n")
     return 0
 
 
@@ -79,19 +76,25 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     known = ", ".join(cost.KNOWN)
     add("--model", default="qwen3-vl-4b", help=f"{known}, or a path to a config.json")
     add("--contexts", default="4k,8k,16k,32k", help="visual tokens, by comma; k is 1024")
-    add("--text", type=int, default=256, help="text tokens in the context")
-    add("--batch", type=int, default=1)
-    add("--dtype", default="bf16", choices=list(rows_.DTYPES))
-    add_preset(parser, "10pct", "the setting to measure")
+    add("--text", type=at_least(0), default=256, help="text tokens in the context")
+    add("--batch", type=at_least(1), default=1, help="rows that decode together")
+    add("--dtype", default="bf16", choices=list(rows_.DTYPES), help="of the model and its cache")
+    add_preset(parser, "10pct", "the setting to measure", names=PRUNING)
     add_cache(parser)
     add("--schedule", default="paper", help="paper, lookback or per_layer")
     add("--retention", type=float, help="share kept; by default the largest that the preset allows")
     add("--seconds", type=float, default=60, help="about how long to measure")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--threads", type=int, default=0, help="of torch; default: as it has, 1 on a busy machine")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", default=device, help=f"of torch (default: {device})")
+    add(
+        "--threads",
+        type=at_least(0),
+        default=0,
+        help="of torch; default: as it has, 1 on a busy machine",
+    )
     add("--out", default="visionpulse-bench", help="folder for bench.json and the plots")
-    add("--no-plots", dest="plots", action="store_false")
-    add("--no-progress", dest="progress", action="store_false")
+    add("--no-plots", dest="plots", action="store_false", help="write bench.json alone")
+    add("--no-progress", dest="progress", action="store_false", help="draw no bar")
     return parser.parse_args(argv)
 
 

@@ -8,10 +8,9 @@ from typing import Any
 
 from ..bench.progress import progress_bar
 from ..calibration.suggest import calibrate
-from ..config import resolve as resolve_config
 from ..data import tiny, trail
 from ..files import check_writable, one_line
-from .parser import add_cache, add_preset, failure, parser_of
+from .parser import OUT, PRUNING, add_cache, add_inputs, add_preset, failure, parser_of, pruning
 
 TINY = "tiny"
 
@@ -21,21 +20,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     example = "visionpulse calibrate Qwen/Qwen3-VL-4B-Instruct --data prompts.jsonl"
     parser = parser_of("calibrate", main.__doc__ or "", example)
     parser.add_argument("model", help=f"folder or name for from_pretrained, or {TINY!r}")
-    parser.add_argument(
-        "--data", type=Path,
-        help='JSON lines like {"image": "a.png", "prompt": "..."}; several images as a list',
-    )  # fmt: skip
-    parser.add_argument("--count", type=int, default=8, help="lines of --data to use")
-    parser.add_argument("--tokens", type=int, default=128, help="of each dense answer")
-    add_preset(parser, None, "a setting to compare with")
+    add_inputs(parser)
+    add_preset(parser, None, "a setting to compare with", names=PRUNING)
     add_cache(parser)
-    parser.add_argument("--out", type=Path, default=Path("visionpulse.json"))
+    parser.add_argument("--out", type=Path, default=Path("visionpulse.json"), help=OUT)
     parser.add_argument("--plot", type=Path, help="draw error against retention")
     args = parser.parse_args(argv)
     if args.model != TINY and args.data is None:
         parser.error("--data is needed: a model is calibrated on inputs like those it will serve")
     try:
-        start = None if args.preset is None else resolve_config(args.preset)
+        start = None if args.preset is None else pruning(args.preset)
     except ValueError as error:
         return failure("calibrate", error, 2)
     try:

@@ -14,12 +14,11 @@ import torch
 from ..bench import long_context
 from ..bench.progress import progress_bar
 from ..config import PulseConfig
-from ..config import resolve as resolve_config
 from ..data import tiny, trail
 from ..files import check_writable
 from ..models import Session, patch
 from ..trace.layout import PictureGrid
-from .parser import add_cache, add_preset, failure, parser_of
+from .parser import OUT, PRUNING, add_cache, add_preset, at_least, failure, parser_of, pruning
 
 MOST_TOKENS = 64
 PICTURES, EACH = 8, 4096  # of the long context that is timed, and visual tokens of each
@@ -30,19 +29,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; 0 when the page was written."""
     about = "Answer a drawn picture dense and with VisionPulse, side by side."
     parser = parser_of("demo", about, "visionpulse demo --preset 5pct --out demo.html")
-    add_preset(parser, "5pct", "the setting to show")
+    add_preset(parser, "5pct", "the setting to show", names=PRUNING)
     add_cache(parser)
-    parser.add_argument("--seed", type=int, default=9, help="another picture and question")
-    parser.add_argument("--pictures", type=int, default=50, help="how many to check at the end")
-    parser.add_argument("--out", type=Path, default=Path("visionpulse-demo.html"))
+    parser.add_argument("--seed", type=at_least(0), default=9, help="another picture and question")
+    parser.add_argument(
+        "--pictures", type=at_least(1), default=50, help="how many to check at the end"
+    )
+    parser.add_argument("--out", type=Path, default=Path("visionpulse-demo.html"), help=OUT)
     args = parser.parse_args(argv)
     begun = time.monotonic()
     try:
-        config = resolve_config(args.preset)
+        config = pruning(args.preset)
         if args.cache is not None:
             config = config.updated(cache=args.cache)
-        if config.schedule == "dense":
-            raise ValueError("--preset dense prunes nothing, so there is nothing to show")
     except ValueError as error:
         return failure("demo", error, 2)
     try:
@@ -50,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         model = _quietly(tiny.load)
     except (ImportError, OSError) as error:
         return failure("demo", error)
-    drawn = trail.test_set(args.seed, max(1, args.pictures), tiny.SIDE, "crowded")
+    drawn = trail.test_set(args.seed, args.pictures, tiny.SIDE, "crowded")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # so small a step is not worth a second one
     with contextlib.ExitStack() as stack:
@@ -153,9 +152,9 @@ def _show_one(
           f"{100 * kept.min():.2f} % to {100 * kept.max():.2f} %")  # fmt: skip
     step = {name: 1e3 * float(np.median(taken)) for name, taken in seconds.items()}
     print(
-        f"time per step of this tiny model: dense {step['dense']:.2f} ms, VisionPulse "
+        f"a step of this tiny model: dense {step['dense']:.2f} ms, VisionPulse "
         f"{step['sparse']:.2f} ms, ratio {step['dense'] / step['sparse']:.2f}\n"
-        f"  ({n} visual tokens, 1.6 M parameters: nearly all of it is Python, none of it attention)"
+        f"  ({n} visual tokens, 1.6 M parameters: nearly all Python, no attention to save)"
     )
     right = {name: list(tokens) == question.answer for name, tokens in
              (("dense", dense), ("VisionPulse", sparse))}  # fmt: skip

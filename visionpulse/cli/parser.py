@@ -1,11 +1,16 @@
 """What the verbs share: one vocabulary of options, one form of error, the exit codes."""
 
 import argparse
+import contextlib
 import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
-from ..config import CACHES, PRESETS
+from ..config import CACHES, PRESETS, PulseConfig, resolve
 from ..files import one_line
 
+PRUNING = [name for name, preset in PRESETS.items() if preset.schedule != "dense"]
+OUT = "file to write (default: %(default)s)"
 EXIT_CODES = "exit codes: 0 done, 1 it failed and says why, 2 wrong options, 130 stopped"
 
 
@@ -31,16 +36,50 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         return argparse.HelpFormatter._fill_text(self, text, width, indent)
 
 
-def add_preset(parser: argparse.ArgumentParser, default: str | None, what: str) -> None:
+def add_preset(
+    parser: argparse.ArgumentParser, default: str | None, what: str, names: Iterable[str] = PRESETS
+) -> None:
     """Add `--preset`, which takes the same everywhere: a name, or a file."""
-    names = ", ".join(PRESETS)
     said = "" if default is None else f" (default: {default})"
     parser.add_argument(
         "--preset",
         default=default,
         metavar="NAME|FILE",
-        help=f"{what}: {names}, or a .json file of `visionpulse calibrate`{said}",
+        help=f"{what}: {', '.join(names)}, or a .json file of `visionpulse calibrate`{said}",
     )
+
+
+def add_inputs(parser: argparse.ArgumentParser) -> None:
+    """Add the options that choose a verb's own inputs."""
+    add = parser.add_argument
+    lines = 'JSON lines like {"image": "a.png", "prompt": "..."}; several images as a list'
+    add("--data", type=Path, help=lines)
+    used, length = "lines of --data to use", "of each dense answer"
+    add("--count", type=at_least(1), default=8, help=f"{used} (default: %(default)s)")
+    add("--tokens", type=at_least(2), default=128, help=f"{length} (default: %(default)s)")
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of an option: a whole number that is not below `least`."""
+
+    def read(text: str) -> int:
+        with contextlib.suppress(ValueError):
+            if int(text) >= least:
+                return int(text)
+        raise argparse.ArgumentTypeError(f"wants a whole number from {least} on, got {text!r}")
+
+    return read
+
+
+def pruning(preset: str) -> PulseConfig:
+    """The setting of a `--preset` that has to prune."""
+    config = resolve(preset)
+    if config.schedule == "dense":
+        raise ValueError(
+            f"--preset {preset} prunes nothing, which is the side compared with; "
+            f"take {', '.join(PRUNING)} or a file"
+        )
+    return config
 
 
 def add_cache(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..trace.layout import PictureGrid, picture_from
 from ..trace.record import Trace
-from .parser import failure, parser_of
+from .parser import at_least, failure, parser_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,8 +27,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="tokens of each picture after merging; one for all, or one each",
     )  # fmt: skip
     parser.add_argument("--tokenizer", help="folder or name, to show tokens as text")
-    parser.add_argument("--conversation", type=int, default=0, help="of a plot; a page has all")
-    parser.add_argument("--row", type=int, default=0, help="of a plot; a page has all")
+    parser.add_argument(
+        "--conversation", type=at_least(0), default=0, help="of a plot; a page has all"
+    )
+    parser.add_argument("--row", type=at_least(0), default=0, help="of a plot; a page has all")
     args = parser.parse_args(argv)
     if not args.trace.exists():
         parser.error(f"no file {args.trace}; record one with patch(model, record=True)")

@@ -15,8 +15,8 @@ from uuid import uuid4
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = ROOT / "tests" / "cusim"
-KERNELS = ("kernels/cuda/attend.cu", "kernels/cuda/score.cu", "kernels/cuda/select.cu")
-STREAM_KERNELS = KERNELS[:2]  # those with rows
+STREAM_KERNELS = ("kernels/cuda/attend.cu", "kernels/cuda/score.cu")  # those with rows
+KERNELS = (*STREAM_KERNELS, "kernels/cuda/score_finish.cu", "kernels/cuda/select.cu")
 HOST = ("csrc/cuda/plan.cpp", "csrc/cuda/launch.cpp", "csrc/cuda/engine.cpp")
 BINDINGS = "tests/cusim/module.cpp"  # the longest to compile, and nothing there is watched
 # Rows of entries.cuh that tell most in least time: both row tiles, and two head dims.

@@ -27,7 +27,7 @@ class Use:
 
     def code(self, root: Path = ROOT, target: str = "90") -> Kernel:
         name = self.launch.kernel
-        source = next(s for s in ("attend", "select", "score") if s in name)
+        source = next(s for s in ("attend", "select", "score_finish", "score") if s in name)
         return read(cubin(source, target, root))[name]
 
     def walk(self, block: int | None = None, warp: int = 0, root: Path = ROOT) -> Walk:

@@ -16,6 +16,7 @@
 #include "csrc/cuda/plan.cpp"
 #include "kernels/cuda/attend.cu"
 #include "kernels/cuda/score.cu"
+#include "kernels/cuda/score_finish.cu"
 #include "kernels/cuda/select.cu"
 
 namespace visionpulse::cuda {

@@ -45,6 +45,7 @@ def simulated():
         ("probe", "float8", NO_CLUSTERS, "early"),
         ("choices", "bfloat16", NO_CLUSTERS, "late"),
         ("traffic", "bfloat16", ONE_SM, "early"),
+        ("devices", "float8", ONE_SM, "late"),
     ),
 )
 def test_the_kernels_are_the_contract(simulated, what, dtype, gpu, landing):

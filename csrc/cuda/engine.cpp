@@ -15,9 +15,22 @@ int64_t bytes_of(DType dtype) {
   return dtype == DType::kFloat8 ? 1 : dtype == DType::kFloat32 ? 4 : 2;
 }
 
+const char* select_name(bool cluster) { return cluster ? "vp_select_cluster" : "vp_select_global"; }
+
 Shape shape_of(const Call& call) {
   return {
       kind_of(call.dtype, call.cache.dtype), call.B, call.H, call.G, call.D, call.cache.capacity};
+}
+
+// Loads all that steps of this shape may launch: what runs first may be a dense layer, and the
+// first anchor lies in the capture of a graph.
+void load_kernels(const Call& call, const Chip& chip) {
+  for (const Stage stage : {Stage::kAttend, Stage::kScore}) {
+    const StreamKernel& kernel = kernel_of(stage, shape_of(call));
+    load(kernel.name, kernel.function, call.device);
+  }
+  load("vp_score_finish", score_finish_kernel(), call.device);
+  load(select_name(chip.clusters()), select_kernel(chip.clusters()), call.device);
 }
 
 // The largest power of two, up to 16, that all keys and values start at a multiple of.
@@ -197,9 +210,9 @@ SelectArgs select_args(const Call& call, const SelectPlan& plan, const ScoreSour
 }
 
 void launch_select(const Call& call, const SelectPlan& plan, const SelectArgs& args) {
-  launch({"visionpulse::select", plan.cluster ? "vp_select_cluster" : "vp_select_global",
-          select_kernel(plan.cluster), dim3(call.B * plan.blocks), kSelectThreads,
-          plan.shared_bytes, plan.cluster ? plan.blocks : 1},
+  launch({"visionpulse::select", select_name(plan.cluster), select_kernel(plan.cluster),
+          dim3(call.B * plan.blocks), kSelectThreads, plan.shared_bytes,
+          plan.cluster ? plan.blocks : 1},
          &args, call.device, call.stream);
 }
 
@@ -214,6 +227,7 @@ int64_t attend(const Call& call, const Scratch& scratch) {
   args.selection = call.selection;
   args.check_list = call.check_list;
   if (arena.lacking()) return arena.lacking();
+  load_kernels(call, chip_of(call.device));
   launch_stream(kAttendRange, call, plan, args);
   return 0;
 }
@@ -227,6 +241,7 @@ int64_t score(const Call& call, float* scores, const Scratch& scratch) {
   const StreamArgs args = score_args(call, plan, false, arena, scratch, outputs);
   const ScoreFinishArgs finish = score_finish_args(call, outputs, scores, true, arena);
   if (arena.lacking()) return arena.lacking();
+  load_kernels(call, chip_of(call.device));
   launch_stream(kScoreRange, call, plan, args);
   launch_score_finish(call, finish);
   return 0;
@@ -273,6 +288,7 @@ int64_t decode(const Call& call, bool dense, float* scores, const Scratch& scrat
   }
   const SelectArgs select = select_args(call, select_plan, source, outputs.stats, arena, scratch);
   if (arena.lacking()) return arena.lacking();
+  load_kernels(call, chip);
 
   launch_stream(kScoreRange, call, score_plan, score);
   if (finishes) launch_score_finish(call, finish);

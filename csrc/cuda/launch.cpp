@@ -46,16 +46,36 @@ class Range {
 
 std::mutex mutex;
 
-// Asks once per kernel and device for more dynamic shared memory than the 48 KiB that all have.
-void allow_shared(const Launch& what, int32_t device) {
+// A kernel is loaded at its first use, which a capture of a graph forbids unless it is relaxed.
+class Loading {
+ public:
+  Loading() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  ~Loading() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  Loading(const Loading&) = delete;
+  Loading& operator=(const Loading&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
+constexpr int32_t kPlainShared = 48 << 10;  // dynamic shared memory that every kernel has
+
+// Loads a kernel once per device, and asks for more shared memory where it needs more.
+void prepare(const char* name, const void* function, int32_t shared_bytes, int32_t device) {
   static std::map<std::pair<const void*, int32_t>, int32_t> allowed;
-  if (what.shared_bytes <= 48 << 10) return;
   const std::lock_guard<std::mutex> lock(mutex);
-  int32_t& have = allowed[{what.function, device}];
-  if (have >= what.shared_bytes) return;
-  check(what.name, cudaFuncSetAttribute(what.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        what.shared_bytes));
-  have = what.shared_bytes;
+  int32_t& have = allowed[{function, device}];
+  if (have >= std::max(shared_bytes, kPlainShared)) return;
+  const Loading loading;
+  if (have == 0) {
+    cudaFuncAttributes attributes;
+    check(name, cudaFuncGetAttributes(&attributes, function));
+    have = kPlainShared;
+  }
+  if (shared_bytes <= have) return;
+  check(name,
+        cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+  have = shared_bytes;
 }
 
 }  // namespace
@@ -73,6 +93,7 @@ std::string unavailable(int32_t device) try {
     return std::string("no GPU that this build can use: ") + cudaGetErrorString(error);
   }
   const OnDevice current(device);
+  const Loading loading;
   cudaFuncAttributes attributes;
   error = cudaFuncGetAttributes(&attributes, score_finish_kernel());
   if (error == cudaSuccess) return "";
@@ -94,6 +115,7 @@ const Chip& chip_of(int32_t device) {
   Chip chip = {};
   chip.capability = capability_of(device);
   // All kernels are built for the same list; this one is empty where its code has no clusters.
+  const Loading loading;
   cudaFuncAttributes loaded = {};
   check("cudaFuncGetAttributes", cudaFuncGetAttributes(&loaded, select_kernel(true)));
   chip.code = std::min(chip.capability, loaded.ptxVersion);
@@ -111,9 +133,13 @@ OnDevice::~OnDevice() {
   if (before_ != device_) cudaSetDevice(before_);
 }
 
+void load(const char* name, const void* function, int32_t device) {
+  prepare(name, function, 0, device);
+}
+
 void launch(const Launch& what, const void* args, int32_t device, cudaStream_t stream) {
   const Range range(what.range);
-  allow_shared(what, device);
+  prepare(what.name, what.function, what.shared_bytes, device);
   cudaLaunchAttribute attributes[2];
   int count = 0;
   if (chip_of(device).dependent_launch()) {

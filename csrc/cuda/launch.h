@@ -46,6 +46,9 @@ struct Launch {
   int32_t cluster;  // blocks along x; 1: none
 };
 
+// Loads a kernel that may be launched later, on the current device.
+void load(const char* name, const void* function, int32_t device);
+
 // Starts a kernel whose one argument is the struct at `args`. Where the chip has it, the blocks may
 // start before the launch in front has ended: each kernel waits for that before it reads memory.
 void launch(const Launch& what, const void* args, int32_t device, cudaStream_t stream);

@@ -104,18 +104,24 @@ bool bulk_copies(const Chip& chip, Copies requested) {
   return requested == Copies::kAuto ? able && chip.capability < 120 : requested == Copies::kBulk;
 }
 
-StreamPlan plan_stream(Stage stage, const Chip& chip, const Shape& shape, Streams streams) {
-  StreamPlan plan = {};
+const StreamKernel& kernel_of(Stage stage, const Shape& shape) {
   const int32_t group = shape.heads / shape.kv_heads;
   const int32_t head_tile = head_tile_of(shape.kind, group);
   const int32_t dim = padded_head_dim(shape.kind, shape.head_dim);
-  plan.kernel = stage == Stage::kScore ? score_kernel(shape.kind, dim, head_tile)
-                                       : attend_kernel(shape.kind, dim, head_tile);
-  if (plan.kernel == nullptr || group > head_tile) {
+  const StreamKernel* kernel = stage == Stage::kScore ? score_kernel(shape.kind, dim, head_tile)
+                                                      : attend_kernel(shape.kind, dim, head_tile);
+  if (kernel == nullptr || group > head_tile) {
     throw std::invalid_argument("no kernel for head dim " + std::to_string(shape.head_dim) +
                                 " and " + std::to_string(group) + " query heads per KV head");
   }
-  const StreamKernel& kernel = *plan.kernel;
+  return *kernel;
+}
+
+StreamPlan plan_stream(Stage stage, const Chip& chip, const Shape& shape, Streams streams) {
+  const StreamKernel& kernel = kernel_of(stage, shape);
+  StreamPlan plan = {};
+  plan.kernel = &kernel;
+  const int32_t group = shape.heads / shape.kv_heads;
   plan.team = team_of(kernel, group);
   const int32_t held = plan.team * kernel.warp.heads;  // query heads, padded
   plan.k_bytes = streams.keys ? kernel.tile_bytes : held * kernel.warp.keys * 4;

@@ -50,6 +50,9 @@ struct StreamPlan {
   int64_t part_stats, part_out;  // floats of scratch memory; 0 where no row is ever split
 };
 
+// The kernel of a stage; throws where there is none.
+const StreamKernel& kernel_of(Stage stage, const Shape& shape);
+
 StreamPlan plan_stream(Stage stage, const Chip& chip, const Shape& shape, Streams streams);
 
 struct SelectPlan {

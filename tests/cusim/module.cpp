@@ -27,6 +27,9 @@ PYBIND11_MODULE(_cusim, m) {
     cusim::settings.seed = seed;
     cusim::settings.early = early;
   });
+  // A capture under way: 0 none, 1 where relaxed mode lets kernels be loaded, 2 where nothing does.
+  m.def("capture", [](int what) { cusim::capture = static_cast<cusim::Capture>(what); });
+  m.def("current_device", [] { return cusim::current; });
   // Bytes of K, V and stored logits read since the last call.
   m.def("bytes_read", [] { return std::exchange(cusim::bytes_read, 0); });
   m.def("bulk_bytes", [] { return std::exchange(cusim::bulk_bytes, 0); });

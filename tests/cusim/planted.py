@@ -169,6 +169,31 @@ BUGS = {
         what="choices",
         arch=OLD_CODE,
     ),
+    "launch-beside-its-device": Bug(
+        (Edit(LAUNCH, 'check("cudaSetDevice", cudaSetDevice(device_))', "return"),),
+        "a stream of a device that is not current",
+        what="devices",
+    ),
+    "device-left-behind": Bug(
+        (Edit(LAUNCH, "if (before_ != device_) cudaSetDevice(before_);", ""),),
+        "",
+        what="devices",
+    ),
+    "kernel-loaded-in-a-strict-capture": Bug(
+        (Edit(LAUNCH, "= cudaStreamCaptureModeRelaxed", "= cudaStreamCaptureModeGlobal"),),
+        "",  # the first of all is asked what it was compiled for, by no entry's name
+        what="devices",
+    ),
+    "anchor-that-a-dense-layer-does-not-load": Bug(
+        (Edit("csrc/cuda/engine.cpp", "{Stage::kAttend, Stage::kScore}", "{Stage::kAttend}"),),
+        "a kernel is loaded while a graph is captured",
+        what="devices",
+    ),
+    "shared-memory-of-another-device": Bug(
+        (Edit(LAUNCH, "allowed[{function, device}]", "allowed[{function, 0 * device}]"),),
+        "more shared memory than the kernel was allowed",
+        what="devices",
+    ),
     "merge-that-skips-the-remainder": Bug(
         (Edit(MERGE, "if (done >= splits) break;", "if (done + 16 > splits) break;"),),
         "",

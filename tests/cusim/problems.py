@@ -5,7 +5,8 @@ that the simulator refuses or whose result is wrong. With `--serve` it takes job
 each, and runs them in forks of itself: torch is loaded once. What is run: `cases` (the shared test
 cases), `kernels` (each compiled kernel once), `probe` (few problems that every planted bug
 disturbs), `choices` (selections among thousands of given scores), `garbage` (values that nobody can
-check on a device), `traffic` (bytes that are read, and launches), `bulk` (how they are copied).
+check on a device), `traffic` (bytes that are read, and launches), `bulk` (how they are copied),
+`devices` (two of them, and captures).
 With a dtype such as `float8-float32` K and V are of 8 bits, beside q of the other one.
 """
 
@@ -305,13 +306,36 @@ def bulk(dtype: torch.dtype) -> None:
         assert run(case, "auto")[2] == engine
 
 
+def devices(dtype: torch.dtype) -> None:
+    """Two devices with streams of their own, and kernels whose first use lies in a capture."""
+    problem = build(Case("", (SPANS,), heads=8, kv_heads=2, head_dim=64), dtype)
+
+    def on(device: int) -> None:
+        stream = device << 32 | 7
+        cuda._place = lambda like, visual: (device, stream, visual.max_count if visual else 0, 0)
+
+    on(1)
+    assert get("cuda").unavailable() is None
+    simulated.capture(1)  # the very first use
+    check_attend(problem, check_decode(problem, problem.config))
+    simulated.capture(0)
+    assert simulated.current_device() == 0, "an op left another device behind"
+    on(0)
+    vp.attend(problem.q, problem.kv, backend="cuda")  # a dense layer has loaded all that follows
+    simulated.capture(2)
+    for output in ("pruned", "dense"):
+        config = problem.config.updated(anchor_output=output)
+        check_attend(problem, check_decode(problem, config))
+    simulated.capture(0)
+
+
 def solve(what: str, dtype: str) -> None:
     """All problems of one kind."""
     global simulated, float8
     simulated = stand_in.plug_in()
     float8 = dtype.startswith("float8")
     query = dtype.removeprefix("float8").removeprefix("-") or "bfloat16"
-    modes = (cases, kernels, probe, choices, garbage, traffic, bulk)
+    modes = (cases, kernels, probe, choices, garbage, traffic, bulk, devices)
     {mode.__name__: mode for mode in modes}[what](DTYPES[query])
 
 

@@ -30,6 +30,7 @@ class Gpu:
     def __init__(self):
         self.capturing = None  # the graph under way
         self.done = 0  # operations so far: its clock
+        self.simulated = None  # native module, where it runs simulated kernels
         self.forbids_reads = False
         self.stream = Stream(0)
 
@@ -247,6 +248,7 @@ def native(module):
 
         return call
 
+    gpu.simulated = module
     names = ("attend", "score", "select", "decode")
     cuda = SimpleNamespace(unavailable=module.cuda.unavailable)
     for name in names:
@@ -267,10 +269,14 @@ def stream(given):
 def graph(given, pool=None, stream=None):
     with globals()["stream"](Stream()):
         gpu.capturing = given
+        if gpu.simulated:
+            gpu.simulated.capture(1)
         try:
             yield
         finally:
             gpu.capturing = None
+            if gpu.simulated:
+                gpu.simulated.capture(0)
             given.end()
 
 

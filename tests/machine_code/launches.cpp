@@ -24,6 +24,7 @@ namespace visionpulse::cuda {
 Chip chip;
 
 const Chip& chip_of(int32_t) { return chip; }
+void load(const char*, const void*, int32_t) {}
 OnDevice::OnDevice(int32_t) {}
 OnDevice::~OnDevice() {}
 

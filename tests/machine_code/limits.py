@@ -30,6 +30,10 @@ STREAMS = {
     "dense": Limit(stream("dense", "attend"), 1, 4, 7, 770),
     # 64 heads: each thread has twice the outputs, so the three steps come twice
     "dense, group 8": Limit(stream("dense", "attend", heads=64), 1, 7, 7, 770),
+    # 65 splits, in four steps of 16 and one more, twice: more than the 10 trips that are aimed at
+    "dense, group 7 of 4 KV heads": Limit(
+        stream("dense", "attend", heads=28, kv_heads=4), 1, 12, 7, 770
+    ),
     # the spans come with them
     "dense anchor": Limit(stream("anchor-dense", "score_"), 1, 4, 7, 920),
     # behind the scan the states alone

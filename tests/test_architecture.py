@@ -44,7 +44,8 @@ ALLOWED = {
         "_native", "backends.native", "backends.packing", "cache", "call", "visual", "workspace"
     },
     "backends.cuda": {
-        "_native", "backends.native", "backends.packing", "call", "selection", "visual", "workspace"
+        "_native", "backends.by_query", "backends.native", "backends.packing", "cache", "call",
+        "queries", "selection", "visual", "workspace",
     },
     "backends.triton": {"backends", "cache", "call", "selection"},
     "torch_ops": {"backends", "call", "queries", "workspace", *RECORDS},

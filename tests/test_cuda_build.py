@@ -150,7 +150,15 @@ def test_every_architecture_has_the_same_kernels(matrix):
         for stage in ("attend", "score")
         for kind, heads in (("fp8", 8), ("fp8", 32), ("fp8_fp32", 32))
         for d in (64, 128, 192, 256)
-    }
+    } | {
+        f"vp_{stage}_{kind}_d{d}_h64"  # several queries
+        for stage in ("attend", "score")
+        for kind, dims in {
+            **dict.fromkeys(("bf16", "fp16", "fp8"), (64, 128, 256)),
+            "fp32": (128, 256), "fp8_fp32": (256,),
+        }.items()
+        for d in dims
+    }  # fmt: skip
     assert expected | {"vp_score_finish", "vp_select_global", "vp_select_cluster"} == names["90"]
 
 

@@ -28,7 +28,7 @@ RUNS = {1: "bfloat16", 2: "float16", 3: "float32"}
 # K and V of 8 bits beside q of bfloat16, or of what is named
 FLOAT8 = {4: "float8", 5: "float8-float16", 6: "float8-float32"}
 SMALL = {
-    "bfloat16": ("bf16, BFloat16, 64, 8", "bf16, BFloat16, 64, 32"),
+    "bfloat16": ("bf16, BFloat16, 64, 8", "bf16, BFloat16, 64, 32", "bf16, BFloat16, 64, 64"),
     "float32": ("fp32, float, 64, 4", "fp32, float, 64, 32"),
     "float8": ("fp8, Float8Beside16, 64, 8", "fp8, Float8Beside16, 64, 32"),
 }
@@ -143,7 +143,7 @@ def test_a_cache_of_8_bits_touches_no_memory_but_its_own(watched, seed, dtype):
 def test_the_suite_of_all_backends_passes(plain):
     """What it holds beside the cases: bits that depend on no neighbour, page size or capacity."""
     beside = "not decode_is_the_contract"
-    shared = ("tests/test_backends.py", "tests/test_buffers.py")
+    shared = ("tests/test_backends.py", "tests/test_buffers.py", "tests/test_queries.py")
     suite = (*shared, "--backends", "cuda", "--require-backends", "cuda")
     quiet = ("-q", "-x", "--no-header", "-p", "no:cacheprovider", "-p", "stand_in")
     options = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 600}
@@ -161,6 +161,16 @@ def test_the_suite_of_all_backends_passes(plain):
 @pytest.mark.parametrize("dtype", RUNS.values())
 def test_every_kernel_is_the_contract_on_any_gpu(plain, dtype):
     hold(plain, "kernels", dtype, GPUS, seed=5)
+
+
+@pytest.mark.parametrize("seed, dtype", (RUNS | FLOAT8).items())
+def test_several_queries_of_a_row_share_each_key(plain, seed, dtype):
+    hold(plain, "queries", dtype, GPUS, seed=seed)
+
+
+@pytest.mark.parametrize("dtype", ("bfloat16", "float32", "float8"))
+def test_several_queries_touch_no_memory_but_theirs(watched, dtype):
+    hold(watched, "queries", dtype, ({"gpu": None},), asan=True)
 
 
 @pytest.mark.parametrize("seed", RUNS)

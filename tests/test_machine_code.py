@@ -96,10 +96,10 @@ def test_only_the_loops_of_the_table_load_one_thing_at_a_time(source, more):
         assert len(facts.serial_merges(kernel)) <= limit.strong, name
 
 
-@pytest.mark.parametrize("dtype", ("bf16", "fp8"))
+@pytest.mark.parametrize("kind", ("bf16_d128_h8", "fp8_d128_h8", "bf16_d128_h64"))
 @pytest.mark.parametrize("source", ("attend", "score"))
-def test_the_merge_of_splits_has_its_loads_in_flight_together(source, dtype):
-    kernel = next(k for name, k in kernels(source).items() if dtype in name)
+def test_the_merge_of_splits_has_its_loads_in_flight_together(source, kind):
+    kernel = kernels(source)[f"vp_{source}_{kind}"]
     flying = [loop.in_flight for loop in facts.merge_loops(kernel)]
     assert flying and min(flying) >= limits.MERGE_IN_FLIGHT, flying
     assert max(flying) >= limits.SUMS_IN_FLIGHT, flying
@@ -160,7 +160,7 @@ def planted(tmp_path):
 
 
 def attend_of(root):
-    return next(k for name, k in kernels("attend", root=root).items() if "bf16" in name)
+    return kernels("attend", root=root)["vp_attend_bf16_d128_h8"]
 
 
 def test_loads_of_a_merge_that_wait_for_each_other_are_seen(planted):

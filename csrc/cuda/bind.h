@@ -27,10 +27,11 @@ inline Scratch read_scratch(const py::tuple& items) {
   return scratch;
 }
 
-inline Call read_call(const py::tuple& target, const py::tuple& query, const py::tuple& cache,
-                      const py::tuple& visual, const py::tuple& params) {
+inline Call read_call(const py::tuple& target, const py::tuple& queries, const py::tuple& query,
+                      const py::tuple& cache, const py::tuple& visual, const py::tuple& params) {
   Call c = {};
   read_target(c, target);
+  read_queries(c.queries, queries);
   read_query(c, query);
   read_cache(c.cache, cache);
   read_visual(c.visual, visual);
@@ -38,11 +39,11 @@ inline Call read_call(const py::tuple& target, const py::tuple& query, const py:
   return c;
 }
 
-inline int64_t bound_attend(const py::tuple& target, const py::tuple& query, const py::tuple& cache,
-                            const py::tuple& visual, const py::tuple& selection,
-                            const py::tuple& params, const py::tuple& out,
-                            const py::tuple& scratch) {
-  Call c = read_call(target, query, cache, visual, params);
+inline int64_t bound_attend(const py::tuple& target, const py::tuple& queries,
+                            const py::tuple& query, const py::tuple& cache, const py::tuple& visual,
+                            const py::tuple& selection, const py::tuple& params,
+                            const py::tuple& out, const py::tuple& scratch) {
+  Call c = read_call(target, queries, query, cache, visual, params);
   Reader r(selection, 4);
   c.selection.indices = r.address<const int32_t>();
   c.selection.counts = r.address<const int32_t>();
@@ -52,19 +53,26 @@ inline int64_t bound_attend(const py::tuple& target, const py::tuple& query, con
   return attend(c, read_scratch(scratch));
 }
 
-inline int64_t bound_score(const py::tuple& target, const py::tuple& query, const py::tuple& cache,
-                           const py::tuple& visual, const py::tuple& params,
-                           const py::tuple& chosen, const py::tuple& out, uintptr_t scores,
-                           const py::tuple& scratch) {
-  Call c = read_call(target, query, cache, visual, params);
+// `row_cache` and `row_visual` are of each query as a row of its own.
+inline int64_t bound_score(const py::tuple& target, const py::tuple& queries,
+                           const py::tuple& query, const py::tuple& cache, const py::tuple& visual,
+                           const py::tuple& params, const py::tuple& chosen, const py::tuple& out,
+                           uintptr_t scores, const py::tuple& row_cache,
+                           const py::tuple& row_visual, const py::tuple& scratch) {
+  Call c = read_call(target, queries, query, cache, visual, params);
   read_chosen(c, chosen);
   read_out(c, out);
-  return score(c, reinterpret_cast<float*>(scores), read_scratch(scratch));
+  Call rows = c;
+  rows.B *= c.queries.count;
+  read_cache(rows.cache, row_cache);
+  read_visual(rows.visual, row_visual);
+  return score(c, rows, reinterpret_cast<float*>(scores), read_scratch(scratch));
 }
 
-inline int64_t bound_select(const py::tuple& target, int rows, int capacity, uintptr_t starts,
-                            uintptr_t lengths, const py::tuple& visual, const py::tuple& params,
-                            const py::tuple& chosen, uintptr_t scores, const py::tuple& scratch) {
+inline int64_t bound_select(const py::tuple& target, const py::tuple&, int rows, int capacity,
+                            uintptr_t starts, uintptr_t lengths, const py::tuple& visual,
+                            const py::tuple& params, const py::tuple& chosen, uintptr_t scores,
+                            const py::tuple& scratch) {
   Call c = {};
   read_target(c, target);
   c.B = rows;
@@ -78,11 +86,11 @@ inline int64_t bound_select(const py::tuple& target, int rows, int capacity, uin
   return select(c, reinterpret_cast<const float*>(scores), read_scratch(scratch));
 }
 
-inline int64_t bound_decode(const py::tuple& target, const py::tuple& query, const py::tuple& cache,
-                            const py::tuple& visual, const py::tuple& params,
-                            const py::tuple& chosen, const py::tuple& out, bool dense,
-                            uintptr_t scores, const py::tuple& scratch) {
-  Call c = read_call(target, query, cache, visual, params);
+inline int64_t bound_decode(const py::tuple& target, const py::tuple& queries,
+                            const py::tuple& query, const py::tuple& cache, const py::tuple& visual,
+                            const py::tuple& params, const py::tuple& chosen, const py::tuple& out,
+                            bool dense, uintptr_t scores, const py::tuple& scratch) {
+  Call c = read_call(target, queries, query, cache, visual, params);
   read_chosen(c, chosen);
   read_out(c, out);
   return decode(c, dense, reinterpret_cast<float*>(scores), read_scratch(scratch));

@@ -18,8 +18,13 @@ int64_t bytes_of(DType dtype) {
 const char* select_name(bool cluster) { return cluster ? "vp_select_cluster" : "vp_select_global"; }
 
 Shape shape_of(const Call& call) {
-  return {
-      kind_of(call.dtype, call.cache.dtype), call.B, call.H, call.G, call.D, call.cache.capacity};
+  return {kind_of(call.dtype, call.cache.dtype),
+          call.B,
+          call.H,
+          call.G,
+          call.D,
+          call.cache.capacity,
+          call.queries.count};
 }
 
 // Loads all that steps of this shape may launch: what runs first may be a dense layer, and the
@@ -67,8 +72,11 @@ StreamArgs stream_args(const Call& call, const StreamPlan& plan, Arena& arena,
   args.inverse_tau = call.score.tau > 0.0f ? 1.0f / call.score.tau : 1.0f;
   args.window = call.score.window;
   args.heads = call.H;
-  args.kv_heads = call.G;
+  args.kv_heads = call.G * plan.head_blocks;
   args.group = call.H / call.G;
+  args.queries = call.queries;
+  args.head_blocks = plan.head_blocks;
+  args.group_reciprocal = (65535 + args.group) / args.group;
   args.head_dim = call.D;
   args.team = plan.team;
   args.stages = plan.stages;
@@ -86,7 +94,7 @@ StreamArgs stream_args(const Call& call, const StreamPlan& plan, Arena& arena,
 
 void launch_stream(const char* range, const Call& call, const StreamPlan& plan,
                    const StreamArgs& args) {
-  const dim3 grid(plan.max_splits, call.G, call.B);
+  const dim3 grid(plan.max_splits, call.G * plan.head_blocks, call.B);
   const Launch what = {range,
                        plan.kernel->name,
                        plan.kernel->function,
@@ -103,10 +111,10 @@ constexpr const char* kAttendRange = "visionpulse::attend";
 // What the pass over K stores for the launches behind it.
 struct ScoreOutputs {
   float* logits;  // [B, H, stride]
-  float* sums;    // [B, parts, stride]
+  float* sums;    // [B, parts, stride]; of several queries the logits themselves
   float* stats;   // [B, H, kHeadStats]
   int64_t stride;
-  int32_t parts;     // G * team
+  int32_t parts;     // G * team, or H
   bool by_position;  // an entry for each key of the row; else for its visual ones alone
 };
 
@@ -115,19 +123,21 @@ int64_t rounded(int64_t count) { return (count + 7) / 8 * 8; }
 StreamArgs score_args(const Call& call, const StreamPlan& plan, bool all_logits, Arena& arena,
                       const Scratch& scratch, ScoreOutputs& outputs) {
   StreamArgs args = stream_args(call, plan, arena, scratch);
-  const bool sums = call.score.kind == ScoreKind::kLogit;
+  // The heads of several queries lie across the warps that would sum them.
+  const bool several = call.queries.count > 1;
+  const bool sums = call.score.kind == ScoreKind::kLogit && !several;
   outputs.by_position = all_logits;
   outputs.stride = rounded(all_logits ? call.cache.capacity : call.candidates);
-  outputs.parts = call.G * plan.team;
+  outputs.parts = several ? call.H : call.G * plan.team;
   args.store = all_logits ? StoredLogits::kAll : sums ? StoredLogits::kNone : StoredLogits::kVisual;
-  const int64_t rows = call.B;
+  const int64_t rows = int64_t{call.B} * call.queries.count;
   outputs.stats = arena.take<float>(rows * call.H * kHeadStats);
   outputs.logits = args.store == StoredLogits::kNone
                        ? nullptr
                        : arena.take<float>(rows * call.H * outputs.stride);
-  outputs.sums = sums ? arena.take<float>(rows * outputs.parts * outputs.stride) : nullptr;
+  args.sums = sums ? arena.take<float>(rows * outputs.parts * outputs.stride) : nullptr;
+  outputs.sums = several ? outputs.logits : args.sums;
   args.logits = outputs.logits;
-  args.sums = outputs.sums;
   args.logits_stride = outputs.stride;
   args.stats = outputs.stats;
   return args;
@@ -232,18 +242,18 @@ int64_t attend(const Call& call, const Scratch& scratch) {
   return 0;
 }
 
-int64_t score(const Call& call, float* scores, const Scratch& scratch) {
+int64_t score(const Call& call, const Call& rows, float* scores, const Scratch& scratch) {
   const OnDevice current(call.device);
   const StreamPlan plan = plan_stream(Stage::kScore, chip_of(call.device), shape_of(call),
                                       {true, call.out != nullptr, false});
   Arena arena(scratch.bytes, scratch.size, kScratchAlign);
   ScoreOutputs outputs = {};
   const StreamArgs args = score_args(call, plan, false, arena, scratch, outputs);
-  const ScoreFinishArgs finish = score_finish_args(call, outputs, scores, true, arena);
+  const ScoreFinishArgs finish = score_finish_args(rows, outputs, scores, true, arena);
   if (arena.lacking()) return arena.lacking();
   load_kernels(call, chip_of(call.device));
   launch_stream(kScoreRange, call, plan, args);
-  launch_score_finish(call, finish);
+  launch_score_finish(rows, finish);
   return 0;
 }
 

@@ -12,10 +12,12 @@ namespace visionpulse::cuda {
 
 namespace {
 
-constexpr int32_t kMostStages = 6;     // more are not told apart by the wait
-constexpr int32_t kEnoughStages = 3;   // hide a trip to memory behind two tiles
-constexpr int32_t kMostSplits = 128;   // what one block merges in about the time of a tile
-constexpr int32_t kBlocksPerChip = 2;  // per multiprocessor, of one row
+constexpr int32_t kMostStages = 6;    // more are not told apart by the wait
+constexpr int32_t kEnoughStages = 3;  // hide a trip to memory behind two tiles
+constexpr int32_t kMostSplits = 128;  // what one block merges in about the time of a tile
+constexpr int32_t kMostStates = kMostSplits * kMaxGroup;  // of the heads of all splits
+constexpr int32_t kQueryTile = 2 * kMaxGroup;             // heads of several queries
+constexpr int32_t kBlocksPerChip = 2;                     // per multiprocessor, of one row
 // Keys of a list that pay for a block's start and end, which take about as long as two tiles of
 // each warp: many short rows have more blocks than the chip holds at once.
 constexpr int32_t kShortestList = 128;
@@ -34,11 +36,15 @@ int32_t head_tile_of(Kind kind, int32_t group) {
 }
 
 // The head dim that the kernels pad D to; 0 when they have none.
-int32_t padded_head_dim(Kind kind, int32_t head_dim) {
+int32_t padded_head_dim(Kind kind, int32_t head_dim, bool several) {
   const bool float8 = kind == Kind::kFloat8Beside16 || kind == Kind::kFloat8Beside32;
 #define VP_DIM(unused, d) \
   if (head_dim <= d) return d;
-  if (float8) {
+  if (several) {
+    if (kind == Kind::kFloat32 && head_dim <= 128) return 128;
+    if (kind == Kind::kFloat32 || kind == Kind::kFloat8Beside32) return 256;
+    VP_QUERY_HEAD_DIMS(VP_DIM, )
+  } else if (float8) {
     VP_FLOAT8_HEAD_DIMS(VP_DIM, )
   } else {
     VP_HEAD_DIMS(VP_DIM, )
@@ -47,17 +53,18 @@ int32_t padded_head_dim(Kind kind, int32_t head_dim) {
   return 0;
 }
 
-// Warps that hold a group together; the kernels count in powers of two.
-int32_t team_of(const StreamKernel& kernel, int32_t group) {
+// Warps that hold some query heads together; the kernels count in powers of two.
+int32_t team_of(const StreamKernel& kernel, int32_t heads) {
   int32_t team = 1;
-  while (team * kernel.warp.heads < group) team *= 2;
+  while (team * kernel.warp.heads < heads) team *= 2;
   return team;
 }
 
 // Chooses the warps and stages of a block. First four warps with enough stages so that two blocks
 // share a multiprocessor, or three of a scan: without V a tile is half the bytes, and three hide
-// what it computes. Then the same for one block; then fewer warps. `splits` are the most of a row,
-// whatever its length: the plan of a row must not depend on the capacity.
+// what it computes; three too of several queries whose warps share tiles. Then the same for one
+// block; then fewer warps. `splits` are the most of a row, whatever its length: the plan of a row
+// must not depend on the capacity.
 void fit(StreamPlan& plan, const Chip& chip, int32_t splits) {
   const WarpTile& warp = plan.kernel->warp;
   const int32_t merge = merge_floats(splits, plan.team * warp.heads) * 4;
@@ -68,7 +75,8 @@ void fit(StreamPlan& plan, const Chip& chip, int32_t splits) {
     return std::max(
         {at.stages + warps / plan.team * at.team_pitch, at.sums + warps * sums, at.stages + merge});
   };
-  for (const int32_t blocks : {plan.v_bytes ? kResidentBlocks : 3, kResidentBlocks, 1}) {
+  const bool third = plan.v_bytes == 0 || (plan.team > 1 && plan.kernel->resident == 3);
+  for (const int32_t blocks : {third ? 3 : kResidentBlocks, kResidentBlocks, 1}) {
     const int32_t limit = (chip.shared_bytes + kReserved) / blocks - kReserved;
     for (const int32_t warps : {4, 2, 1}) {
       if (warps < plan.team || (warps < 4 && blocks > 1)) break;
@@ -106,8 +114,9 @@ bool bulk_copies(const Chip& chip, Copies requested) {
 
 const StreamKernel& kernel_of(Stage stage, const Shape& shape) {
   const int32_t group = shape.heads / shape.kv_heads;
-  const int32_t head_tile = head_tile_of(shape.kind, group);
-  const int32_t dim = padded_head_dim(shape.kind, shape.head_dim);
+  const bool several = shape.queries > 1;
+  const int32_t head_tile = several ? kQueryTile : head_tile_of(shape.kind, group);
+  const int32_t dim = padded_head_dim(shape.kind, shape.head_dim, several);
   const StreamKernel* kernel = stage == Stage::kScore ? score_kernel(shape.kind, dim, head_tile)
                                                       : attend_kernel(shape.kind, dim, head_tile);
   if (kernel == nullptr || group > head_tile) {
@@ -121,16 +130,22 @@ StreamPlan plan_stream(Stage stage, const Chip& chip, const Shape& shape, Stream
   const StreamKernel& kernel = kernel_of(stage, shape);
   StreamPlan plan = {};
   plan.kernel = &kernel;
-  const int32_t group = shape.heads / shape.kv_heads;
-  plan.team = team_of(kernel, group);
+  // A block holds what four warps do; the heads of long queries go to several blocks.
+  const int32_t heads = shape.heads / shape.kv_heads * shape.queries;
+  const int32_t most = std::min(kernel.head_tile, kMaxWarps * kernel.warp.heads);
+  plan.head_blocks = ceil_div(heads, most);
+  plan.team = team_of(kernel, std::min(heads, most));
   const int32_t held = plan.team * kernel.warp.heads;  // query heads, padded
   plan.k_bytes = streams.keys ? kernel.tile_bytes : held * kernel.warp.keys * 4;
   plan.v_bytes = streams.values ? kernel.tile_bytes : 0;
 
-  const int32_t blocks = shape.kv_heads;
+  const int32_t blocks = shape.kv_heads * plan.head_blocks;
+  const int32_t limit = std::min(kMostSplits, kMostStates / held);
   // The parts of one row fill the chip alone, so that its bits do not depend on the batch.
-  const int32_t parts =
-      std::min(std::max(kBlocksPerChip * chip.multiprocessors, blocks), kMostSplits * blocks);
+  int32_t parts = std::min(std::max(kBlocksPerChip * chip.multiprocessors, blocks), limit * blocks);
+  // Of many heads each step of the merge is many trips to L2: no step for the sake of one split.
+  const int32_t step = kSplitsAhead * blocks;
+  if (shape.queries > 1 && parts > step) parts = parts / step * step;
   const int32_t most_splits = ceil_div(parts, blocks);
   fit(plan, chip, most_splits);
 

@@ -27,7 +27,8 @@ enum class Copies : int32_t { kAuto, kAsync, kBulk };
 struct Shape {
   Kind kind;
   int32_t rows, heads, kv_heads, head_dim;
-  int32_t capacity;  // keys that a row can have
+  int32_t capacity;     // keys that a row can have
+  int32_t queries = 1;  // of a row, which share its keys
 };
 
 enum class Stage { kScore, kAttend };
@@ -43,6 +44,7 @@ struct StreamPlan {
   const StreamKernel* kernel;
   int32_t warps, stages;
   int32_t team;              // warps that share a tile
+  int32_t head_blocks;       // blocks that the query heads of a KV head are spread over
   int32_t k_bytes, v_bytes;  // of one stage of one team
   int32_t shared_bytes;
   SplitRule rule;

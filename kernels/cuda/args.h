@@ -36,7 +36,7 @@ struct StreamArgs {
   float scale, softcap, inverse_tau;
   int32_t window;    // 0: none
   int32_t heads;     // H
-  int32_t kv_heads;  // G
+  int32_t kv_heads;  // G; with several queries G * head_blocks
   int32_t group;     // H / G
   int32_t head_dim;  // D before padding
   int32_t team;      // warps that share a tile, each for query heads of its own: 1, 2 or 4
@@ -56,6 +56,10 @@ struct StreamArgs {
   float* sums;  // [B, G * team, logits_stride] logits summed over a warp's heads; nullptr: none
   int64_t logits_stride;
   float* stats;  // [B, H, kHeadStats], written by score
+  // In kernels of several queries of a row, whose logits and statistics are of B * Q rows:
+  QueriesArgs queries;
+  int32_t head_blocks;       // blocks that the query heads of a KV head are spread over
+  int32_t group_reciprocal;  // 2^16 / group, rounded up
 };
 
 // Turns stored logits, or sums of logits, into scores.
@@ -129,6 +133,7 @@ struct StreamKernel {
   WarpTile warp;
   int32_t tile_bytes;  // of K or V in a stage
   bool in_place;       // the keys of a tile have no gap between them
+  int32_t resident;    // blocks of a multiprocessor that its registers allow, at least
 };
 
 // What stream kernels there are: of one dtype, or of K and V of 8 bits beside q of 16 or 32.

@@ -5,8 +5,8 @@
 
 namespace visionpulse::cuda {
 
-#define VP_ENTRY(kind, type, d, h)                       \
-  VP_KERNEL(kMaxWarps* kThreadsPerWarp, kResidentBlocks) \
+#define VP_ENTRY(kind, type, d, h)                                  \
+  VP_KERNEL(kMaxWarps* kThreadsPerWarp, (kResidentFor<type, d, h>)) \
   vp_attend_##kind##_d##d##_h##h(VP_ARGS(StreamArgs) args) { stream<type, d, h, false>(args); }
 VP_DEFINED(VP_ENTRY)
 #undef VP_ENTRY

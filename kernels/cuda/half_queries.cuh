@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels/cuda/kinds.cuh"
+#include "kernels/cuda/query_heads.cuh"
 
 namespace visionpulse::cuda {
 
@@ -9,10 +10,10 @@ namespace visionpulse::cuda {
 // warp takes whole heads. Each is multiplied by a power of two that brings its largest element
 // to 2^13, or near it: so float16 holds what bfloat16 does, but for what 2^-38 of that element
 // outweighs. The logits of a head take the power back, with the scale of K.
-template <class Tile, int D, int kHeads>
+template <class Tile, int D, int kHeads, bool kSeveral>
 struct HalfQueries {
-  static constexpr int kWords = (D + 127) / 128;  // of a head that a lane holds: four columns each
-  static constexpr int kAhead = 2;                // heads of a warp in flight
+  static constexpr int kWords = (D + 127) / 128;   // of a head that a lane holds: four columns each
+  static constexpr int kAhead = kSeveral ? 8 : 2;  // heads of a warp in flight
   static constexpr uint32_t kMostPower = 127 + 100;
 
   struct Word {
@@ -20,15 +21,16 @@ struct HalfQueries {
   };
 
   const StreamArgs& args;
+  const QueryHeads<kSeveral> heads;
   const Half* q;
   float k_scale;
   Word word[kAhead][kWords];
 
   __device__ __forceinline__ explicit HalfQueries(const StreamArgs& of)
       : args(of),
-        q(static_cast<const Half*>(of.q) + static_cast<int64_t>(blockIdx.z) * of.q_stride.row +
-          static_cast<int64_t>(blockIdx.y) * of.group * of.q_stride.head),
-        k_scale(scale_of(of.kv.k_scale, blockIdx.y)) {}
+        heads(QueryHeads<kSeveral>::of(of, of.team * kHeads)),
+        q(heads.base(static_cast<const Half*>(of.q), of.q_stride)),
+        k_scale(scale_of(of.kv.k_scale, kv_head_of<kSeveral>(of))) {}
 
   __device__ __forceinline__ static int32_t head_of(int32_t first, int u) {
     return first + u * (blockDim.x / kThreadsPerWarp) + threadIdx.x / kThreadsPerWarp;
@@ -43,8 +45,9 @@ struct HalfQueries {
       VP_UNROLL for (int w = 0; w < kWords; ++w) {
         VP_UNROLL for (int e = 0; e < 4; ++e) {
           const int32_t d = column_of(w) + e;
-          const bool inside = head < args.group && d < args.head_dim;
-          word[u][w].of[e] = inside ? q[head * args.q_stride.head + d] : Half{};
+          const bool inside = head < heads.count() && d < args.head_dim;
+          word[u][w].of[e] =
+              inside ? q[heads.offset(head, args.q_stride, args.queries.q_stride) + d] : Half{};
         }
       }
     }
@@ -52,14 +55,14 @@ struct HalfQueries {
 
   // `factors` [head]: what the product of a head with K is multiplied with.
   __device__ __forceinline__ void store_all(void* shared, float* factors) {
-    const int32_t heads = args.team * kHeads;
+    const int32_t held = args.team * kHeads;
     VP_UNROLL_1 for (int32_t first = 0;;) {
       VP_UNROLL for (int u = 0; u < kAhead; ++u) {
         const int32_t head = head_of(first, u);
-        if (head < heads) store(static_cast<uint2*>(shared), factors, head, word[u]);
+        if (head < held) store(static_cast<uint2*>(shared), factors, head, word[u]);
       }
       first += kAhead * blockDim.x / kThreadsPerWarp;
-      if (first >= heads) return;
+      if (first >= held) return;
       load(first);
     }
   }

@@ -5,6 +5,7 @@
 #include "kernels/common/softmax.h"
 #include "kernels/cuda/arrival.cuh"
 #include "kernels/cuda/kinds.cuh"
+#include "kernels/cuda/query_heads.cuh"
 #include "kernels/cuda/shared_layout.h"
 #include "kernels/cuda/work.cuh"
 
@@ -31,36 +32,45 @@ VP_DEVICE float log2_sum(float m, float sum) {
   return sum == 0.0f ? -minus_infinity() : m + precise_log2(sum);
 }
 
-// The final statistics of one head of the group.
-VP_DEVICE void write_head_stats(const StreamArgs& args, const WorkRange& work, int head,
+// The final statistics of one head of the block.
+template <bool kSeveral>
+VP_DEVICE void write_head_stats(const StreamArgs& args, const WorkRange& work,
+                                const QueryHeads<kSeveral>& heads, int head,
                                 const MergedStats& all) {
-  const int64_t of_all = static_cast<int64_t>(work.b) * args.heads + work.g * args.group + head;
-  float* to = args.stats + of_all * kHeadStats;
+  float* to = args.stats + heads.row_of(work.b, work.g, 0, head) * kHeadStats;
   to[0] = log2_sum(all.m, all.l);
   to[1] = log2_sum(all.m * args.inverse_tau, all.l_tau);
   to[2] = all.l_tau == 0.0f ? 0.0f : all.l_visual / all.l_tau;
 }
 
-template <class T>
-VP_DEVICE void write_output(const StreamArgs& args, const WorkRange& work, int head, int d,
-                            float sum, float l, float v_scale) {
+template <class T, bool kSeveral>
+VP_DEVICE void write_output(const StreamArgs& args, const WorkRange& work,
+                            const QueryHeads<kSeveral>& heads, int head, int d, float sum, float l,
+                            float v_scale) {
   using Query = typename KindOf<T>::Query;
   if (d >= args.head_dim) return;
-  Query* to = static_cast<Query*>(args.out) + work.b * args.out_stride.row;
-  to[(work.g * args.group + head) * args.out_stride.head + d] =
-      stored<Query>(args, l == 0.0f ? 0.0f : sum / l * v_scale);
+  if constexpr (kSeveral) {
+    Query* to = heads.base(static_cast<Query*>(args.out), args.out_stride);
+    to[heads.offset(head, args.out_stride, args.queries.out_stride) + d] =
+        stored<Query>(args, l == 0.0f ? 0.0f : sum / l * v_scale);
+  } else {
+    Query* to = static_cast<Query*>(args.out) + work.b * args.out_stride.row;
+    to[(work.g * args.group + head) * args.out_stride.head + d] =
+        stored<Query>(args, l == 0.0f ? 0.0f : sum / l * v_scale);
+  }
 }
 
 // Four columns of a head's sums: the wider the load, the fewer trips to L2.
 constexpr int kWide = 4;
 
-template <class T>
-VP_DEVICE void write_outputs(const StreamArgs& args, const WorkRange& work, int head, int d,
-                             const float4& sum, float l, float v_scale) {
-  write_output<T>(args, work, head, d, sum.x, l, v_scale);
-  write_output<T>(args, work, head, d + 1, sum.y, l, v_scale);
-  write_output<T>(args, work, head, d + 2, sum.z, l, v_scale);
-  write_output<T>(args, work, head, d + 3, sum.w, l, v_scale);
+template <class T, bool kSeveral>
+VP_DEVICE void write_outputs(const StreamArgs& args, const WorkRange& work,
+                             const QueryHeads<kSeveral>& heads, int head, int d, const float4& sum,
+                             float l, float v_scale) {
+  write_output<T>(args, work, heads, head, d, sum.x, l, v_scale);
+  write_output<T>(args, work, heads, head, d + 1, sum.y, l, v_scale);
+  write_output<T>(args, work, heads, head, d + 2, sum.z, l, v_scale);
+  write_output<T>(args, work, heads, head, d + 3, sum.w, l, v_scale);
 }
 
 VP_DEVICE void add_scaled(float4& sum, const float4& part, float factor) {
@@ -84,14 +94,15 @@ VP_DEVICE void load_sums(float4 (&part)[kSplitsAhead], const float* from, int pi
 
 // Merges the splits of a row, each of `heads` heads, padding included; runs in one block. Splits
 // are added in ascending order, so the bits of a sum are those of a plain loop.
-template <class T, int D, bool kScore>
-VP_DEVICE void merge_splits(const StreamArgs& args, const WorkRange& work, int heads, float* shared,
+template <class T, int D, bool kScore, bool kSeveral>
+VP_DEVICE void merge_splits(const StreamArgs& args, const WorkRange& work,
+                            const QueryHeads<kSeveral>& own_heads, int heads, float* shared,
                             float v_scale) {
   static_assert(kPartStats == 4, "one float4 is the state of one head");
   constexpr int kColumns = D / kWide;
   const int own = threadIdx.x, threads = blockDim.x, splits = work.splits, pitch = heads * D;
   const int64_t first = kv_head_index(work) * args.max_splits;
-  const int outputs = args.v_bytes ? args.group * kColumns : 0;
+  const int outputs = args.v_bytes ? own_heads.count() * kColumns : 0;
   const auto sums_of = [&](int i) {
     return args.part_out + (first * heads + i / kColumns) * D + i % kColumns * kWide;
   };
@@ -125,7 +136,13 @@ VP_DEVICE void merge_splits(const StreamArgs& args, const WorkRange& work, int h
   VP_UNROLL_1 for (int bit = heads; bit < kThreadsPerWarp; bit *= 2) {
     top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, bit));
   }
-  if (lane_id() < heads) tops[own / kThreadsPerWarp * heads + lane_id()] = top;
+  if constexpr (kSeveral) {  // of 64 heads a warp saw those of its threads' numbers alone
+    VP_UNROLL_1 for (int h = lane_id(); h < heads; h += kThreadsPerWarp) {
+      tops[own / kThreadsPerWarp * heads + h] = h == own % heads ? top : minus_infinity();
+    }
+  } else {
+    if (lane_id() < heads) tops[own / kThreadsPerWarp * heads + lane_id()] = top;
+  }
   __syncthreads();
   const auto top_of = [&](int head) {
     float of = tops[head];
@@ -134,7 +151,7 @@ VP_DEVICE void merge_splits(const StreamArgs& args, const WorkRange& work, int h
     }
     return of;
   };
-  if (kScore && own < args.group) {
+  if (kScore && own < own_heads.count()) {
     MergedStats all = {top_of(own), 0.0f, 0.0f, 0.0f};
 #pragma unroll 8
     for (int s = 0; s < splits; ++s) {
@@ -142,41 +159,50 @@ VP_DEVICE void merge_splits(const StreamArgs& args, const WorkRange& work, int h
       add_part(all, part, part_factor(part.x, all.m, 1.0f),
                part_factor(part.x, all.m, args.inverse_tau));
     }
-    write_head_stats(args, work, own, all);
+    write_head_stats(args, work, own_heads, own, all);
+  }
+  if constexpr (kSeveral) {  // what each split counts with, once for all columns of many heads
+    __syncthreads();
+    VP_UNROLL_1 for (int i = own; i < padded; i += threads) {
+      const float factor = part_factor(held[i].x, top_of(own % heads), 1.0f);
+      held[i].x = factor, held[i].y *= factor;
+    }
+    __syncthreads();
   }
   VP_UNROLL_1 for (int i = own; i < outputs; i += threads) {
     const float* from = sums_of(i);
     const float4* states_of_head = held + i / kColumns;
-    const float top_of_head = top_of(i / kColumns);
+    const float top_of_head = kSeveral ? 0.0f : top_of(i / kColumns);
     float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
     float l = 0.0f;
     if (i != own) load_sums(part, from, pitch, 0, splits);
     VP_UNROLL_1 for (int done = 0;;) {
       VP_UNROLL for (int u = 0; u < kSplitsAhead; ++u) {
         const float4 state = states_of_head[(done + u) * heads];
-        const float factor = part_factor(state.x, top_of_head, 1.0f);
+        const float factor = kSeveral ? state.x : part_factor(state.x, top_of_head, 1.0f);
         add_scaled(sum, part[u], factor);
-        l += state.y * factor;
+        l += kSeveral ? state.y : state.y * factor;
       }
       done += kSplitsAhead;
       if (done >= splits) break;
       load_sums(part, from, pitch, done, splits);
     }
-    write_outputs<T>(args, work, i / kColumns, i % kColumns * kWide, sum, l, v_scale);
+    write_outputs<T>(args, work, own_heads, i / kColumns, i % kColumns * kWide, sum, l, v_scale);
   }
 }
 
 // Merges the teams of a block, from [team][head][kPartStats] and [team][warp][part][head][D], and
 // writes the result, or leaves it to the block that arrives last.
-template <class T, int D, int kHeads, int kParts, bool kScore>
-VP_DEVICE void merge_teams(const StreamArgs& args, const WorkRange& work, float* stats,
-                           const float* sums, int teams, float v_scale) {
+template <class T, int D, int kHeads, int kParts, bool kScore, bool kSeveral>
+VP_DEVICE void merge_teams(const StreamArgs& args, const WorkRange& work,
+                           const QueryHeads<kSeveral>& own, float* stats, const float* sums,
+                           int teams, float v_scale) {
   constexpr int kColumns = D / kWide;
   const int heads = args.team * kHeads;
   const int64_t part = kv_head_index(work) * args.max_splits + work.split;
   const bool alone = work.splits == 1;
   const auto* states = reinterpret_cast<const float4*>(stats);
-  const int items = args.v_bytes ? args.group * kColumns : args.group;
+  const int items = args.v_bytes ? own.count() * kColumns : own.count();
   VP_UNROLL_1 for (int i = threadIdx.x; i < items; i += blockDim.x) {
     const int head = args.v_bytes ? i / kColumns : i, d = args.v_bytes ? i % kColumns * kWide : 0;
     float4 state[kMaxWarps];
@@ -199,7 +225,7 @@ VP_DEVICE void merge_teams(const StreamArgs& args, const WorkRange& work, float*
         reinterpret_cast<float4*>(args.part_stats)[part * heads + head] =
             float4{all.m, all.l, all.l_tau, all.l_visual};
       } else if (kScore) {
-        write_head_stats(args, work, head, all);
+        write_head_stats(args, work, own, head, all);
       }
     }
     if (!args.v_bytes) continue;
@@ -216,14 +242,14 @@ VP_DEVICE void merge_teams(const StreamArgs& args, const WorkRange& work, float*
       }
     }
     if (alone) {
-      write_outputs<T>(args, work, head, d, sum, all.l, v_scale);
+      write_outputs<T>(args, work, own, head, d, sum, all.l, v_scale);
     } else {
       *reinterpret_cast<float4*>(args.part_out + (part * heads + head) * D + d) = sum;
     }
   }
   auto* flag = reinterpret_cast<uint32_t*>(stats);
   if (alone || !arrived_last(args.counters + kv_head_index(work), work.splits, flag)) return;
-  merge_splits<T, D, kScore>(args, work, heads, stats, v_scale);
+  merge_splits<T, D, kScore>(args, work, own, heads, stats, v_scale);
 }
 
 }  // namespace visionpulse::cuda

@@ -3,18 +3,21 @@
 
 #include "kernels/cuda/args.h"
 #include "kernels/cuda/device.cuh"
+#include "kernels/cuda/query_heads.cuh"
 
 namespace visionpulse::cuda {
 
-// q of all heads of the group on its way to shared memory, in the order of the tile: words of some
+// q of all heads of the block on its way to shared memory, in the order of the tile: words of some
 // elements each, spread over the threads of the block.
-template <class T, class Tile, int kHeads>
+template <class T, class Tile, int kHeads, bool kSeveral>
 struct Queries {
   using Word = typename Tile::QueryWord;
   static constexpr int kWords = Tile::kQueryBytes / sizeof(Word);  // of one member
-  static constexpr int kAhead = 2;  // of a thread, in flight: all, for 8 heads of 128
+  // Of a thread, in flight: all, for 8 heads of 128. Several queries have more.
+  static constexpr int kAhead = kSeveral ? 8 : 2;
 
   const StreamArgs& args;
+  const QueryHeads<kSeveral> heads;
   const T* q;
   int32_t words;
   float k_scale;
@@ -22,10 +25,10 @@ struct Queries {
 
   __device__ __forceinline__ explicit Queries(const StreamArgs& of)
       : args(of),
-        q(static_cast<const T*>(of.q) + static_cast<int64_t>(blockIdx.z) * of.q_stride.row +
-          static_cast<int64_t>(blockIdx.y) * of.group * of.q_stride.head),
+        heads(QueryHeads<kSeveral>::of(of, of.team * kHeads)),
+        q(heads.base(static_cast<const T*>(of.q), of.q_stride)),
         words(of.team * kWords),
-        k_scale(Tile::kScaleBytes ? scale_of(of.kv.k_scale, blockIdx.y) : 1.0f) {}
+        k_scale(Tile::kScaleBytes ? scale_of(of.kv.k_scale, kv_head_of<kSeveral>(of)) : 1.0f) {}
 
   __device__ __forceinline__ void load(int32_t first) {
     VP_UNROLL for (int u = 0; u < kAhead; ++u) {
@@ -33,7 +36,9 @@ struct Queries {
       const int32_t i = at < words ? at : words - 1;
       word[u] = Tile::query_word(i % kWords, [&](int of, int d) {
         const int32_t head = i / kWords * kHeads + of;
-        return head < args.group && d < args.head_dim ? q[head * args.q_stride.head + d] : T{};
+        return head < heads.count() && d < args.head_dim
+                   ? q[heads.offset(head, args.q_stride, args.queries.q_stride) + d]
+                   : T{};
       });
     }
   }

@@ -7,56 +7,21 @@
 // those of a row by the block that arrives last.
 #pragma once
 
-#include <type_traits>
-
 #include "kernels/common/softmax.h"
 #include "kernels/cuda/bulk_copy.cuh"
-#include "kernels/cuda/dot_tile.cuh"
-#include "kernels/cuda/float8_tile.cuh"
-#include "kernels/cuda/half_queries.cuh"
 #include "kernels/cuda/merge.cuh"
-#include "kernels/cuda/mma_tile.cuh"
-#include "kernels/cuda/queries.cuh"
 #include "kernels/cuda/shared_layout.h"
 #include "kernels/cuda/tile_copy.cuh"
+#include "kernels/cuda/tile_for.cuh"
 #include "kernels/cuda/work.cuh"
 
 namespace visionpulse::cuda {
-
-// Query heads that one warp holds, out of the head tile of its block.
-template <class T, int kHeadTile>
-constexpr int kWarpHeads = kHeadTile <= 8            ? kHeadTile
-                           : KindOf<T>::kTensorCores ? 16
-                                                     : 8;
-
-// 16-bit types use the tensor cores even where a tile of eight heads is half empty: the products
-// cost nothing there, while on the CUDA cores a tile would take every issue slot that memory
-// leaves.
-template <class T, int D, int kHeads>
-struct TileFor {
-  using Tile = std::conditional_t<KindOf<T>::kTensorCores, MmaTile<T, D, kHeads>,
-                                  DotTile<typename KindOf<T>::Cache, D, kHeads>>;
-  using Query = Queries<typename KindOf<T>::Query, Tile, kHeads>;
-};
-template <int D, int kHeads>
-struct TileFor<Float8Beside16, D, kHeads> {
-  using Tile = Float8Tile<D, kHeads>;
-  using Query = HalfQueries<Tile, D, kHeads>;
-};
-template <class T, int D, int kHeads>
-using TileOf = typename TileFor<T, D, kHeads>::Tile;
-
-template <class Tile, int kHeads>
-VP_HD constexpr WarpTile warp_tile() {
-  return {kHeads,         Tile::kKeys, Tile::kQueryBytes, Tile::kScaleBytes, Tile::kWeightBytes,
-          Tile::kSumBytes};
-}
 
 // Set in a logit index: the key is visual. The host keeps indices below it.
 constexpr int32_t kVisualBit = 1 << 30;
 
 // One warp of a block, with kHeads of the query heads.
-template <class T, int D, int kHeads, bool kScore>
+template <class T, int D, int kHeads, bool kScore, bool kSeveral>
 struct Stream {
   using Tile = TileOf<T, D, kHeads>;
   using Cache = typename KindOf<T>::Cache;
@@ -65,6 +30,7 @@ struct Stream {
   const StreamArgs& args;
   const WorkRange& work;
   const Spans& spans;
+  const QueryHeads<kSeveral>& own;
   Tile tile;
   float m[Tile::kSlots], l[Tile::kSlots];             // running maximum of z * log2(e), and sum
   float l_tau[Tile::kSlots], l_visual[Tile::kSlots];  // at tau: over all, and over visual keys
@@ -74,15 +40,15 @@ struct Stream {
   int32_t* logit_indices;                             // shared, of the team: [stages][keys]
   CopyBarrier* barriers;                              // shared, of the team: [stages]
   char* stages;                                       // shared, of the team
-  int32_t heads, first_head;                          // of this warp, and the first of all H
+  int32_t heads;                                      // of this warp
   int32_t team, member;                               // team of the block, warp of the team
   KeyFinder<kScore> finder;
   Key next_key;        // this lane's, of the tile to be loaded next
   int32_t next_index;  // of that tile's first key, in the virtual order
 
   __device__ __forceinline__ Stream(const StreamArgs& of, const WorkRange& range,
-                                    const Spans& of_row)
-      : args(of), work(range), spans(of_row) {}
+                                    const Spans& of_row, const QueryHeads<kSeveral>& of_block)
+      : args(of), work(range), spans(of_row), own(of_block) {}
 
   __device__ __forceinline__ void find_next() {
     const int32_t index = next_index + lane_id();
@@ -187,7 +153,7 @@ struct Stream {
       copy_wait_for(args.stages - 1);
       if (kBulk && args.bulk) copy_barrier_wait(barriers + stage, phase);
       wait_for_team();
-      compute(stage);
+      compute(stage, first + t * stride);
       wait_for_team();  // the stage that is filled next must be free
       if (++stage == args.stages) stage = 0, phase ^= 1;
     }
@@ -200,8 +166,9 @@ struct Stream {
     wait_for_team();
   }
 
-  // One tile: logits, what the score needs of them, softmax, V.
-  __device__ __forceinline__ void compute(int32_t stage) {
+  // One tile: logits, what the score needs of them, softmax, V. `first` is its first key, in the
+  // virtual order.
+  __device__ __forceinline__ void compute(int32_t stage, int32_t first) {
     const char* k = stages + stage * (args.k_bytes + args.v_bytes);
     float z[Tile::kZ];
     int32_t logit_index[Tile::kOwned];
@@ -228,6 +195,7 @@ struct Stream {
     VP_UNROLL for (int i = 0; i < Tile::kZ; ++i) {
       z[i] = logit_index[Tile::owned_of(i)] < 0 ? minus_infinity() : z[i] * kLog2e;
     }
+    if constexpr (kSeveral) hide_keys(z, work.keys.begin + first);
     raise_maximum(z);
     VP_UNROLL for (int i = 0; i < Tile::kZ; ++i) {
       const int s = Tile::slot_of(i);
@@ -241,6 +209,15 @@ struct Stream {
       l[s] += z[i];
     }
     if (args.v_bytes) tile.accumulate(z, weights, k + args.k_bytes);
+  }
+
+  // Takes out what a query does not see of a tile: by far the most tiles are seen by all.
+  __device__ __forceinline__ void hide_keys(float (&z)[Tile::kZ], int32_t position) const {
+    if (work.queries.all_see(position, Tile::kKeys)) return;
+    VP_UNROLL for (int i = 0; i < Tile::kZ; ++i) {
+      const int32_t query = own.query_of(member * kHeads + Tile::head_of(i));
+      if (!work.queries.sees(query, position + Tile::key_of(i))) z[i] = minus_infinity();
+    }
   }
 
   // Raises the maximum of each head to the tile's, and rescales the sums made under the old one.
@@ -280,9 +257,8 @@ struct Stream {
       VP_UNROLL for (int i = 0; i < Tile::kZ; ++i) {
         const int32_t index = logit_index[Tile::owned_of(i)];
         if (index >= least && Tile::head_of(i) < heads) {
-          const int64_t head = static_cast<int64_t>(work.b) * args.heads + first_head;
-          args.logits[(head + Tile::head_of(i)) * args.logits_stride + (index & ~kVisualBit)] =
-              z[i];
+          const int64_t row = own.row_of(work.b, work.g, member * kHeads, Tile::head_of(i));
+          args.logits[row * args.logits_stride + (index & ~kVisualBit)] = z[i];
         }
       }
     }
@@ -327,32 +303,32 @@ struct Stream {
 
 template <class T, int D, int kHeadTile, bool kScore>
 VP_DEVICE void stream(const StreamArgs& args) {
-  constexpr int kHeads = kWarpHeads<T, kHeadTile>;
-  using S = Stream<T, D, kHeads, kScore>;
+  constexpr int kHeads = kWarpHeads<T, D, kHeadTile>;
+  constexpr bool kSeveral = of_several_queries(kHeadTile);
+  using S = Stream<T, D, kHeads, kScore, kSeveral>;
   using Tile = typename S::Tile;
   VP_SHARED(shared);
   wait_for_previous();
   // Asked for together, before any of it is used: what describes the row, and q.
   const Spans spans = Spans::of(args.visual, blockIdx.z);
-  typename TileFor<T, D, kHeads>::Query queries(args);
+  typename TileFor<T, D, kHeads, kSeveral>::Query queries(args);
   queries.load(0);
-  const float v_scale = KindOf<T>::kScaled ? scale_of(args.kv.v_scale, blockIdx.y) : 1.0f;
-  const WorkRange work = work_of(args, spans);
+  const float v_scale =
+      KindOf<T>::kScaled ? scale_of(args.kv.v_scale, kv_head_of<kSeveral>(args)) : 1.0f;
+  const WorkRange work = work_of<kSeveral>(args, spans);
   if (work.split >= work.splits) return;
   const int32_t warp = threadIdx.x / kThreadsPerWarp, warps = blockDim.x / kThreadsPerWarp;
   const int32_t teams = warps / args.team;
-  const int32_t group_head = work.g * args.group;  // the first of all H
   auto* factors = reinterpret_cast<float*>(shared + args.team * Tile::kQueryBytes);
   queries.store_all(shared, factors);
   __syncthreads();
 
   const SharedLayout at = shared_layout(warp_tile<Tile, kHeads>(), warps, args.team, args.stages,
                                         args.k_bytes + args.v_bytes);
-  S part(args, work, spans);
+  S part(args, work, spans, queries.heads);
   part.team = warp / args.team;
   part.member = warp % args.team;
-  part.first_head = group_head + part.member * kHeads;
-  part.heads = args.group - part.member * kHeads;
+  part.heads = queries.heads.count() - part.member * kHeads;
   part.query = shared + part.member * Tile::kQueryBytes;
   part.factors = factors + part.member * kHeads;
   auto* own = reinterpret_cast<char*>(shared) + at.warps;
@@ -371,16 +347,22 @@ VP_DEVICE void stream(const StreamArgs& args) {
   part.write_stats(stats + warp * kHeads * kPartStats);
   if (args.v_bytes) part.tile.write_sums(sums + warp * Tile::kSumBytes / 4);
   __syncthreads();
-  merge_teams<T, D, kHeads, Tile::kParts, kScore>(args, work, stats, sums, teams, v_scale);
+  merge_teams<T, D, kHeads, Tile::kParts, kScore>(args, work, queries.heads, stats, sums, teams,
+                                                  v_scale);
 }
 
 template <class T, int D, int kHeadTile>
 constexpr StreamKernel describe(const void* function, const char* name) {
-  constexpr int kHeads = kWarpHeads<T, kHeadTile>;
+  constexpr int kHeads = kWarpHeads<T, D, kHeadTile>;
   using Tile = TileOf<T, D, kHeads>;
-  return {
-      function,      name, kHeadTile, D, warp_tile<Tile, kHeads>(), Tile::kKeys * Tile::kKeyBytes,
-      Tile::kInPlace};
+  return {function,
+          name,
+          kHeadTile,
+          D,
+          warp_tile<Tile, kHeads>(),
+          Tile::kKeys * Tile::kKeyBytes,
+          Tile::kInPlace,
+          kResidentFor<T, D, kHeadTile>};
 }
 
 }  // namespace visionpulse::cuda

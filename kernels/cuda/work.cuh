@@ -3,6 +3,7 @@
 // follower, text first and then the list.
 #pragma once
 
+#include "kernels/cuda/query_heads.cuh"
 #include "kernels/cuda/spans.cuh"
 
 namespace visionpulse::cuda {
@@ -15,16 +16,18 @@ struct WorkRange {
   int32_t text_before;  // text tokens before keys.begin
   int32_t begin, end;   // in the virtual order
   int32_t split, splits;
+  QueryRanges queries;  // of several
 };
 
 // All threads get the same answer; called by whole warps.
+template <bool kSeveral>
 VP_DEVICE WorkRange work_of(const StreamArgs& args, const Spans& spans) {
   WorkRange work;
   work.b = blockIdx.z;
-  work.g = blockIdx.y;
+  work.g = kv_head_of<kSeveral>(args);
   // one trip with the range: nothing of a row waits for another
   const int32_t count = args.selection.indices ? args.selection.counts[work.b] : 0;
-  work.keys = row_range(args.kv, args.window, work.b);
+  work.keys = kSeveral ? work.queries.all(args, work.b) : row_range(args.kv, args.window, work.b);
   work.text = work.keys.end - work.keys.begin;
   work.text_before = 0;
   int32_t total = work.text;
@@ -45,9 +48,10 @@ VP_DEVICE WorkRange work_of(const StreamArgs& args, const Spans& spans) {
   return work;
 }
 
-// The index of the block's row and KV head, among all of them.
+// The index of the block's row and KV head among all of them; with several queries that of its row
+// and its query heads.
 VP_DEVICE int64_t kv_head_index(const WorkRange& work) {
-  return static_cast<int64_t>(work.b) * gridDim.y + work.g;
+  return static_cast<int64_t>(work.b) * gridDim.y + static_cast<int32_t>(blockIdx.y);
 }
 
 // A key, as one lane finds it for its warp.

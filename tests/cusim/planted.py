@@ -86,7 +86,7 @@ BUGS = {
         (Edit(STREAM, "index < work.end ? index", "index <= work.end ? index"),), ""
     ),
     "off-by-one-read": Bug(
-        (Edit("kernels/cuda/queries.cuh", "d < args.head_dim ? q", "d <= args.head_dim ? q"),),
+        (Edit("kernels/cuda/queries.cuh", "&& d < args.head_dim", "&& d <= args.head_dim"),),
         "heap-buffer-overflow",
         asan=True,
     ),
@@ -296,12 +296,14 @@ BUGS = {
         (Edit(HALF_QUERIES, "bits_float((254 - power) << 23)", "1.0f"),), "", dtype="float8"
     ),
     "float8-scale-of-k-lost": Bug(
-        (Edit(HALF_QUERIES, "k_scale(scale_of(of.kv.k_scale, blockIdx.y))", "k_scale(1.0f)"),),
+        (Edit(HALF_QUERIES, "k_scale(scale_of(of.kv.k_scale, kv_head_of<kSeveral>(of)))",
+              "k_scale(1.0f)"),),
         "",
         dtype="float8",
     ),
     "float8-scale-of-another-head": Bug(
-        (Edit(STREAM, "scale_of(args.kv.v_scale, blockIdx.y)", "scale_of(args.kv.v_scale, 0)"),),
+        (Edit(STREAM, "scale_of(args.kv.v_scale, kv_head_of<kSeveral>(args))",
+              "scale_of(args.kv.v_scale, 0)"),),
         "",
         dtype="float8",
     ),

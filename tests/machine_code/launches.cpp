@@ -4,9 +4,11 @@
 // so the addresses are made up: array n lies at n << 36.
 //
 // launches STEP CAPABILITY MULTIPROCESSORS SHARED ROWS HEADS KV_HEADS TEXT VISUAL KEPT SPANS FLOAT8
+//          QUERIES
 //
 // A line a launch: kernel, stages and bytes of the plan, grid, threads, cluster, arguments in hex.
-#define VP_STREAM_KERNELS(X) X(bf16, BFloat16, 128, 8) X(fp8, Float8Beside16, 128, 8)
+#define VP_STREAM_KERNELS(X) \
+  X(bf16, BFloat16, 128, 8) X(fp8, Float8Beside16, 128, 8) X(bf16, BFloat16, 128, 64)
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -54,10 +56,10 @@ T* array(uintptr_t n) {
 int main(int, char** words) {
   using namespace visionpulse;
   const std::string step = words[1];
-  int of[11];
-  for (int i = 0; i < 11; ++i) of[i] = std::atoi(words[i + 2]);
+  int of[12];
+  for (int i = 0; i < 12; ++i) of[i] = std::atoi(words[i + 2]);
   const auto [capability, multiprocessors, shared, rows, heads, kv_heads, text, visual, kept, spans,
-              float8] = of;
+              float8, queries] = of;
   constexpr int kDim = 128;
   cuda::chip = {capability, capability, multiprocessors, shared};
   cuda::Call call = {};
@@ -90,7 +92,8 @@ int main(int, char** words) {
                 nullptr,
                 nullptr};
   call.q = array(9), call.out = array(10);
-  call.q_stride = call.out_stride = {heads * kDim, kDim};
+  call.q_stride = call.out_stride = {queries * heads * kDim, kDim};
+  call.queries = {queries, heads * kDim, heads * kDim, nullptr};
   call.dtype = DType::kBFloat16;
   call.B = rows, call.H = heads, call.G = kv_heads, call.D = kDim;
   call.indices = array<int32_t>(7), call.counts = array<int32_t>(8);

@@ -17,7 +17,7 @@ from proof_tools import NVCC, version_of
 from .walk import DRAM, L2, Array
 
 ROOT = Path(__file__).resolve().parents[2]
-ROWS = "X(bf16, BFloat16, 128, 8) X(fp8, Float8Beside16, 128, 8)"
+ROWS = "X(bf16, BFloat16, 128, 8) X(fp8, Float8Beside16, 128, 8) X(bf16, BFloat16, 128, 64)"
 SOURCES = ("attend", "score", "score_finish", "select")
 SIMULATED = ("tests/cusim", "tests/cusim/include")
 H200 = (90, 132, 232448)  # capability, multiprocessors, shared memory of a block
@@ -34,6 +34,7 @@ class Step(NamedTuple):
     kv_heads: int = 8
     text: int = 256
     float8: bool = False  # of K and V
+    queries: int = 1  # of a row
 
     @property
     def kept(self) -> int:
@@ -103,7 +104,7 @@ def launches_of(step: Step, chip: tuple[int, int, int] = H200) -> tuple[Launch, 
     command = [os.environ.get("CXX", "g++"), *flags, str(source)]
     tool = kept_file([*made_of, source], " ".join(flags), ".exe", command)
     shape = (step.rows, step.heads, step.kv_heads, step.text, step.visual, step.kept, step.spans)
-    shape += (int(step.float8),)
+    shape += (int(step.float8), step.queries)
     words = [step.name, *map(str, (*chip, *shape))]
     lines = subprocess.run([tool, *words], check=True, capture_output=True, text=True).stdout
     found = []

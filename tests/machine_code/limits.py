@@ -34,6 +34,8 @@ STREAMS = {
     "dense, group 7 of 4 KV heads": Limit(
         stream("dense", "attend", heads=28, kv_heads=4), 1, 12, 7, 770
     ),
+    # 32 heads: of eight outputs a thread has two steps of 16 splits, where 33 would be three
+    "dense, 8 queries": Limit(stream("dense", "attend", queries=8), 1, 18, 43, 1120),
     # the spans come with them
     "dense anchor": Limit(stream("anchor-dense", "score_"), 1, 4, 7, 920),
     # behind the scan the states alone
@@ -94,6 +96,8 @@ LOOPS = {
     "vp_score_bf16_d128_h8": Loops(3, 0),
     "vp_attend_fp8_d128_h8": Loops(5, 0),
     "vp_score_fp8_d128_h8": Loops(3, 0),
+    "vp_attend_bf16_d128_h64": Loops(5, 0),
+    "vp_score_bf16_d128_h64": Loops(3, 0),
     # the same searches by position and by visual index, and the remainders of both sums
     "vp_score_finish": Loops(11, 0),
     # the searches, in each pass over the candidates; and the list of a row, where it does not fit

@@ -49,20 +49,26 @@ STAGES = {
 
 
 @cache
-def chain(name: str, rows: int, visual: int, float8: bool = False) -> Chain:
+def chain(name: str, rows: int, visual: int, float8: bool = False, queries: int = 1) -> Chain:
     stage = STAGES[name]
-    step = Step(stage.step, rows, visual, float8=float8)
+    step = Step(stage.step, rows, visual, float8=float8, queries=queries)
     walk = Use(step, stage.kernel).walk()
     return facts.chain_of(walk, step) if stage.moves else facts.lone_chain_of(walk)
 
 
 @cache
 def predicted(
-    name: str, rows: int, visual: int, chained: bool = False, float8: bool = False
+    name: str,
+    rows: int,
+    visual: int,
+    chained: bool = False,
+    float8: bool = False,
+    queries: int = 1,
 ) -> Prediction:
     stage = STAGES[name]
-    launch = Use(Step(stage.step, rows, visual, float8=float8), stage.kernel).launch
-    of = chain(name, rows, visual, float8)
+    step = Step(stage.step, rows, visual, float8=float8, queries=queries)
+    launch = Use(step, stage.kernel).launch
+    of = chain(name, rows, visual, float8, queries)
     chip = gpu_facts.CHIPS["sm_90"]
     resident = chip.blocks_of(launch.threads, REGISTERS[launch.kernel], launch.shared_bytes)
     if stage.moves:
@@ -149,6 +155,19 @@ def compared(name: str, of: Callable[[tuple[int, int], bool], float]) -> str:
     return f"| {name} | {' | '.join(cells)} | {'; '.join(f'{gain:.2f}' for gain in gains)} |"
 
 
+def queries() -> Iterator[str]:
+    """Several queries of a row over one: the goal is that of 8, B8 32k."""
+    yield "| dense decode, queries of a row | B1 16k us | over one | B8 32k us | over one |"
+    yield "|---|---|---|---|---|"
+    one = [predicted("dense decode", *shape).seconds for shape in SHAPES.values()]
+    for count in (1, 2, 4, 8, 16):
+        cells = []
+        for shape, base in zip(SHAPES.values(), one, strict=True):
+            seconds = predicted("dense decode", *shape, queries=count).seconds
+            cells += [f"{seconds * US:.1f}", f"{seconds / base:.2f}"]
+        yield f"| {count} | {' | '.join(cells)} |"
+
+
 def parts() -> Iterator[str]:
     """Of what each prediction is made."""
     yield "| us | launch | head | body | finish | merge | waves | trips before, behind |"
@@ -183,7 +202,9 @@ def errors() -> Iterator[str]:
         yield f"| {name} | {measured:.1f} | {model:.1f} | {100 * (model / measured - 1):+.0f} % |"
 
 
-TABLES = {"goals": beside_goals, "float8": float8, "parts": parts, "errors": errors}
+TABLES = {
+    "goals": beside_goals, "float8": float8, "queries": queries, "parts": parts, "errors": errors,
+}  # fmt: skip
 
 
 def write() -> None:

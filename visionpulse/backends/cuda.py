@@ -7,11 +7,14 @@ import torch
 from torch import Tensor
 
 from .. import _native
+from ..cache import MAX_QUERIES
 from ..call import Call, Scored
+from ..queries import call_as_rows, scored_as_rows
 from ..selection import Selection
 from ..visual import VisualTokens
 from ..workspace import Workspace
 from . import packing as pack
+from .by_query import ByQuery
 from .native import NativeBackend
 
 _MAX_CAPACITY = 2**29  # the kernels mark positions with the bits above
@@ -55,6 +58,7 @@ class CudaBackend(NativeBackend):
 
     name = "cuda"
     auto_devices = ("cuda",)
+    max_queries = MAX_QUERIES
     reads_float8 = True
 
     def unavailable(self) -> str | None:
@@ -92,8 +96,26 @@ class CudaBackend(NativeBackend):
             return f"it computes on NVIDIA GPUs, the tensors are on {tensor.device}"
         return _unavailable(tensor.device.index or 0)
 
+    def select(self, scored: Scored) -> Selection:
+        return super().select(scored_as_rows(scored))
+
+    def attend(self, call: Call) -> Tensor:
+        """Dense attention reads K and V once for all queries; lists are gathered for each."""
+        if call.queries > 1 and call.selection is not None:
+            return ByQuery(self).attend(call)
+        return super().attend(call)
+
+    def decode(self, call: Call) -> tuple[Tensor, Selection]:
+        return self.staged(call) if call.queries > 1 else super().decode(call)
+
     def rounds_weights(self, dtype: torch.dtype) -> bool:
         return dtype != torch.float32
+
+    def _queries(self, packed: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+        return (packed,)
+
+    def _rows(self, call: Call) -> Call:
+        return call_as_rows(call) if call.queries > 1 else call
 
     def _kept(self, selection: Selection | None) -> tuple[int, ...]:
         check = selection is not None and not selection.trusted  # here its values were not read

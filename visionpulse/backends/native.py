@@ -34,11 +34,13 @@ class NativeBackend(Backend):
     def score(self, call: Call) -> tuple[Scored, Tensor | None]:
         mass, mass_mean = call.new_masses()
         scores, out = call.new_scores(), call.new_out() if call.is_dense else None
+        rows = self._rows(call)  # held until its tensors are in use
         packed = (
             *self._queries(pack.queries(call.q, out, call.q_counts)),
             *(pack.query(call.q, call.kv), pack.cache(call.kv), pack.visual(call.visual)),
             *(pack.params(call.params), (0, 0, mass.data_ptr(), mass_mean.data_ptr())),
             *(pack.output(out), scores.data_ptr()),
+            *(() if rows is None else (pack.cache(rows.kv), pack.visual(rows.visual))),
         )
         self._run("score", call.q, call.scratch, call.visual, packed)
         return call.scored(scores, mass, mass_mean), out
@@ -72,6 +74,10 @@ class NativeBackend(Backend):
     def _queries(self, packed: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
         """The queries of a row, to an engine whose kernels take several."""
         return ()
+
+    def _rows(self, call: Call) -> Call | None:
+        """The call with each query as a row, to an engine that makes scores by row."""
+        return None
 
     def _kept(self, selection: Selection | None) -> tuple[int, ...]:
         return pack.kept(selection)

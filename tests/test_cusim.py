@@ -142,7 +142,7 @@ def test_a_cache_of_8_bits_touches_no_memory_but_its_own(watched, seed, dtype):
 
 def test_the_suite_of_all_backends_passes(plain):
     """What it holds beside the cases: bits that depend on no neighbour, page size or capacity."""
-    beside = "not decode_is_the_contract"
+    beside = "not decode_is_the_contract and not it_is_said"
     shared = ("tests/test_backends.py", "tests/test_buffers.py", "tests/test_queries.py")
     suite = (*shared, "--backends", "cuda", "--require-backends", "cuda")
     quiet = ("-q", "-x", "--no-header", "-p", "no:cacheprovider", "-p", "stand_in")

@@ -25,7 +25,7 @@ from visionpulse.config import resolve
 from visionpulse.data import tiny, trail
 
 # Pictures to calibrate on, and others to judge the suggestion by.
-FEW, MANY = (8, 12), (32, 40)
+PICTURES, OTHERS = 32, 40
 
 
 def observation(mass, captured, mass_of_tau=None):
@@ -219,18 +219,18 @@ def right(model, config, drawn):
     return sum(tiny.until_end(row) == want for row, want in zip(rows, wanted, strict=True))
 
 
-@pytest.mark.parametrize("pictures, others", (FEW, pytest.param(*MANY, marks=pytest.mark.deep)))
-def test_it_finds_a_good_setting_from_a_bad_start(model, pictures, others):
+@pytest.mark.deep
+def test_it_finds_a_good_setting_from_a_bad_start(model):
     """A temperature and bounds that leave one token in every step, on the wrong layer."""
     bad = vp.PulseConfig(anchor=0, tau=1e-3, ratio=(0.0, 0.004))
-    drawn = trail.test_set(31, pictures, tiny.SIDE, "crowded")
-    inputs = [tiny.inputs_of(drawn[i : i + 8]) for i in range(0, pictures, 8)]
+    drawn = trail.test_set(31, PICTURES, tiny.SIDE, "crowded")
+    inputs = [tiny.inputs_of(drawn[i : i + 8]) for i in range(0, PICTURES, 8)]
     found = calibrate(model, inputs, start=bad, cache="fp8")
     start = next(t for t in found.trials if t.name == "start")
     assert found.chosen.agreement > start.agreement
     assert found.chosen.distance < start.distance / 10
     # judged on pictures that calibration has not seen
-    other = trail.test_set(32, others, tiny.SIDE, "crowded")
+    other = trail.test_set(32, OTHERS, tiny.SIDE, "crowded")
     given = tiny.inputs_of(other)
     out = model.generate(**given, do_sample=False, max_new_tokens=64)
     rows = out[:, given["input_ids"].shape[1] :].tolist()

@@ -17,8 +17,6 @@ sys.path.insert(0, str(CUSIM))
 COMPILER = os.environ.get("CXX", "g++")
 # of tests/test_gpu.py, those that a simulated kernel gets through in seconds
 OF_GPU = "cuda and (reads_nothing or follows_lengths or outlives or two_graphs or tables)"
-# of tests/test_gpu_smoke.py, with both head tiles of one kernel, or all
-OF_SMOKE = {"few": "cuda and (stages or bfloat16-d64)", "all": "cuda"}
 QUIET = ("-q", "-x", "--no-header", "-p", "no:cacheprovider", "-p", "plugin")
 
 
@@ -37,13 +35,13 @@ def test_benchmarks_and_patched_models():
     assert "skipped" not in run("tests/fakegpu/checks.py")
 
 
+@pytest.mark.deep
 @pytest.mark.skipif(shutil.which(COMPILER) is None, reason="no C++ compiler")
-@pytest.mark.parametrize("which", ("few", pytest.param("all", marks=pytest.mark.deep)))
-def test_graphs_of_the_simulated_kernels(which):
-    from build import FEW, build
+def test_graphs_of_the_simulated_kernels():
+    from build import build
 
-    module = build(kernels=FEW if which == "few" else None)
+    module = build()
     said = run("tests/test_gpu.py", "-k", OF_GPU, CUSIM_MODULE=str(module))
     assert "6 passed" in said
-    said = run("tests/test_gpu_smoke.py", "-k", OF_SMOKE[which], CUSIM_MODULE=str(module))
-    assert f"{4 if which == 'few' else 54} passed" in said
+    said = run("tests/test_gpu_smoke.py", "-k", "cuda", CUSIM_MODULE=str(module))
+    assert "54 passed" in said

@@ -45,7 +45,7 @@ def fresh_dynamo():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
+@pytest.mark.parametrize("family", [pytest.param("llava", marks=pytest.mark.deep), "qwen3_vl"])
 def test_three_prompts_share_one_graph(tiny, family):
     vlm = tiny(family, num_hidden_layers=4)
     with vp.patch(vlm.model, PRUNED) as session:
@@ -79,7 +79,7 @@ def test_prompts_without_a_picture_share_the_graph(tiny):
         assert counters["stats"]["unique_graphs"] == 1
 
 
-@pytest.mark.parametrize("refresh", [0, 3])
+@pytest.mark.parametrize("refresh", [pytest.param(0, marks=pytest.mark.deep), 3])
 def test_lookback_is_one_graph_too(tiny, refresh):
     vlm = tiny("llava", num_hidden_layers=3)
     config = PRUNED.updated(schedule="lookback", refresh=refresh)
@@ -109,7 +109,7 @@ def crop(cache, tokens):
     cache.layers[0].visionpulse.crop(int(cache.get_seq_length()))
 
 
-@pytest.mark.parametrize("schedule", ["paper", "lookback"])
+@pytest.mark.parametrize("schedule", ["paper", pytest.param("lookback", marks=pytest.mark.deep)])
 def test_a_cache_cropped_within_its_picture_keeps_its_graph(tiny, schedule):
     vlm = tiny("llava", num_hidden_layers=3)
     text = vlm.model.config.get_text_config()

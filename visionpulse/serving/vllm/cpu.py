@@ -8,6 +8,7 @@ stay dense. Other rows are packed into a scratch cache and run by vLLM's own ker
 """
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -230,13 +231,13 @@ class PulseImpl(cpu_attn.CPUAttentionBackendImpl):  # type: ignore[misc]
         )
         scratch = scratch[: rows.numel()].view(blocks, kv_heads, size, width)
         slots = torch.arange(blocks * size)
-        if self.is_fp8_kv_cache:  # vLLM's kernel stores the same 8 bits again
-            rows = rows.view(FLOAT8)
-        keys, values = rows.chunk(2, dim=2)
         if self.is_fp8_kv_cache:
-            keys = read(keys, layer._k_scale, dtype=query.dtype)
-            values = read(values, layer._v_scale, dtype=query.dtype)
-        super().do_kv_cache_update(layer, keys.contiguous(), values.contiguous(), scratch, slots)
+            # Without scales vLLM's kernel stores the same 8 bits again. With them it would cut a
+            # step off numbers that a product has rounded down.
+            rows = read(rows.view(FLOAT8), dtype=query.dtype)
+        packs = SimpleNamespace(isa=layer.isa, _k_scale_float=1.0, _v_scale_float=1.0)
+        keys, values = (half.contiguous() for half in rows.chunk(2, dim=2))
+        super().do_kv_cache_update(packs, keys, values, scratch, slots)
         out = output[rest.begin : rest.end]
         super().forward(
             layer, query[rest.begin : rest.end], None, None, scratch, rest.metadata, out

@@ -104,9 +104,9 @@ class WorkerFiles:
 
     def __init__(self, vllm_config: Any) -> None:
         self._folder = folder_of(vllm_config)
-        parallel = vllm_config.parallel_config
-        self._labels = labels_of(vllm_config, parallel.data_parallel_rank)
-        self._name = f"visionpulse{parallel.data_parallel_rank}-{os.getpid()}"
+        parallel = vllm_config.parallel_config  # its rank is 0 in every engine that shares nothing
+        self._labels = labels_of(vllm_config, parallel.data_parallel_index)
+        self._name = f"visionpulse{parallel.data_parallel_index}-{os.getpid()}"
         self._files: dict[str, MmapedDict] = {}
 
     def write(self, totals: Totals) -> bool:

@@ -86,7 +86,7 @@ def assert_same(got, wanted):
 
 @pytest.mark.filterwarnings("ignore:visionpulse prunes nothing")
 @pytest.mark.parametrize("name", SITUATIONS)
-@pytest.mark.parametrize("draft", ("paper", "blind"))
+@pytest.mark.parametrize("draft", (pytest.param("paper", marks=pytest.mark.deep), "blind"))
 def test_tokens_scores_and_cache_are_the_unpatched_models(tiny, name, draft):
     vlm = tiny("llava")
     wanted = generated(vlm, SITUATIONS[name])
@@ -97,7 +97,10 @@ def test_tokens_scores_and_cache_are_the_unpatched_models(tiny, name, draft):
     assert_same(generated(vlm, SITUATIONS[name]), wanted)
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl", "llava", "internvl", "gemma3"])
+MORE = [pytest.param(name, marks=pytest.mark.deep) for name in ("qwen2_vl", "qwen3_vl", "internvl")]
+
+
+@pytest.mark.parametrize("family", ["llava", "gemma3", *MORE])
 @pytest.mark.parametrize("draft", DRAFTS)
 def test_on_families_and_drafts(tiny, family, draft):
     vlm = tiny(family)

@@ -64,7 +64,7 @@ def width_of(vlm, rows=RAGGED):
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-@pytest.mark.parametrize("draft", ("lookback", "blind"))
+@pytest.mark.parametrize("draft", (pytest.param("lookback", marks=pytest.mark.deep), "blind"))
 def test_rows_say_what_the_unpatched_model_says(tiny, name, draft):
     vlm = tiny("llava")
     options = OPTIONS[name]
@@ -78,10 +78,11 @@ def test_rows_say_what_the_unpatched_model_says(tiny, name, draft):
 
 
 ROWS = {"one": ([9, "i", 6, "i", 3],), "four": RAGGED}
+MORE = [pytest.param(name, marks=pytest.mark.deep) for name in ("internvl", "smolvlm", "glm4v")]
 
 
 @pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("family", ["qwen3_vl", "internvl", "smolvlm", "glm4v", "gemma3"])
+@pytest.mark.parametrize("family", ["qwen3_vl", "gemma3", *MORE])
 def test_on_families(tiny, family, rows):
     vlm = tiny(family)
     wanted = generated(vlm.model.generate, vlm, {"tokens": 16}, ROWS[rows])

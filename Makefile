@@ -82,6 +82,7 @@ endif
 # The environment and the kernels: anew when a pin or the build changed, kernels when a source did.
 # They are compiled while torch is downloaded, which they do not need.
 setup:
+	@test -e $(READY) || echo "making $(VENV): packages and kernels; minutes, the first time"
 	@$(MAKE) --no-print-directory -j 2 $(VENV)/.deps $(READY)
 
 $(VENV)/bin/python:

@@ -357,8 +357,8 @@ def test_the_next_draft_starts_from_the_selection_of_the_last_accepted_token(tin
             token = wanted[:, length + i : length + i + 1]
             vlm.model(input_ids=token, past_key_values=cache)
             assert conversation.steps == i + 1
-            place = min(ahead.served, len(ahead.selections) - 1)
-            assert conversation.selection is ahead.selections[place][0]
+            place = min(ahead.served, len(ahead.places) - 1)
+            assert conversation.selection is ahead.places[place].selection
 
 
 REFUSED = {

@@ -1,6 +1,7 @@
 """What belongs to one conversation: its visual tokens, and the selection of its last step."""
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,6 +10,14 @@ from ..selection import Selection
 from ..visual import VisualTokens
 from .lookback import LookBack
 from .notices import DenseReason
+
+
+class DraftStart(NamedTuple):
+    """What the draft behind a decode step goes on from."""
+
+    selection: Selection | None
+    roles: object
+    buffers: tuple[Tensor, ...] | None = None  # of a compiled lookback; empty without one
 
 
 @dataclass
@@ -47,6 +56,26 @@ class Conversation:
         self.steps, self.selection, self.selection_roles = 0, None, None
         if self.lookback is not None:
             self.lookback.restart()
+
+    def place(self, in_graph: bool) -> DraftStart:
+        """Where it is; a compiled step writes over its buffers, so they are copied."""
+        buffers: tuple[Tensor, ...] | None = None
+        if in_graph:
+            buffers = () if self.lookback is None else self.lookback.kept()
+        return DraftStart(self.selection, self.selection_roles, buffers)
+
+    def go_to(self, place: DraftStart) -> None:
+        """Go back, or on, to a place."""
+        self.selection, self.selection_roles, buffers = place
+        if buffers and self.lookback is not None:
+            self.lookback.put_back(buffers)
+
+    def follow(self, roles: object) -> None:
+        """Begin anew in a compiled step whose last selection was made under other roles."""
+        if self.selection_roles is not roles:
+            self.selection, self.selection_roles = None, roles
+            if self.lookback is not None:
+                self.lookback.restart()
 
     def prepare_lookback(self, spare: LookBack | None) -> None:
         """Load the buffers of a compiled lookback: its own, the `spare` ones, or new ones."""

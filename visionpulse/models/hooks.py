@@ -82,7 +82,7 @@ class Hooks:
         if patched.is_paused:
             if is_eager:
                 self.positions.has_picture = None
-        elif is_eager and patched.is_checking:
+        elif patched.is_checking:
             pass  # the tokens of a draft are no prompt
         elif not is_step:
             self._read_prompt(ids, args, kwargs)
@@ -126,7 +126,7 @@ class Hooks:
                 "so no token is known; unpatch the model, or pause the session for this call"
             )
         conversation = conversation_of(cache, self._layer)
-        if is_eager and patched.is_checking:
+        if patched.is_checking:
             return self._dense_step(conversation, args, kwargs, inputs)
         if cache is not None and self._is_step(inputs):
             if conversation is not None and patched.stays_dense:
@@ -147,7 +147,9 @@ class Hooks:
         self, conversation: Conversation | None, args: Args, kwargs: Kwargs, inputs: Tensor
     ) -> tuple[Args, Kwargs] | None:
         """A dense forward of a lossless model, on our kernels where they are faster."""
-        if conversation is None or conversation.has_holes or torch.compiler.is_compiling():
+        if conversation is None or conversation.has_holes:
+            return None
+        if torch.compiler.is_compiling() and self._patched.mode.graphs is None:
             return None
         queries = inputs.shape[1]
         if not self._patched.has_dense_kernel(inputs.device, queries):
@@ -158,7 +160,8 @@ class Hooks:
     def _add_lossless(self, conversation: Conversation, inputs: Tensor) -> None:
         """Count a dense step of a lossless model, which did not run ahead."""
         mode = self._patched.mode
-        detail = "a compiled step" if torch.compiler.is_compiling() else mode.refusal
+        is_others = torch.compiler.is_compiling() and mode.graphs is None
+        detail = "a compiled step" if is_others else mode.refusal
         text = conversation.visual is None and conversation.unknown_because is None
         reason = DenseReason.LAST_SLOT if mode.is_at_end else DenseReason.UNPAID
         reason = DenseReason.LOSSLESS if detail else reason

@@ -44,6 +44,16 @@ class LookBack:
         """Let the next step be a refresh."""
         self.step.zero_()
 
+    def kept(self) -> tuple[Tensor, ...]:
+        """Copies of what a step writes."""
+        return self.indices.clone(), self.counts.clone(), self.step.clone()
+
+    def put_back(self, kept: tuple[Tensor, ...]) -> None:
+        """Take what `kept` gave."""
+        own = self.indices, self.counts, self.step
+        for buffer, value in zip(own, kept, strict=True):
+            buffer.copy_(value)
+
     def take(self, rows: Tensor) -> None:
         """Reorder rows in place."""
         for buffer in (self.all, self.indices, self.visual_counts, self.counts):

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from .arguments import Arguments
-from .conversation import Conversation
-from .draft_policy import DraftPolicy, FixedDraft, Plan, ways_of
+from .conversation import Conversation, DraftStart
+from .draft_policy import FIRST, DraftPolicy, FixedDraft, Plan, ways_of
 from .draws import TokenDraws
 from .families import Anatomy, UnsupportedModelError
+from .graph_parts import GraphParts
 from .kv_layers import conversation_of
 from .layer_ends import CommonEnd, Rewindable
 from .layer_roles import LayerRoles
@@ -44,14 +45,14 @@ class _Ahead(threading.local):
     logits: Sequence[Tensor] = ()  # of it, [1, 1, vocabulary] each
     # ids [1, n], and once somebody asked for another token the list of those behind the first
     drafted: list[int] | Tensor = ()  # type: ignore[assignment]
-    selections: list[Any] = ()  # type: ignore[assignment]  # of each draft step, with its roles
+    places: list[DraftStart] = ()  # type: ignore[assignment]  # of each draft step
     plan: Plan = Plan(0, 0)
     served = 0  # drafted tokens that were asked for
 
     def drop(self) -> None:
         """Forget them."""
         self.cache = self.end = self.checked = None
-        self.drafted, self.selections, self.logits = [], [], ()
+        self.drafted, self.places, self.logits = [], [], ()
         self.plan, self.served = Plan(0, 0), 0
 
 
@@ -68,15 +69,20 @@ class RunAhead:
         self.policy: DraftPolicy | FixedDraft = FixedDraft(0)
         self._asked: LayerRoles | None = None  # the roles that ways and policy were made for
         self._ahead = _Ahead()
+        self._graphs: dict[str, GraphParts] = {}  # by the settings of the compiler
         self._arguments = Arguments(model)
         self._draws = TokenDraws(model)
         self._own = model.__dict__.get("forward")  # of accelerate, if any
         self.plain: Callable[..., Any] = model.forward
         model.forward = functools.wraps(self.plain)(lambda *a, **k: self.forward(*a, **k))
 
+        if hasattr(model, "get_compiled_call"):
+            model.get_compiled_call = self._compiled_call
+
     def remove(self) -> None:
         """Give the model its own forward back."""
         model = self.patched.anatomy.model
+        model.__dict__.pop("get_compiled_call", None)
         self._draws.remove()
         if self._own is None:
             model.__dict__.pop("forward", None)
@@ -97,6 +103,25 @@ class RunAhead:
                 self.policy = DraftPolicy(len(self.ways))
         return self.policy.plan()
 
+    @property
+    def run(self) -> Callable[..., Any]:
+        """The forward of a part: a graph of it, where the caller compiles."""
+        return self.mode.graphs or self.plain
+
+    def _compiled_call(self, config: Any) -> Callable[..., Any]:
+        """What `generate()` calls where it compiles its steps: the parts of a round are graphs."""
+        settings = (config or self.patched.anatomy.model._default_compile_config()).to_dict()
+        name = repr(settings)
+        if name not in self._graphs:
+            self._graphs[name] = GraphParts(self.plain, self.mode, settings)
+
+        def call(**named: Any) -> Any:
+            self.patched.has_dense_kernel(named["input_ids"].device, 1)  # no graph finds it out
+            with self.mode.through(self._graphs[name]):
+                return self.forward(**named)
+
+        return call
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Answer one call of the model."""
         if torch.compiler.is_compiling() or self.patched.is_paused:
@@ -106,7 +131,7 @@ class RunAhead:
         if isinstance(request, str):
             self._ahead.drop()
             self.mode.refusal = request
-            return self.plain(*args, **kwargs)
+            return self.run(**named)
         self.mode.refusal, self.mode.is_at_end = "", False
         if self._is_ahead(request):
             return self._serve(request)
@@ -115,13 +140,20 @@ class RunAhead:
         is_fixed = request.conversation.capacity is not None
         if not (is_fixed or all(map(_can_rewind, request.cache.layers))):
             self.mode.refusal = "a cache that cannot be rolled back"
-            return self.plain(*args, **kwargs)
+            return self.run(**named)
         plan = self.plan()
-        if is_fixed:
-            left = slots_of(request.cache) - request.length - 1
-            self.mode.is_at_end = left == 0
-            plan = plan._replace(tokens=min(plan.tokens, left))
+        if is_fixed and plan.tokens:
+            plan = self._fit(plan, slots_of(request.cache) - request.length - 1)
         return self._round(request, plan) if plan.tokens else self._plain_step(request, plan)
+
+    def _fit(self, plan: Plan, left: int) -> Plan:
+        """The plan where so many slots are left behind the token that was asked for."""
+        tokens = min(plan.tokens, left)
+        if self.mode.graphs is not None:  # its check has one width
+            tokens = plan.tokens if self._draft != AUTO else FIRST
+            tokens = tokens if tokens <= left else 0
+        self.mode.is_at_end = tokens == 0
+        return plan._replace(tokens=tokens)
 
     def _request(self, named: dict[str, Any]) -> Request | str:
         """The call as a step to run ahead of, or why it is none."""
@@ -158,7 +190,7 @@ class RunAhead:
         ahead.served += 1
         assert ahead.end is not None
         ahead.end.move(request.length + 1)
-        _go_on(request.conversation, ahead.selections, ahead.served)
+        _go_on(request.conversation, ahead.places, ahead.served)
         self.patched.recorder.add_accepted()
         return _answer(ahead.checked, ahead.logits[ahead.served])
 
@@ -174,13 +206,16 @@ class RunAhead:
     def _plain_step(self, request: Request, plan: Plan) -> Any:
         """One dense step, where drafting would not pay."""
         begin = self.mark(request.token.device)
-        out = self.plain(**request.named)
+        out = self.run(**request.named)
         self.time(plan, [begin, begin, self.mark(request.token.device)])
         return out
 
     def time(self, plan: Plan, marks: list[Any]) -> None:
         """Tell the policy what a round cost, once it is known."""
-        policy = self.policy
+        policy, graphs = self.policy, self.mode.graphs
+        if graphs is not None and graphs.is_new:
+            graphs.is_new = False
+            return
         self._stopwatch.add(marks, lambda draft, check: policy.time(plan, draft, check))
 
     def mark(self, device: torch.device) -> Any:
@@ -190,46 +225,51 @@ class RunAhead:
     def _round(self, request: Request, plan: Plan) -> Any:
         """Draft and check; leave the cache as after the one token that was asked for."""
         conversation, length = request.conversation, request.length
-        before = conversation.steps, conversation.selection, conversation.selection_roles
-        tokens, selections = [request.token], []
+        run, roles, in_graph = self.run, self.ways[plan.way], self.mode.graphs is not None
+        before = conversation.steps, conversation.place(in_graph)
+        tokens, places = [request.token], []
         arguments = request.of_all(plan.tokens + 1)
         try:
             marks = [self.mark(request.token.device)]
-            drafting = self.mode.of(Part.DRAFT, self.ways[plan.way])
-            with drafting, self._draws.of(length, request.token) as choose:
+            if in_graph:
+                conversation.follow(roles)
+            with self.mode.of(Part.DRAFT, roles), self._draws.of(length, request.token) as choose:
                 for i in range(plan.tokens):
-                    logits = self.plain(**arguments.step(i, tokens[-1])).logits
-                    selections.append((conversation.selection, conversation.selection_roles))
+                    logits = run(**arguments.step(i, tokens[-1])).logits
+                    places.append(conversation.place(in_graph))
                     tokens.append(choose(logits))
             _end(request.cache, length)
             ids = torch.cat(tokens, dim=1)  # [1, draft + 1]
             marks.append(self.mark(request.token.device))
             with self.mode.of(Part.CHECK):
-                checked = self.plain(**arguments.check(ids))
+                checked = run(**arguments.check(ids))
             marks.append(self.mark(request.token.device))
             end = _end(request.cache, length + 1)
         except BaseException:  # Ctrl-C too: as after the last token that the caller knows of
             _end(request.cache, length)
-            conversation.steps, conversation.selection, conversation.selection_roles = before
+            conversation.steps = before[0]
+            conversation.go_to(before[1])
             self._ahead.drop()
             raise
         self.time(plan, marks)
         conversation.steps = before[0]
-        _go_on(conversation, selections, 0)
+        _go_on(conversation, places, 0)
         ahead = self._ahead
         ahead.cache, ahead.end, ahead.checked = weakref.ref(request.cache), end, checked
-        ahead.logits = checked.logits.split(1, dim=1)
-        ahead.drafted, ahead.selections = ids, selections
+        logits = checked.logits.clone() if in_graph else checked.logits  # the graph's own memory
+        ahead.logits = logits.split(1, dim=1)
+        ahead.drafted, ahead.places = ids, places
         ahead.served, ahead.plan = 0, plan
         self.patched.recorder.add_round(plan.tokens)
         return _answer(checked, ahead.logits[0])
 
 
-def _go_on(conversation: Conversation, selections: list[Any], served: int) -> None:
+def _go_on(conversation: Conversation, places: list[DraftStart], served: int) -> None:
     """Let the next draft start from the selection of the last accepted token."""
-    conversation.steps += 1
-    last = selections[min(served, len(selections) - 1)]
-    conversation.selection, conversation.selection_roles = last
+    place = places[min(served, len(places) - 1)]
+    if place.buffers is None:  # a graph would be made anew for each number
+        conversation.steps += 1
+    conversation.go_to(place)
 
 
 def _can_rewind(layer: Any) -> bool:

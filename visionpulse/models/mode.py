@@ -4,6 +4,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
+from typing import Any
 
 from .layer_roles import LayerRoles
 
@@ -22,6 +23,7 @@ class Mode(threading.local):
     part = Part.NEITHER
     roles: LayerRoles | None = None  # of a draft, where a policy chose the way
     refusal = ""
+    graphs: Any = None  # the parts of a round, where the caller compiles
     is_at_end = False  # of a static cache: no slot is left for a draft
 
     @property
@@ -33,6 +35,15 @@ class Mode(threading.local):
     def checks(self) -> bool:
         """Whether it checks."""
         return self.part is Part.CHECK
+
+    @contextmanager
+    def through(self, graphs: Any) -> Iterator[None]:
+        """Let forwards be these graphs."""
+        before, self.graphs = self.graphs, graphs
+        try:
+            yield
+        finally:
+            self.graphs = before
 
     @contextmanager
     def of(self, part: Part, roles: LayerRoles | None = None) -> Iterator[None]:

@@ -30,7 +30,7 @@ class DenseReason(Enum):
     INPUTS = "attention inputs"
     LOSSLESS = "lossless, not run ahead"
     UNPAID = "drafting would not pay"
-    LAST_SLOT = "last slot of a static cache"
+    LAST_SLOT = "last slots of a static cache"
 
 
 SILENT = (

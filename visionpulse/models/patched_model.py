@@ -51,7 +51,7 @@ class PatchedModel:
         """Whether steps are dense: always in a lossless model, but in its drafts."""
         if self.mode is None:
             return False
-        return torch.compiler.is_compiling() or not self.mode.drafts
+        return not self.mode.drafts
 
     def has_dense_kernel(self, device: torch.device, queries: int) -> bool:
         """Whether our dense attention of so many queries reads K and V once."""

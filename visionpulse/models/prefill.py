@@ -58,7 +58,7 @@ class Prefill:
         self._update_visual(conversation, inputs, visual_mask, past)
         self._explain_unknown(conversation, inputs, unseen)
         self._dense.prefill_has_picture = conversation.has_picture
-        if capacity is not None and patched.layer_roles.looks_back:
+        if capacity is not None and (patched.layer_roles.looks_back or patched.mode is not None):
             carrier = cache.layers[self._layer]
             conversation.prepare_lookback(getattr(carrier, "spare_lookback", None))
         patched.recorder.prepare(inputs.device)

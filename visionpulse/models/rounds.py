@@ -39,7 +39,7 @@ class Request(NamedTuple):
             mask = mask[FULL]
         if mask is not None and mask.dim() == 4:
             masks = _masks(mask, self.length, tokens)
-            each = [masks, *(masks[:, :, i : i + 1] for i in range(tokens))]
+            each = [masks, *_apart(masks, tokens, 2)]
             checked[MASK], *moving[MASK] = [{FULL: one} for one in each] if by_kind else each
         elif mask is not None:
             whole[MASK] = pad(mask, (0, tokens - 1), value=1)
@@ -53,7 +53,8 @@ class Request(NamedTuple):
             value = self.named.get(name)
             if value is not None:
                 checked[name] = places = value + _steps(tokens, value.device)
-                moving[name] = places.split(1, dim=-1)
+                is_fixed = self.conversation.capacity is not None
+                moving[name] = _apart(places, tokens, -1) if is_fixed else places.split(1, dim=-1)
         return RoundArguments(self.named, whole, moving, checked)
 
 
@@ -82,6 +83,12 @@ class RoundArguments(NamedTuple):
         if "logits_to_keep" in named:
             named["logits_to_keep"] = 0
         return named
+
+
+def _apart(values: Tensor, tokens: int, dim: int) -> list[Tensor]:
+    """Those of each token, all of one layout: a graph would be made anew for another."""
+    parts = (values.narrow(dim, i, 1) for i in range(tokens))
+    return [part.clone(memory_format=torch.contiguous_format) for part in parts]
 
 
 def _masks(mask: Tensor, length: int, tokens: int) -> Tensor:

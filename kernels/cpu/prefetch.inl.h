@@ -47,32 +47,55 @@ struct KvHeads {
 // fill the miss buffers and stall.
 template <class T>
 struct Prefetch {
-  const T *const *k, *const *v;
-  KvHeads heads;
-  int count;      // vectors, K and V together
-  int lines;      // of a vector
-  int passes;     // calls of `fetch` for each key of the block being computed
-  bool by_turns;  // K and V lie in one row, and are fetched by turns; else all K first
-  int next, head, due;
+  const T* const* at;    // of the list being fetched: K, then V
+  const T* const* then;  // V, if it is still to come
+  int left, left_then;   // keys of both lists
+  int lines;             // of a vector
+  int passes;            // calls of `fetch` for each key of the block being computed
+  int lists;             // 2 of K and V, 1 of K alone or of K and V in one row
+  int head, heads;
+  int64_t stride, stride_then;  // from a head to the next
+  int due;
 
   // Without V: v is nullptr.
   VP_INLINE Prefetch make(const T* const* k, const T* const* v, const KvHeads& heads, int keys,
                           int dim, int passes) {
-    const bool by_turns = v != nullptr && keys > 0 && v[0] == k[0] + dim;
-    const int count = v != nullptr ? 2 * keys : keys;
-    return {k, v, heads, count, lines_of<T>(dim), passes, by_turns, 0, 0, 0};
+    const bool one_row = v != nullptr && keys > 0 && v[0] == k[0] + dim;
+    const int lists = v != nullptr && !one_row ? 2 : 1;
+    return {k,
+            v,
+            keys,
+            lists == 2 ? keys : 0,
+            lines_of<T>(one_row ? 2 * dim : dim),
+            passes,
+            lists,
+            0,
+            heads.count,
+            heads.k_stride,
+            heads.v_stride,
+            0};
   }
 
   VP_INLINE void fetch(Prefetch& p, int keys) {
-    for (p.due += p.v != nullptr ? 2 * keys : keys; p.due >= p.passes && p.next < p.count;
-         p.due -= p.passes) {
-      const int half = p.count / 2;
-      const bool is_v = p.v != nullptr && (p.by_turns ? p.next % 2 != 0 : p.next >= half);
-      const int key = p.v == nullptr ? p.next : p.by_turns ? p.next / 2 : p.next - is_v * half;
-      const T* vector =
-          is_v ? p.v[key] + p.head * p.heads.v_stride : p.k[key] + p.head * p.heads.k_stride;
-      prefetch_vector(vector, p.lines);
-      if (++p.head == p.heads.count) p.head = 0, ++p.next;
+    constexpr int kUsual = 128 * sizeof(T) / kLine;  // lines of D = 128
+    for (p.due += p.lists * keys; p.due >= p.passes; p.due -= p.passes) {
+      if (p.left == 0) {
+        if (p.left_then == 0) return;
+        p.at = p.then;
+        p.left = p.left_then;
+        p.stride = p.stride_then;
+        p.left_then = 0;
+      }
+      const T* vector = *p.at + p.head * p.stride;
+      if (p.lines == kUsual) {
+        prefetch_lines<kUsual>(vector);
+      } else {
+        prefetch_vector(vector, p.lines);
+      }
+      if (++p.head < p.heads) continue;
+      p.head = 0;
+      ++p.at;
+      --p.left;
     }
   }
 };

@@ -172,6 +172,66 @@ def serving(results: Path) -> str:
     return "\n".join(lines) + "\n\n" + note + source(shown)
 
 
+ENGINES = {
+    "stock vLLM": "vllm:stock",
+    "ours, keeping all": "vllm:keep-all",
+    "**ours, `paper`** (default)": "vllm:paper",
+}
+
+
+def engine(results: Path) -> str:
+    """A whole decode step inside the engine: what the plugin costs, and what it gains."""
+    found = Results.by_machine(results / "serving.jsonl", "engine")[-1]
+    found.row("engine", "b1-16k", "vllm:keep-all", "bf16")
+    shapes = list(dict.fromkeys(row.shape for row in found.rows.values()))
+    heads = " | ".join(f"{shape.split('-')[1]}, bf16" for shape in shapes)
+    lines = [f"| CPU time of a decode step | {heads} |", "|---|" + "---:|" * len(shapes)]
+    for title, backend in ENGINES.items():
+        rows = [found.row("engine", shape, backend, "bf16") for shape in shapes]
+        cells = [f"{milliseconds(row.us_best)} ({row.ratio:.2f}x)" for row in rows]
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    shown = found.row("engine", shapes[0], "vllm:paper", "bf16")
+    facts, machine = shown.facts, shown.machine
+    note = (
+        f"Batch 1, {facts['layers']} layers with the attention of Qwen3-VL-4B, the rest thin: "
+        "scheduler, model, sampling and\nstatistics of a process, bests of rounds that engines "
+        "take in turn: `bench_engine.py`.\n"
+        f"{machine['device']} ({machine['isa']}), {machine['threads']} thread, torch "
+        f"{machine['versions']['torch']}, commit {machine['commit']}, load {machine['load']:g} "
+        "beside it.\n"
+    )
+    return "\n".join(lines) + "\n\n" + note
+
+
+def server(results: Path) -> str:
+    """What clients of a server see: `vllm bench serve` with pictures."""
+    found = Results.by_machine(results / "serving.jsonl", "server")[-1]
+    found.row("server", "b1-4k", "vllm:paper", "bf16")
+    lines = [
+        "| visual tokens | requests at once | between two tokens, stock | ours | tokens/s, stock "
+        "| ours |",
+        "|---:|---:|---:|---:|---:|---:|",
+    ]
+    for shape in dict.fromkeys(row.shape for row in found.rows.values()):
+        stock, ours = (
+            found.row("server", shape, backend, "bf16") for backend in ("vllm:stock", "vllm:paper")
+        )
+        times = f"{milliseconds(stock.us_best)} | {milliseconds(ours.us_best)} ({ours.ratio:.2f}x)"
+        rates = " | ".join(f"{row.facts['tokens_s']:.3g}" for row in (stock, ours))
+        requests, visual = shape[1:].split("-")
+        lines.append(f"| {visual} | {requests} | {times} | {rates} |")
+    facts, machine = ours.facts, ours.machine
+    note = (
+        f"`paper` at 5 %, {facts['layers']} layers with the attention of Qwen3-VL-4B, the rest "
+        f"thin, bf16, answers of {facts['output_tokens']} tokens, prompts\nin the prefix cache; "
+        "bests of rounds that the servers take in turn: `bench_server.py`.\n"
+        f"{machine['device']} ({machine['isa']}), {machine['threads']} thread a server, torch "
+        f"{machine['versions']['torch']}, commit {machine['commit']}, load {machine['load']:g} "
+        "beside it.\n"
+    )
+    return "\n".join(lines) + "\n\n" + note
+
+
 WHOLE = {
     "transformers, its faster form": "transformers:eager",
     "ours, dense": "ours:dense",
@@ -242,7 +302,7 @@ def families(results: Path) -> str:
 
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "first": first, "cpu-decode": cpu_decode, "whole-step": whole_step, "serving": serving,
-    "soak": soak, "families": families,
+    "engine": engine, "server": server, "soak": soak, "families": families,
 }  # fmt: skip
 PAGES = (ROOT / "README.md", ROOT / "docs" / "serving.md", ROOT / "docs" / "limits.md")
 

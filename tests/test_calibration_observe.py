@@ -139,3 +139,8 @@ def test_correlations_are_pearsons_r(model, tmp_path):
 def test_pearson_of_a_constant_is_unknown():
     assert np.isnan(pearson([1, 1, 1], [1, 2, 3]))
     assert pearson([1, 2, 4], [2, 4, 8]) == pytest.approx(1.0)
+
+
+def test_no_inputs_are_refused_for_what_they_are(model):
+    with pytest.raises(ValueError, match="no inputs to observe"):
+        observe(model, [])

@@ -41,6 +41,14 @@ def test_a_new_file_keeps_the_link_and_the_mode_of_the_old_one(tmp_path):
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
 
 
+@pytest.mark.parametrize("write", ["save", "to_html"])
+def test_a_folder_that_is_not_there_is_named_beside_the_file(write, tmp_path):
+    path = tmp_path / "none" / "trace.npz"
+    with pytest.raises(FileNotFoundError, match=r"no folder .*none to write to") as raised:
+        getattr(trace(), write)(path)
+    assert raised.value.filename == str(path)
+
+
 @pytest.mark.parametrize("write", ["save", "to_html", "plot"])
 def test_a_trace_that_cannot_be_written_leaves_the_old_file(write, tmp_path, monkeypatch):
     if write == "plot":

@@ -124,7 +124,7 @@ def no_grad(*tensors: Tensor) -> None:
         )
 
 
-def visual_set(visual: VisualTokens, rows: int, size: int, device: torch.device) -> None:
+def visual_set(visual: VisualTokens | None, rows: int, size: int, device: torch.device) -> None:
     """Check a visual set against the rows, slots and device it is used with."""
     if not isinstance(visual, VisualTokens):
         raise TypeError(

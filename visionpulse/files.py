@@ -1,6 +1,7 @@
 """Files, written beside their place and renamed: a stop halfway leaves the old one."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -20,6 +21,8 @@ def replacing(path: str | PathLike[str]) -> Iterator[Path]:
     if place.exists() and not place.is_file():  # a pipe or a terminal cannot be replaced
         yield place
         return
+    if not place.parent.is_dir():  # the error of the temporary file would name that
+        raise FileNotFoundError(errno.ENOENT, f"no folder {place.parent} to write to", str(path))
     temporary = place.with_name(f".{place.stem}.{os.getpid()}{place.suffix}")
     try:
         yield temporary

@@ -56,7 +56,7 @@ def decode(
     tokens the last `q_counts` queries, int32 [B], are real; the others give zeros.
     """
     config = resolve_config(config)
-    check(q, kv, visual)
+    check(q, kv, visual, needs_visual=True)
     checks.buffer("out", out, tuple(q.shape), q)
     checks.query_counts(q_counts, q)
     checks.scores_buffer(scores, kv.capacity, q)
@@ -95,7 +95,7 @@ def score(
     [B, Q, H, D] they are [B, Q, N] and [B, Q].
     """
     config = resolve_config(config)
-    check(q, kv, visual)
+    check(q, kv, visual, needs_visual=True)
     checks.query_counts(q_counts, q)
     params = numbers(q, scale, softcap, window)
     params = params._replace(tau=config.tau, mass_of=config.mass, score=config.score)
@@ -209,12 +209,12 @@ def explain(
     return choice(backend or config.backend, q.device, lambda b: b.against(call), count(q))
 
 
-def check(q: Tensor, kv: Cache, visual: VisualTokens | None) -> None:
+def check(q: Tensor, kv: Cache, visual: VisualTokens | None, *, needs_visual: bool = False) -> None:
     """Check one call against its cache; values too where they lie on the CPU."""
     checks.cache(kv)
     checks.query(q, kv)
     checks.no_grad(q, kv.k_data, kv.v_data)
-    if visual is not None:
+    if visual is not None or needs_visual:
         checks.visual_set(visual, kv.batch, kv.capacity, kv.device)
     checks.storages(q, kv, visual)
     if are_readable(kv.device):

@@ -174,6 +174,8 @@ def observe(
                     never.append(1 - steps[-1]["ever"][b].float().cpu().numpy())
                 answers.append(tuple(row[:length]))
             tick(done)
+    if not answers:
+        raise ValueError("no inputs to observe; give at least one batch of what generate() takes")
     if not parts:
         raise ValueError(
             "no decode step was seen: every answer ended with its first token; "

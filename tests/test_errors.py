@@ -97,12 +97,7 @@ TABLE = {
         ValueError,
         ["[B, G, N, D]", "(2, 40, 16)"],
     ),
-    "no set": (lambda: vp.decode(make_q(), make_kv(), None), TypeError, ["a VisualTokens", "None"]),
-    "no set (s)": (
-        lambda: vp.score(make_q(), make_kv(), None),
-        TypeError,
-        ["VisualTokens", "None"],
-    ),
+    "no set": (lambda: vp.score(make_q(), make_kv(), None), TypeError, ["a VisualTokens", "None"]),
     "k no tensor": (lambda: make_kv(k=[1]), TypeError, ["k must be a tensor", "list"]),
     "k integer": (
         lambda: make_kv(k=torch.zeros(B, G, N, D, dtype=torch.int8)),

@@ -5,12 +5,13 @@
 
 `follower` is the stage attend over text and kept tokens; `anchor` is the fused score, select and
 attend. Every stage has its own baseline, the best plain torch form of the same work, and all
-stages of a shape are one interleaved run.
+stages of a shape are one interleaved run. A shape that ends in `-fp8` has a cache of 8 bits; beside
+it ours (`cpu:wide`) and the baselines read the same numbers in the dtype of q.
 """
 
 import argparse
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import baselines
@@ -27,6 +28,7 @@ from torch import Tensor
 
 import visionpulse as vp
 from visionpulse._native import module
+from visionpulse.backends import names
 from visionpulse.bench import cost
 from visionpulse.bench.check import check_output, check_selection
 from visionpulse.bench.rows import dtype_name
@@ -41,6 +43,7 @@ BASELINES = {
     "follower": (PLAIN, "copy the kept rows, then torch's attention"),
 }
 READ = "stream-read"
+WIDE = ":wide"  # ours over a cache in the dtype of q, beside one of 8 bits
 Variants = dict[str, Callable[[int], object]]
 
 
@@ -66,7 +69,8 @@ class Goal:
         return ratio <= self.must * (1 + margin)
 
 
-_32K = ("b1-32k-t512",)
+_BF16 = ("bf16",)
+_32K, _FP8 = ("b1-32k-t512",), ("b1-32k-t512-fp8",)
 _DENSE, _ANCHOR, _VLLM = "dense/cpu", "anchor/cpu:dense-output", "dense/vllm-cpu"
 GATHER = "gather-read"
 _READ = f"dense/{READ}"
@@ -78,6 +82,19 @@ GOALS = (
     Goal("dense anchor over dense", _ANCHOR, _DENSE, 1.08, 1.04),
     Goal("pruned anchor over dense", "anchor/cpu", _DENSE, 0.64, 0.57, _32K),
     Goal("bytes/s of follower over a gather", f"follower/{GATHER}", "follower/cpu", 0.70, 0.85),
+    Goal("dense, 16 bits over 8", f"{_DENSE}{WIDE}", _DENSE, 1.5, 1.8, _FP8, _BF16),
+    Goal(
+        "pruned anchor, 16 bits over 8",
+        f"anchor/cpu{WIDE}",
+        "anchor/cpu",
+        1.4,
+        1.7,
+        _FP8,
+        ("bf16",),
+    ),
+    Goal(
+        "follower, 16 bits over 8", f"follower/cpu{WIDE}", "follower/cpu", 1.3, 1.6, _FP8, ("bf16",)
+    ),
     Goal("torch.topk over select", "select/torch-topk", "select/cpu", 5, 8, _32K, ("bf16",)),
 )
 
@@ -208,7 +225,7 @@ def theirs(bench: Bench, layers: Layers, forms: list[Form], ours: Ours) -> dict[
 def works(shape: Shape, dtype: torch.dtype) -> dict[str, cost.Work]:
     """What each stage must move."""
     problem = shape.cost(dtype)
-    return {
+    made = {
         READ: cost.Work(problem.cache_bytes, 0, 0),
         "dense": cost.dense(problem),
         "score": cost.score(problem),
@@ -217,43 +234,51 @@ def works(shape: Shape, dtype: torch.dtype) -> dict[str, cost.Work]:
         "anchor-dense-output": cost.decode(problem, shape.kept, "dense"),
         "follower": cost.attend(problem, shape.kept),
     }
+    if shape.cache == "model":
+        return made
+    wide = works(replace(shape, cache="model"), dtype)
+    return made | {f"{stage}{WIDE}": work for stage, work in wide.items()}
 
 
 def run(bench: Bench, shape: Shape, dtype: torch.dtype) -> Mapping[str, Times]:
     layers = Layers.make(shape, dtype, bench.device, 36, bench.options.budget << 20)
+    wide, is_wide = layers.in_one_dtype(), shape.cache == "model"
     forms = baselines.usable(bench.options.baselines, bench.device, dtype, bench.say)
     forms = bench.usable(forms, dtype)
     stages: dict[str, Variants] = {stage: {} for stage in BASELINES}
     eager: dict[str, Callable[[int], object]] = {}
     ours: Ours | None = None
+    peers: Ours | None = None  # what the baselines are compared with
     for backend in bench.backends(*layers.at(0), layers.visual):
         with bench.part(f"{backend} at {shape.name}"):
             candidate = Ours(layers, backend)
             calls = {f"{stage}/{backend}": getattr(candidate, stage) for stage in stages}
             calls[f"anchor/{backend}:dense-output"] = candidate.anchor_dense
+            peer = candidate if is_wide else Ours(wide, backend)
+            if not is_wide:
+                calls |= {f"{stage}/{backend}{WIDE}": getattr(peer, stage) for stage in stages}
             made = {key: bench.captured_layers(call, len(layers)) for key, call in calls.items()}
-            ours, eager = candidate, eager | calls
+            ours, peers, eager = candidate, peer, eager | calls
             for key, layer in made.items():
                 stage, name = key.split("/")
                 stages[stage][name] = layer
-    if ours is None:
+    if ours is None or peers is None:
         return {}
-    for stage, variants in theirs(bench, layers, forms, ours).items() if forms else ():
+    for stage, variants in theirs(bench, wide, forms, peers).items() if forms else ():
         stages[stage] |= variants
     if bench.options.goals is not None and "cpu" in stages["dense"]:
         stages["dense"][READ] = stream_read(layers)
     flat = {f"{stage}/{name}": v for stage, made in stages.items() for name, v in made.items()}
     positions = attended_positions(layers.kv[0], layers.visual, ours.selection)[0]
-    times, ceilings = bench.time(flat, dtype, shape.head_dim * dtype.itemsize, layers, positions)
+    times, ceilings = bench.time(
+        flat, dtype, shape.head_dim * layers.kv[0].k.itemsize, layers, positions
+    )
     gathers = (taken for name, taken in times.items() if name.startswith("ceiling:gather"))
     times[f"follower/{GATHER}"] = min(gathers, key=lambda taken: taken.p20)
     stages["follower"][GATHER] = lambda turn: None  # a ceiling, timed among them
     work = works(shape, dtype)
     for stage, made in stages.items():
-        kinds = {READ: READ} | {
-            name: "anchor-dense-output" for name in made if name.endswith(":dense-output")
-        }
-        of = {name: work[kinds.get(name, stage)] for name in made}
+        of = {name: work[_work(stage, name, is_wide)] for name in made}
         facts = {
             name: {
                 "visual": shape.visual,
@@ -261,6 +286,7 @@ def run(bench: Bench, shape: Shape, dtype: torch.dtype) -> Mapping[str, Times]:
                 "flops": w.flops,
                 "predicted_us": round(1e6 * cost.predict(w, ceilings.roof), 1),
             }
+            | ({} if is_wide or not _reads_8_bits(name) else {"cache": shape.cache})
             for name, w in of.items()
         }
         launches = {
@@ -274,6 +300,18 @@ def run(bench: Bench, shape: Shape, dtype: torch.dtype) -> Mapping[str, Times]:
             work=of,
         )  # fmt: skip
     return times
+
+
+def _reads_8_bits(name: str) -> bool:
+    """Of the variants at a shape with a cache of 8 bits."""
+    return not name.endswith(WIDE) and (name in (READ, GATHER) or name.split(":")[0] in names())
+
+
+def _work(stage: str, name: str, is_wide: bool) -> str:
+    """What a variant does, by its name in `works`."""
+    kind = "anchor-dense-output" if name.endswith(":dense-output") else stage
+    kind = READ if name == READ else kind
+    return kind if is_wide or _reads_8_bits(name) else kind + WIDE
 
 
 def main() -> None:

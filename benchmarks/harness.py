@@ -210,7 +210,9 @@ class Bench:
             if own is not None:
                 return own
             return (
-                [] if layers is None else [*layers.memory(turn), *VLLM.memory(layers.at(turn)[1])]
+                []
+                if layers is None
+                else [*layers.memory(turn), *VLLM.memory(layers.wide_at(turn)[1])]
             )
 
         tick = progress_bar(not self.options.quiet)

@@ -1,5 +1,7 @@
 """The shapes that benchmarks run, by name."""
 
+from dataclasses import replace
+
 from visionpulse.bench.layers import Layers, Shape
 
 CONTEXTS = {
@@ -25,5 +27,9 @@ GOAL_SHAPES = {
     )
 }
 SHAPES |= GOAL_SHAPES
+# the same with a cache of 8 bits, beside one of the numbers in the dtype of q
+SHAPES |= {
+    f"{name}-fp8": replace(shape, name=f"{name}-fp8", cache="fp8") for name, shape in SHAPES.items()
+}
 
 __all__ = ["BATCHES", "CONTEXTS", "GOAL_SHAPES", "SHAPES", "Layers", "Shape"]

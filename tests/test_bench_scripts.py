@@ -156,6 +156,20 @@ def test_every_stage_is_timed_against_a_baseline_of_its_own(run, tmp_path):
     assert ours["score"].bytes < ours["anchor"].bytes < ours["dense"].bytes
 
 
+def test_a_cache_of_8_bits_is_timed_beside_the_same_numbers_in_16(run, tmp_path):
+    out = tmp_path / "rows.jsonl"
+    small = ("--device", "cpu", "--rounds", "1", "--budget", "32", "--quiet", "--dtypes", "bf16")
+    peers = ("--baselines", "torch-sdpa-grouped")
+    run("bench_layers.py", "--shapes", "b1-1k-fp8", *small, *peers, "--out", out)
+    found = {(row.bench, row.backend): row for row in rows.read(out)}
+    for stage in ("dense", "anchor", "follower"):
+        eight, wide = found[stage, "cpu"], found[stage, "cpu:wide"]
+        assert (eight.facts.get("cache"), wide.facts.get("cache")) == ("fp8", None)
+        assert eight.bytes < 0.6 * wide.bytes
+    peer = found["dense", "torch-sdpa-grouped"]
+    assert "cache" not in peer.facts and peer.bytes == found["dense", "cpu:wide"].bytes
+
+
 GOAL_SHAPE = "b1-32k-t512"
 
 

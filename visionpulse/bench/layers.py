@@ -103,6 +103,12 @@ class Layers:
         """The inputs of one turn."""
         return self.q[turn % len(self.q)], self.kv[turn % len(self.kv)]
 
+    def in_one_dtype(self) -> "Layers":
+        """The same layers with the cache in the dtype of q: themselves where it is."""
+        if self.wide is self.kv:
+            return self
+        return replace(self, shape=replace(self.shape, cache="model"), kv=self.wide)
+
     def wide_at(self, turn: int) -> tuple[Tensor, KVCache]:
         """The inputs of one turn in one dtype."""
         return self.q[turn % len(self.q)], self.wide[turn % len(self.wide)]

@@ -307,7 +307,7 @@ def draw_dice_in_a_draft(monkeypatch):
 
 def roll_back_one_too_few(monkeypatch):
     right = lossless._end
-    monkeypatch.setattr(lossless, "_end", lambda cache, n: right(cache, n + 1))
+    monkeypatch.setattr(lossless, "_end", lambda request, n: right(request, n + 1))
 
 
 def serve_the_next_answer(monkeypatch):

@@ -238,15 +238,15 @@ class RunAhead:
                     logits = run(**arguments.step(i, tokens[-1])).logits
                     places.append(conversation.place(in_graph))
                     tokens.append(choose(logits))
-            _end(request.cache, length)
+            _end(request, length)
             ids = torch.cat(tokens, dim=1)  # [1, draft + 1]
             marks.append(self.mark(request.token.device))
             with self.mode.of(Part.CHECK):
                 checked = run(**arguments.check(ids))
             marks.append(self.mark(request.token.device))
-            end = _end(request.cache, length + 1)
+            end = _end(request, length + 1)
         except BaseException:  # Ctrl-C too: as after the last token that the caller knows of
-            _end(request.cache, length)
+            _end(request, length)
             conversation.steps = before[0]
             conversation.go_to(before[1])
             self._ahead.drop()
@@ -276,10 +276,10 @@ def _can_rewind(layer: Any) -> bool:
     return isinstance(layer, Rewindable) and layer.can_rewind
 
 
-def _end(cache: Any, length: int) -> CommonEnd | StaticEnd:
+def _end(request: Request, length: int) -> CommonEnd | StaticEnd:
     """Let all layers end at `length`."""
-    kind = StaticEnd if is_static(cache) else CommonEnd
-    return kind(cache.layers, length)
+    kind = CommonEnd if request.conversation.capacity is None else StaticEnd
+    return kind(request.cache.layers, length)
 
 
 def _answer(checked: Any, logits: Tensor) -> Any:

@@ -8,6 +8,8 @@ import gc
 import json
 import os
 import sys
+from contextlib import contextmanager
+from unittest import mock
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -16,6 +18,9 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import asks
+import torch
+
+from visionpulse.float8 import stored
 
 COMMON = {
     "dtype": "float32", "max_model_len": 2048, "max_num_seqs": 16, "enforce_eager": True,
@@ -48,11 +53,42 @@ def sampling(tokens, extra):
     return SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, extra_args=extra)
 
 
+def scale(worker, scales):
+    """Set the scales of K and V of all layers, as a checkpoint may bring them."""
+    for layer in worker.model_runner.compilation_config.static_forward_context.values():
+        for name, own in zip(("_k_scale", "_v_scale"), scales, strict=True):
+            getattr(layer, name).fill_(own)
+            setattr(layer, f"{name}_float", own)
+
+
+@contextmanager
+def rounding(how):
+    """vLLM's kernel that stores 8 bits cuts off the digits that are too many, unless `nearest`."""
+    from vllm import _custom_ops
+
+    name = "cpu_attn_reshape_and_cache"
+    write = getattr(_custom_ops, name)
+
+    def rounded(key, value, *args, k_scale, v_scale, **kwargs):
+        k, v = stored(key, torch.tensor(k_scale)), stored(value, torch.tensor(v_scale))
+        write(k.to(key.dtype), v.to(key.dtype), *args, k_scale=1.0, v_scale=1.0, **kwargs)
+
+    with mock.patch.object(_custom_ops, name, rounded if how == "nearest" else write):
+        yield
+
+
 def run(model, spec):
     """One engine: tokens of every round, and what it says about itself."""
+    with rounding(spec.get("rounding")):
+        return made_by(model, spec)
+
+
+def made_by(model, spec):
     from vllm import LLM
 
     llm = LLM(model, **COMMON | spec.get("llm", {}))
+    if scales := spec.get("scales"):
+        llm.collective_rpc(scale, args=(scales,))
     made = asks.mixed()
     prompts = [prompt_of(ask) for ask in made] * spec.get("copies", 1)
     extras = spec.get("extras") or [None] * len(prompts)  # by request

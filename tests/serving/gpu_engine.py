@@ -17,6 +17,7 @@ from vllm.plugins import load_general_plugins
 from vllm.v1.attention.backends import triton_attn
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
+from visionpulse.float8 import FLOAT8, read, stored
 from visionpulse.serving.vllm import cuda
 
 CALLS = {"theirs": 0}
@@ -28,12 +29,16 @@ class TorchImpl(triton_attn.TritonAttentionImpl):
     def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping):
         n, size = len(slot_mapping), kv_cache.shape[2]
         block, offset = slot_mapping // size, slot_mapping % size
+        if kv_cache.element_size() == 1:
+            key, value = stored(key, layer._k_scale), stored(value, layer._v_scale)
+            key, value = key.view(kv_cache.dtype), value.view(kv_cache.dtype)
         kv_cache[block, :, offset, : self.head_size] = key[:n]
         kv_cache[block, :, offset, self.head_size :] = value[:n]
 
     def forward(self, layer, query, key, value, kv_cache, attn_metadata, output, *scales):
         if attn_metadata is None:
             return output.fill_(0)
+        assert scales in ((), (None, None))  # of an output in 8 bits
         CALLS["theirs"] += 1
         starts, size = attn_metadata.query_start_loc.tolist(), kv_cache.shape[2]
         group = self.num_heads // self.num_kv_heads
@@ -41,7 +46,11 @@ class TorchImpl(triton_attn.TritonAttentionImpl):
             begin, end = starts[row : row + 2]
             blocks = attn_metadata.block_table[row, : -(-length // size)].long()
             cached = kv_cache[blocks].transpose(0, 1).flatten(1, 2)[:, :length]  # [G, length, 2D]
-            k, v = (t.repeat_interleave(group, 0) for t in cached.chunk(2, dim=2))
+            halves = cached.chunk(2, dim=2)
+            if cached.element_size() == 1:
+                both = zip(halves, (layer._k_scale, layer._v_scale), strict=True)
+                halves = (read(half.view(FLOAT8), scale) for half, scale in both)
+            k, v = (t.repeat_interleave(group, 0) for t in halves)
             seen = torch.ones(end - begin, length, dtype=torch.bool).tril(length - (end - begin))
             z = (query[begin:end].transpose(0, 1) @ k.transpose(1, 2)) * self.scale
             p = z.masked_fill(~seen, -torch.inf).softmax(-1)

@@ -38,8 +38,8 @@ def tokens(asks: list[Ask], config: vp.PulseConfig | None, count: int) -> list[l
 
 
 @contextmanager
-def stored_as_in_an_engine():
-    """A cache of 8 bits as vLLM has it: all scales are 1, and a prefill reads what it stored."""
+def stored_as_in_an_engine(k_scale=1.0, v_scale=1.0):
+    """A cache of 8 bits as vLLM has it: one scale each, and a prefill reads what it stored."""
     layer = float8_layers.Float8Growing
     update = layer.update
 
@@ -49,6 +49,11 @@ def stored_as_in_an_engine():
             return found
         return self.read_back(key_states.dtype, found[0].shape[2])
 
-    ones = mock.patch.object(float8_layers, "scales_for", lambda x: torch.ones(x.shape[1]))
-    with ones, mock.patch.object(layer, "update", read_back):
+    def scales_for(x):  # of K and V side by side
+        return torch.tensor([k_scale, v_scale]).repeat_interleave(x.shape[1] // 2)
+
+    with (
+        mock.patch.object(float8_layers, "scales_for", scales_for),
+        mock.patch.object(layer, "update", read_back),
+    ):
         yield

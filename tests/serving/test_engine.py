@@ -34,10 +34,11 @@ SETTINGS = {
 }
 
 
-def engine(name, setting=None, tokens=TOKENS, rounds=1, extras=None, **llm):
+def engine(name, setting=None, tokens=TOKENS, rounds=1, extras=None, more=None, **llm):
     """A run of engine.py."""
     asked = {"additional_config": {"visionpulse": setting}} if setting is not None else {}
-    return {"name": name, "llm": asked | llm, "tokens": tokens, "rounds": rounds, "extras": extras}
+    own = {"name": name, "llm": asked | llm, "tokens": tokens, "rounds": rounds, "extras": extras}
+    return own | (more or {})
 
 
 PRUNED = SETTINGS["5pct"]
@@ -47,6 +48,8 @@ CHUNKED = {"max_num_batched_tokens": 96, "enable_chunked_prefill": True, "max_nu
 FEW_BLOCKS = {"num_gpu_blocks_override": 41, "block_size": 32, "max_model_len": 1024}
 CACHED = {"enable_prefix_caching": True}
 EIGHT = {"kv_cache_dtype": "fp8"}  # vLLM itself asks for AVX-512 or AMX
+SCALES = (0.3, 1.7)  # of K and V: products with them are rounded
+SCALED, NEAREST = {"scales": SCALES}, {"rounding": "nearest"}
 GROUPS = (  # a process each
     [
         engine("stock"),
@@ -64,6 +67,10 @@ GROUPS = (  # a process each
     [
         engine("8 bits", PRUNED, **EIGHT),
         engine("8 bits, chunked", PRUNED, **EIGHT, **CHUNKED),
+        engine("8 bits, scaled", PRUNED, more=SCALED, **EIGHT, **CHUNKED),
+        engine("8 bits, keep all", {"ratio": [1.0, 1.0]}, more=SCALED, **EIGHT),
+        engine("8 bits, stock", more=SCALED, **EIGHT),
+        engine("8 bits, stock rounding to nearest", more=SCALED | NEAREST, **EIGHT),
     ],
 )
 
@@ -106,8 +113,8 @@ def expected(name):
     """Tokens of transformers: dense, or patched with a setting."""
     if name == "dense":
         return oracle.tokens(asks.mixed(), None, TOKENS)
-    if name == "8 bits":
-        with oracle.stored_as_in_an_engine():
+    if name in ("8 bits", "8 bits, scaled"):
+        with oracle.stored_as_in_an_engine(*(SCALES if name == "8 bits, scaled" else ())):
             config = resolve("5pct").updated(cache="fp8")
             return oracle.tokens(asks.mixed(), config, TOKENS)
     fields = dict(SETTINGS[name])
@@ -162,6 +169,17 @@ def test_a_prefix_from_the_cache_changes_nothing():
 def test_a_cache_of_8_bits_says_what_the_patched_model_says_with_one(name):
     assert tokens_of(name) == expected("8 bits")
     assert tokens_of(name) != expected("5pct")
+
+
+def test_a_cache_of_8_bits_and_scales_says_what_the_patched_model_says_with_one():
+    assert tokens_of("8 bits, scaled") == expected("8 bits, scaled")
+    assert tokens_of("8 bits, scaled") != expected("8 bits")
+
+
+def test_keeping_all_in_8_bits_says_what_vllm_says_once_it_rounds_to_nearest():
+    """Stock vLLM cuts digits off where it stores 8 bits on a CPU, so it says other words."""
+    assert tokens_of("8 bits, keep all") == tokens_of("8 bits, stock rounding to nearest")
+    assert tokens_of("8 bits, keep all") != tokens_of("8 bits, stock")
 
 
 def test_an_engine_without_our_key_has_vllms_own_classes():

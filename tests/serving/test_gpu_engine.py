@@ -24,6 +24,13 @@ RUNS = [
     test_engine.engine("off", PRUNED, extras=[{"visionpulse": "off"}] * len(asks.mixed())),
     test_engine.engine("chunked", PRUNED, **test_engine.CHUNKED),
     test_engine.engine("preemption", PRUNED, **test_engine.FEW_BLOCKS),
+    test_engine.engine(
+        "8 bits, scaled",
+        PRUNED,
+        more=test_engine.SCALED,
+        **test_engine.EIGHT,
+        **test_engine.CHUNKED,
+    ),
     test_engine.engine("drafts", PRUNED, speculative_config=drafter.CONFIG),
 ]
 
@@ -59,6 +66,11 @@ def test_nothing_pruned_says_what_the_dense_model_says(name):
 @pytest.mark.parametrize("name", ("chunked", "preemption", "drafts"))
 def test_how_vllm_schedules_changes_nothing(name):
     assert tokens_of(name) == test_engine.expected("5pct")
+
+
+def test_a_cache_of_8_bits_says_what_the_patched_model_says_with_one():
+    """In chunks: steps have decode rows, which are ours, beside rows that are vLLM's."""
+    assert tokens_of("8 bits, scaled") == test_engine.expected("8 bits, scaled")
 
 
 def test_the_classes_are_those_of_a_gpu_and_preemption_took_place():

@@ -271,6 +271,33 @@ def whole_step(results: Path) -> str:
     return "\n".join(tables) + "\n" + note + source(shown)
 
 
+EIGHT_BITS = {"dense": "dense", "pruned anchor": "anchor", "follower": "follower"}
+
+
+def eight_bits(results: Path) -> str:
+    """The stages of a layer on a cache of 8 bits, beside the same numbers in bfloat16."""
+    shapes = ("b1-8k-t512-fp8", "b1-32k-t512-fp8")
+    heads = [f"{shape.split('-')[1]}, bf16 | 8 bits" for shape in shapes]
+    lines = ["| one layer | " + " | ".join(heads) + " |"]
+    lines.append("|---|" + "---:|" * 2 * len(shapes))
+    for title, stage in EIGHT_BITS.items():
+        found = Results.by_machine(results / "cpu-stages.jsonl", stage)[-1]
+        cells = []
+        for shape in shapes:
+            wide = found.row(stage, shape, "cpu:wide", "bf16")
+            eight = found.row(stage, shape, "cpu", "bf16")
+            cells.append(milliseconds(wide.us_best))
+            cells.append(f"{milliseconds(eight.us_best)} ({wide.us_best / eight.us_best:.3g}x)")
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    note = (
+        "Batch 1, queries in bfloat16, 512 text tokens, "
+        f"{100 * eight.facts['retention']:g} % of the visual tokens kept, cold; bests of one\n"
+        "interleaved run a context, in brackets the speed against bf16: `bench_layers.py --goals "
+        f"--shapes\n{','.join(shapes)}`.\n"
+    )
+    return "\n".join(lines) + "\n\n" + note + source(eight)
+
+
 def soak(results: Path) -> str:
     """The last soak of a server."""
     path = results / "serving-soak.jsonl"
@@ -302,9 +329,10 @@ def families(results: Path) -> str:
 
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "first": first, "cpu-decode": cpu_decode, "whole-step": whole_step, "serving": serving,
-    "engine": engine, "server": server, "soak": soak, "families": families,
+    "engine": engine, "server": server, "soak": soak, "families": families, "eight-bits": eight_bits,
 }  # fmt: skip
-PAGES = (ROOT / "README.md", ROOT / "docs" / "serving.md", ROOT / "docs" / "limits.md")
+DOCS = ROOT / "docs"
+PAGES = (ROOT / "README.md", DOCS / "serving.md", DOCS / "limits.md", DOCS / "memory.md")
 
 
 def renewed(text: str, results: Path) -> str:

@@ -329,7 +329,8 @@ def families(results: Path) -> str:
 
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "first": first, "cpu-decode": cpu_decode, "whole-step": whole_step, "serving": serving,
-    "engine": engine, "server": server, "soak": soak, "families": families, "eight-bits": eight_bits,
+    "engine": engine, "server": server, "soak": soak, "families": families,
+    "eight-bits": eight_bits,
 }  # fmt: skip
 DOCS = ROOT / "docs"
 PAGES = (ROOT / "README.md", DOCS / "serving.md", DOCS / "limits.md", DOCS / "memory.md")

@@ -105,13 +105,14 @@ def key_of(row: dict) -> tuple:
 
 def table(rows: list[dict]) -> str:
     """The rows as a table of Markdown."""
-    lines = ["| draft | pictures | tokens a round | chosen | equal | accepted | tokens a check |",
-             "|---|---|---:|---|---:|---:|---:|"]  # fmt: skip
+    lines = ["| draft | pictures | rows | tokens a round | chosen | equal | accepted "
+             "| tokens a check |", "|---|---|---:|---:|---|---:|---:|---:|"]  # fmt: skip
     for row in rows:
         chosen = f"sampled at {row['temperature']:g}" if row["temperature"] else "greedy"
         lines.append(
-            f"| {row['draft']} | {row['set']} | {row['tokens']} | {chosen} | {row['equal']} of "
-            f"{row['n']} | {100 * row['acceptance']:.1f} % | {row['tokens_per_check']:.2f} |"
+            f"| {row['draft']} | {row['set']} | {row['batch']} | {row['tokens']} | {chosen} "
+            f"| {row['equal']} of {row['n']} | {100 * row['acceptance']:.1f} % "
+            f"| {row['tokens_per_check']:.2f} |"
         )
     where = " and ".join(sorted({f"{row['cpu']}, commit {row['commit']}" for row in rows}))
     return "\n".join(lines) + f"\n\n{where}: `python benchmarks/accuracy/lossless.py`\n"

@@ -49,6 +49,12 @@ def test_a_folder_that_is_not_there_is_named_beside_the_file(write, tmp_path):
     assert raised.value.filename == str(path)
 
 
+def test_a_folder_that_takes_no_file_is_named_by_the_file_asked_for():
+    with pytest.raises(OSError) as raised, replacing("/proc/a.json") as temporary:
+        temporary.write_text("new")
+    assert raised.value.filename == "/proc/a.json"
+
+
 @pytest.mark.parametrize("write", ["save", "to_html", "plot"])
 def test_a_trace_that_cannot_be_written_leaves_the_old_file(write, tmp_path, monkeypatch):
     if write == "plot":

@@ -29,6 +29,10 @@ def replacing(path: str | PathLike[str]) -> Iterator[Path]:
         if place.exists():
             shutil.copymode(place, temporary)
         os.replace(temporary, place)
+    except OSError as error:
+        if error.filename != str(temporary):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # by the name asked for
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -81,7 +81,17 @@ def test_neon_under_an_emulator(built):
             pytest.skip(f"{tool} is not installed; apt install g++-{ARM} qemu-user")
     tree = built("arm")
     ctest(tree, VP_UNDER_QEMU="1")
-    assert "neon" in run("qemu-aarch64", "-L", f"/usr/{ARM}", tree / "test_random", "5", "7")
+    older = "cortex-a72"  # without BFDOT, which would be an illegal instruction
+
+    def random(cpu, problems, **environment):
+        emulator = ("qemu-aarch64", "-cpu", cpu, "-L", f"/usr/{ARM}")
+        return run(*emulator, tree / "test_random", problems, "7", **environment)
+
+    assert "sets: neon_bf16 neon baseline, chosen: neon_bf16" in random("max", "5")
+    assert "sets: neon baseline, chosen: neon" in random(older, "5")
+    assert "chosen: neon\n" in random("max", "1", VISIONPULSE_CPU_ISA="neon")
+    with pytest.raises(AssertionError, match=r"'neon_bf16', but this .* has: neon, baseline"):
+        random(older, "1", VISIONPULSE_CPU_ISA="neon_bf16")
 
 
 def test_kernel_sources_include_no_library_code():

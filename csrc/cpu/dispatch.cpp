@@ -5,6 +5,12 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+
 namespace visionpulse::cpu {
 namespace {
 
@@ -21,6 +27,23 @@ const Kernels& find(const std::string& name, const std::string& source) {
   throw std::invalid_argument(source + " asks for the instruction set '" + name +
                               "', but this build on this CPU has: " + names);
 }
+
+#if defined(VP_HAVE_NEON_BF16)
+// FEAT_BF16, which only CPUs of Armv8.2 and later have.
+bool multiplies_bf16_pairs() {
+#if defined(__linux__)
+  constexpr unsigned long kBf16 = 1ul << 14;  // HWCAP2_BF16, which older headers lack
+  return (getauxval(AT_HWCAP2) & kBf16) != 0;
+#elif defined(__APPLE__)
+  int present = 0;
+  size_t size = sizeof present;
+  return sysctlbyname("hw.optional.arm.FEAT_BF16", &present, &size, nullptr, 0) == 0 &&
+         present != 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 }  // namespace
 
@@ -49,6 +72,9 @@ std::vector<const Kernels*> available() {
 #if defined(VP_HAVE_AVX2)
   if (avx2) found.push_back(&kAvx2);
 #endif
+#endif
+#if defined(VP_HAVE_NEON_BF16)
+  if (multiplies_bf16_pairs()) found.push_back(&kNeonBf16);
 #endif
 #if defined(VP_HAVE_NEON)
   found.push_back(&kNeon);

@@ -154,6 +154,6 @@ struct Kernels {
   uint64_t (*gather)(const GatherProbe&, int64_t first_key, int64_t end_key);
 };
 
-extern const Kernels kBaseline, kAvx2, kAvx512, kAvx512Bf16, kNeon;
+extern const Kernels kBaseline, kAvx2, kAvx512, kAvx512Bf16, kNeon, kNeonBf16;
 
 }  // namespace visionpulse::cpu

@@ -49,7 +49,9 @@ struct Dot<bf16> {
   VP_INLINE Vec add(Vec acc, Unit q, Unit k) { return dot_pairs(acc, q, k); }
   VP_INLINE void store(bf16* to, Unit u) { __builtin_memcpy(to, &u, sizeof u); }
 };
+#endif
 
+#if defined(VP_HAS_PAIR_BYTES)
 template <>
 struct Dot<f8_as_bf16> {
   static constexpr int kColumns = 2 * kUnit;
@@ -87,7 +89,7 @@ struct QueryUnit {
   }
 };
 
-#if defined(VP_HAS_PAIR_DOT)
+#if defined(VP_HAS_PAIR_BYTES)
 template <>
 struct QueryUnit<f8_as_bf16> {
   VP_INLINE void load(const Call& c, int64_t at, int n, bf16* to) {

@@ -240,7 +240,7 @@ VP_INLINE void sum_heads(const Staged<T>& staged, int keys, float* x, int lanes,
                          const float* rescale, float* acc, int columns) {
   constexpr int kHeads = 4, kStep = Lanewise<T>::kStep, kColumns = kValueUnits * kUnit;
 #if defined(VP_HAS_PAIR_DOT)
-  if (kStep == 2) pack_weights<kLanes>(x, kLanes, (keys + 1) / 2 * 2, x);
+  if (kStep == 2) pack_neighbours(x, lanes, (keys + 1) / 2 * 2);
 #endif
   const int steps = (keys + kStep - 1) / kStep;
   for (int r = 0; r < heads; r += kHeads) {

@@ -131,6 +131,7 @@ VP_INLINE void load_tail(const f8* p, int n, Vec& a, Vec& b) {
 
 #if defined(VP_NATIVE_BF16)
 #define VP_HAS_PAIR_DOT 1
+#define VP_HAS_PAIR_BYTES 1  // and 8-bit floats become pairs
 struct Pairs {
   __m512bh x;
 };
@@ -214,6 +215,11 @@ VP_INLINE void pack_weights(const float* p, int p_stride, int tiles, float* pair
     const __m512i rounded = (__m512i)_mm512_cvtne2ps_pbh(high, low);
     _mm512_store_si512(pairs + i * 8, _mm512_permutexvar_epi16(order, rounded));
   }
+}
+// The same in place from x [keys, lanes], lane = head, of an even number of keys, to [keys / 2,
+// lanes].
+VP_INLINE void pack_neighbours(float* x, int lanes, int keys) {
+  pack_weights<kWidth>(x, lanes, keys, x);
 }
 #endif
 

@@ -41,7 +41,9 @@ struct Weigh<bf16> {
   VP_INLINE Pairs weight(const float* p) { return repeat_pair(p); }
   VP_INLINE Vec add(Vec sum, Pairs weight, Pairs value) { return dot_pairs(sum, weight, value); }
 };
+#endif
 
+#if defined(VP_HAS_PAIR_BYTES)
 template <>
 struct Weigh<f8_as_bf16> : Weigh<bf16> {
   template <int UNITS>

@@ -3,6 +3,7 @@
 // Arguments: problems to solve (default 60), first seed (default 1).
 #include <cstdlib>
 #include <cstring>
+#include <stdexcept>
 
 #include "csrc/cpu/dispatch.h"
 #include "csrc/cpu/engine.h"
@@ -205,6 +206,13 @@ void run(const cpu::Kernels& kernels, Problem& p, problem::Random& r) {
 int main(int argc, char** argv) {
   const uint32_t problems = argc > 1 ? static_cast<uint32_t>(std::atoi(argv[1])) : 60;
   const uint32_t first = argc > 2 ? static_cast<uint32_t>(std::atoi(argv[2])) : 1;
+  const char* chosen;
+  try {
+    chosen = cpu::current().name;
+  } catch (const std::invalid_argument& error) {
+    std::printf("%s\n", error.what());
+    return 2;
+  }
   for (uint32_t seed = first; seed < first + problems; ++seed) {
     problem::Random random(seed);
     Problem p = problem::make(random);
@@ -218,6 +226,6 @@ int main(int argc, char** argv) {
   }
   std::printf("%u problems, instruction sets:", problems);
   for (const cpu::Kernels* kernels : cpu::available()) std::printf(" %s", kernels->name);
-  std::printf("\n");
+  std::printf(", chosen: %s\n", chosen);
   return check::report("random");
 }

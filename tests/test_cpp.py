@@ -63,6 +63,19 @@ def test_units_and_random_problems(built):
 
 
 @pytest.mark.deep
+def test_units_of_amx_hold_its_instructions(built):
+    units = list(built("plain").rglob("avx512_amx.cpp.o"))
+    if not units:
+        pytest.skip("no compiler for AMX, or no x86-64")
+    (unit,) = units
+    code = run("objdump", "-d", "--no-show-raw-insn", unit)
+    for name in ("ldtilecfg", "tileloadd", "tdpbf16ps", "tilestored", "tilerelease"):
+        assert name in code
+    others = [path for path in unit.parent.glob("*.o") if path != unit]
+    assert others and not any("tdpbf16ps" in run("objdump", "-d", path) for path in others)
+
+
+@pytest.mark.deep
 def test_memory_under_random_stress(built):
     tree = built("address")
     ctest(tree)

@@ -155,5 +155,6 @@ struct Kernels {
 };
 
 extern const Kernels kBaseline, kAvx2, kAvx512, kAvx512Bf16, kNeon, kNeonBf16;
+const Kernels& amx_kernels();  // made from kAvx512Bf16
 
 }  // namespace visionpulse::cpu

@@ -9,6 +9,7 @@
 #include "csrc/cpu/engine.h"
 #include "kernels/common/budget.h"
 #include "kernels/common/sort_codes.h"
+#include "tests/cpp/amx_modelled.h"
 #include "tests/cpp/check.h"
 #include "tests/cpp/problem.h"
 
@@ -201,6 +202,26 @@ void run(const cpu::Kernels& kernels, Problem& p, problem::Random& r) {
     check_output(kernels, p, row, problem::logits_of(p, row), false);
 }
 
+#if defined(VP_HAVE_AMX_MODEL)
+// As many problems as `wanted` that use the tiles of AMX. Returns the seed of one that failed, or
+// 0.
+uint32_t run_model_of_amx(uint32_t wanted, uint32_t first) {
+  const cpu::Kernels* kernels = amx_model::kernels();
+  if (kernels == nullptr) return 0;
+  uint32_t solved = 0;
+  for (uint32_t seed = first; solved < wanted; ++seed) {
+    problem::Random random(seed);
+    Problem p = problem::make(random);
+    if (!amx_model::takes(p.call)) continue;
+    run(*kernels, p, random);
+    ++solved;
+    if (check::failures != 0) return seed;
+  }
+  std::printf("%u problems through %s\n", solved, kernels->name);
+  return 0;
+}
+#endif
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -224,6 +245,10 @@ int main(int argc, char** argv) {
       }
     }
   }
+#if defined(VP_HAVE_AMX_MODEL)
+  if (const uint32_t seed = run_model_of_amx(problems, first))
+    std::printf("seed %u, the model of AMX\n", seed);
+#endif
   std::printf("%u problems, instruction sets:", problems);
   for (const cpu::Kernels* kernels : cpu::available()) std::printf(" %s", kernels->name);
   std::printf(", chosen: %s\n", chosen);

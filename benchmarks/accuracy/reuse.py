@@ -54,11 +54,13 @@ def walk(model, drawn: list, config: vp.PulseConfig) -> Walked:
         out = model.generate(**given, do_sample=False, max_new_tokens=MOST_TOKENS)
         trace = session.trace
     answers = [tiny.until_end(row) for row in out[:, given["input_ids"].shape[1] :].tolist()]
+    written = [
+        question.kinds_of(answer) for (_, question), answer in zip(drawn, answers, strict=True)
+    ]
     kinds = []
     for entry in trace:
-        question, at = drawn[entry.row][1], entry.step + 1  # a step writes the token after its own
-        right = answers[entry.row][: at + 1] == list(question.answer[: at + 1])
-        kinds.append(question.kinds[at] if right and at < len(question.answer) else "")
+        at = entry.step + 1  # a step writes the token after its own
+        kinds.append(written[entry.row][at] if at < len(written[entry.row]) else "")
     most = partial(bound_count, config.ratio[1])
     sizes = [lambda n, times=times: times * most(n) for times in TIMES]
     return Walked(reuse(trace, sizes), np.array(kinds))

@@ -7,12 +7,12 @@
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -30,20 +30,45 @@ DRAFTS = (1, 2, 4, 8, 15)  # tokens that a round drafts
 ROUNDS = 4  # that are timed of each
 
 
+class Round(NamedTuple):
+    """One round along an answer."""
+
+    begin: int  # place of its first token
+    tried: int
+    took: int
+
+
+def rounds_of(answer: Sequence[bool], drafted: int) -> Iterator[Round]:
+    """The rounds along one answer, in whose places the draft is right or not."""
+    begin = 0
+    while begin < len(answer):
+        run = answer[begin : begin + drafted]
+        took = next((i for i, right in enumerate(run) if not right), len(run))
+        yield Round(begin, len(run), took)
+        begin += took + 1
+
+
 def accepted_of(says: Sequence[Sequence[bool]], drafted: int) -> tuple[int, int, int]:
     """Checks, drafted and accepted tokens of rounds along some answers.
 
     `says` is, of each answer, whether the draft says the dense model's token in each place.
     """
-    checks = tried = accepted = 0
-    for answer in says:
-        place = 0
-        while place < len(answer):
-            run = answer[place : place + drafted]
-            took = next((i for i, right in enumerate(run) if not right), len(run))
-            checks, tried, accepted = checks + 1, tried + len(run), accepted + took
-            place += took + 1
-    return checks, tried, accepted
+    rounds = [each for answer in says for each in rounds_of(answer, drafted)]
+    return len(rounds), sum(each.tried for each in rounds), sum(each.took for each in rounds)
+
+
+def accepted_by_kind(
+    says: Sequence[Sequence[bool]], kinds: Sequence[Sequence[str]], drafted: int
+) -> dict[str, tuple[int, int]]:
+    """Drafted and accepted tokens of each kind; `kinds` names that of each place, or is ""."""
+    counts: dict[str, tuple[int, int]] = {}
+    for answer, of_answer in zip(says, kinds, strict=True):
+        for begin, tried, took in rounds_of(answer, drafted):
+            for place in range(begin, begin + tried):
+                n, right = counts.get(of_answer[place], (0, 0))
+                counts[of_answer[place]] = n + 1, right + (place < begin + took)
+    counts.pop("", None)
+    return dict(sorted(counts.items()))
 
 
 @dataclass(frozen=True)
@@ -61,6 +86,11 @@ class Drafts:
         """Share of drafted tokens that are accepted."""
         _, tried, accepted = accepted_of(self.says, drafted)
         return accepted / max(tried, 1)
+
+    def kind_rates(self, kinds: Sequence[Sequence[str]], drafted: int) -> dict[str, float]:
+        """The same of each kind of token."""
+        counts = accepted_by_kind(self.says, kinds, drafted)
+        return {kind: accepted / tried for kind, (tried, accepted) in counts.items()}
 
     def tokens_per_check(self, drafted: int) -> float:
         """Tokens that one check gives on average."""
@@ -82,6 +112,7 @@ class AcceptanceReport:
     own_seconds: float  # a dense step of the model's own attention
     dense_seconds: float  # of our dense kernels
     drafts: list[Drafts]
+    kinds: Sequence[Sequence[str]] = ()  # of each answer, in each place; none are known: ()
 
     @property
     def best(self) -> tuple[Drafts, int]:
@@ -104,6 +135,7 @@ class AcceptanceReport:
             cells = (f"{each.acceptance(n):.3f} / {each.tokens_per_check(n):.2f}" for n in DRAFTS)
             name = f"{each.name}, {100 * each.retention:.1f} % kept"
             lines.append(f"{name:<44}" + "".join(f"{cell:>14}" for cell in cells))
+        lines += self._by_kind()
         lines += ["", f"{'expected speed over our dense kernels':<44}"]
         for each in self.drafts:
             cells = (f"{self.dense_seconds / each.token_seconds(n):.2f}x" for n in DRAFTS)
@@ -115,6 +147,19 @@ class AcceptanceReport:
             verdict = f'it does not pay here (at best {gain:.2f}x): vp.patch(model, "dense") is as'
             verdict += " exact, and faster"
         return "\n".join([*lines, "", f"{verdict}; {own:.2f}x the model's own."])
+
+    def _by_kind(self) -> list[str]:
+        """Lines of acceptance by what a token is, where that is known."""
+        if not self.kinds:
+            return []
+        lines = ["", "accepted of drafted tokens, by what they are"]
+        for each in self.drafts:
+            rates = [each.kind_rates(self.kinds, n) for n in DRAFTS]
+            for kind in sorted({kind for rate in rates for kind in rate}):
+                cells = (f"{rate[kind]:.3f}" if kind in rate else "" for rate in rates)
+                name = f"{each.name}: {kind}"
+                lines.append(f"{name:<44}" + "".join(f"{cell:>14}" for cell in cells))
+        return lines
 
     def save(self, path: str | PathLike[str]) -> Path:
         """Write the numbers as JSON."""
@@ -131,6 +176,7 @@ class AcceptanceReport:
                             "tokens_per_check": each.tokens_per_check(n),
                             "check_seconds": each.check_seconds[n],
                             "expected_speed": self.dense_seconds / each.token_seconds(n),
+                            "by_kind": each.kind_rates(self.kinds, n) if self.kinds else {},
                         }
                         for n in DRAFTS
                     ],
@@ -148,12 +194,14 @@ def measure_acceptance(
     config: PulseConfig | str = "10pct",
     *,
     max_new_tokens: int = 64,
+    kinds_of: Callable[[int, list[int]], Sequence[str]] | None = None,
     tick: Callable[[str, int, int], None] = lambda what, done, total: None,
     **options: Any,
 ) -> AcceptanceReport:
     """Measure on `inputs`, one row each, what `model.generate` takes. `options` go to `generate`.
 
-    The ways to draft are those that `patch(..., lossless=True)` tries for this setting.
+    The ways to draft are those that `patch(..., lossless=True)` tries for this setting. `kinds_of`
+    names the kind of each token of an answer to input i, or "".
     """
     if not inputs or any(len(each["input_ids"]) != 1 for each in inputs):
         raise ValueError("acceptance is measured on inputs of one row each, at least one")
@@ -177,7 +225,10 @@ def measure_acceptance(
         drafts.append(Drafts(name, way, retention, says, step, checks))
         tick("ways to draft", done, len(ways))
     places = sum(max(len(answer) - 1, 0) for answer in answers)
-    return AcceptanceReport(len(answers), places, own, dense, drafts)
+    kinds = [
+        kinds_of(i, answer)[1:] for i, answer in enumerate(answers) if kinds_of and len(answer) > 1
+    ]
+    return AcceptanceReport(len(answers), places, own, dense, drafts, kinds)
 
 
 def name_of(config: PulseConfig) -> str:

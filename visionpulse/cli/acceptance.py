@@ -1,7 +1,7 @@
 """`visionpulse acceptance`: would lossless decoding pay, on your own inputs and this machine."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -14,6 +14,8 @@ from ..files import check_writable
 from .bench import threads_of
 from .calibrate import TINY, loaded
 from .parser import OUT, PRUNING, add_inputs, add_preset, failure, parser_of, pruning
+
+KindsOf = Callable[[int, list[int]], Sequence[str]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,10 +37,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(threads_of(Machine.here().load))
     try:
         check_writable(args.out.parent)
-        model, inputs = _tiny(args) if args.model == TINY else loaded(args)
+        kinds_of = None
+        if args.model == TINY:
+            model, inputs, kinds_of = _tiny(args)
+        else:
+            model, inputs = loaded(args)
         report = measure_acceptance(
-            model, inputs, config, max_new_tokens=args.tokens, tick=progress_bar()
-        )
+            model, inputs, config, max_new_tokens=args.tokens, kinds_of=kinds_of,
+            tick=progress_bar(),
+        )  # fmt: skip
     except (ImportError, OSError, ValueError) as error:
         return failure("acceptance", error)
     print(report)
@@ -46,6 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _tiny(args: argparse.Namespace) -> tuple[object, list[dict[str, object]]]:
+def _tiny(args: argparse.Namespace) -> tuple[object, list[dict[str, object]], KindsOf]:
     drawn = trail.test_set(12, args.count, tiny.SIDE, "crowded")
-    return tiny.load(), [tiny.inputs_of([pair]) for pair in drawn]
+
+    def kinds_of(number: int, answer: list[int]) -> list[str]:
+        return drawn[number][1].kinds_of(answer)
+
+    return tiny.load(), [tiny.inputs_of([pair]) for pair in drawn], kinds_of

@@ -12,7 +12,9 @@ question names a colour and a glyph; the answer walks the path, six tokens a hop
 running sum of the numbers of marks modulo 10, and the words between need text alone.
 """
 
+import operator
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -88,6 +90,12 @@ class Question(NamedTuple):
     answer: list[int]
     kinds: list[str]  # of each answer token: word, marks, sum, next
     needs: list[Ints]  # cells that each answer token needs: all copies, a choice of copies, none
+
+    def kinds_of(self, said: Sequence[int]) -> list[str]:
+        """Kinds of the tokens that a model said, as far as they are right; "" behind that."""
+        pairs = zip(said, self.answer, strict=False)
+        right = sum(accumulate((a == b for a, b in pairs), operator.and_))
+        return [*self.kinds[:right], *[""] * (len(said) - right)]
 
 
 def _marks_of(rng: np.random.Generator, copies: int) -> Ints:

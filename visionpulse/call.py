@@ -132,7 +132,7 @@ class Call(NamedTuple):
 
 def new_selection(k_max: int, mass: Tensor, mass_mean: Tensor) -> Selection:
     """Tensors for what a backend will select, beside masses [B]."""
-    rows, device = len(mass), mass.device
+    rows, device = mass.shape[0], mass.device
     indices = torch.empty(rows, k_max, dtype=torch.int32, device=device)
     counts = torch.empty(rows, dtype=torch.int32, device=device)
     return Selection(indices, counts, mass, mass_mean, trusted=True)

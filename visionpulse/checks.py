@@ -85,7 +85,7 @@ def query_counts(q_counts: Tensor | None, q: Tensor) -> None:
 def real_queries(q_counts: Tensor, rows: int, queries: int, device: torch.device) -> None:
     """Check q_counts of `rows` rows."""
     per_row("q_counts", q_counts, rows, device)
-    has_storage("q_counts", q_counts)
+    has_storage(("q_counts", q_counts))
     if are_readable(device):
         in_range("q_counts", q_counts, 0, queries, "it counts the real queries of a row")
 
@@ -93,24 +93,27 @@ def real_queries(q_counts: Tensor, rows: int, queries: int, device: torch.device
 def storages(q: Tensor, kv: Cache, visual: VisualTokens | None) -> None:
     """Check that the tensors of a call still have their memory: a kernel reads by address."""
     is_paged = isinstance(kv, PagedKVCache)
-    has_storage("q", q)
-    has_storage("k_pages" if is_paged else "k", kv.k_data)
-    has_storage("v_pages" if is_paged else "v", kv.v_data)
-    has_storage("lengths", kv.lengths)
-    has_storage("starts", kv.starts)
-    has_storage("k_scale", kv.k_scale)
-    has_storage("v_scale", kv.v_scale)
-    if isinstance(kv, PagedKVCache):
-        has_storage("block_table", kv.block_table)
+    has_storage(
+        ("q", q),
+        ("k_pages" if is_paged else "k", kv.k_data),
+        ("v_pages" if is_paged else "v", kv.v_data),
+        ("lengths", kv.lengths),
+        ("starts", kv.starts),
+        ("k_scale", kv.k_scale),
+        ("v_scale", kv.v_scale),
+        ("block_table", kv.block_table if isinstance(kv, PagedKVCache) else None),
+    )
     if visual is not None:
         visual_tables(visual)
 
 
 def visual_tables(visual: VisualTokens) -> None:
     """Check the memory of a visual set, and the values that a caller may have changed."""
-    has_storage("visual.spans", visual.spans)
-    has_storage("visual.offsets", visual.offsets)
-    has_storage("visual.counts", visual.counts)
+    has_storage(
+        ("visual.spans", visual.spans),
+        ("visual.offsets", visual.offsets),
+        ("visual.counts", visual.counts),
+    )
     if visual.is_borrowed and are_readable(visual.device):
         visual.validate()
 
@@ -160,8 +163,7 @@ def selection(chosen: Selection, rows: int, size: int, device: torch.device) -> 
         raise ValueError("selection.indices must be contiguous; call .contiguous()")
     same_device("selection", indices, device, "the cache")
     per_row("selection.counts", chosen.counts, rows, device)
-    has_storage("selection.indices", indices)
-    has_storage("selection.counts", chosen.counts)
+    has_storage(("selection.indices", indices), ("selection.counts", chosen.counts))
     if not chosen.trusted and are_readable(device):
         _selection_values(indices, chosen.counts, size)
 
@@ -210,7 +212,7 @@ def buffer(name: str, value: Tensor | None, shape: tuple[int, ...], like: Tensor
         raise TypeError(f"{name} must be {like.dtype}, got {value.dtype}")
     same_device(name, value, like.device, "the query")
     unit_stride(name, value)
-    has_storage(name, value)
+    has_storage((name, value))
 
 
 def scores_buffer(value: Tensor | None, size: int, q: Tensor) -> None:
@@ -230,29 +232,32 @@ def ranked(scores: Tensor, mass: Tensor, mass_mean: Tensor | None) -> None:
     """Check the scores and masses that `select` takes."""
     if not isinstance(scores, Tensor) or scores.dim() != 3:
         tensor("scores", scores, 2, "float32 [B, N], or [B, Q, N]")
-    for name, value in (("scores", scores), ("mass", mass), ("mass_mean", mass_mean)):
+    masses = ("mass", mass), ("mass_mean", mass_mean)
+    for name, value in (("scores", scores), *masses):
         if value is not None and value.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"{name} must be float32, got {value.dtype}")
-        has_storage(name, value)
+    has_storage(("scores", scores), *masses)
     if not scores.is_contiguous():
         raise ValueError("scores must be contiguous; call .contiguous()")
-    for name, value in (("mass", mass), ("mass_mean", mass_mean)):
+    rows = scores.shape[:-1]
+    for name, value in masses:
         if value is None:
             continue
-        tensor(name, value, scores.dim() - 1, "float32 [B], or [B, Q]")
-        if value.shape != scores.shape[:-1]:
+        tensor(name, value, len(rows), "float32 [B], or [B, Q]")
+        if value.shape != rows:
             raise ValueError(
                 f"{name} has {value.shape[0]} rows, scores {scores.shape[0]}"
                 if scores.dim() == 2
-                else f"{name} must be {tuple(scores.shape[:-1])}, got {tuple(value.shape)}"
+                else f"{name} must be {tuple(rows)}, got {tuple(value.shape)}"
             )
         same_device(name, value, scores.device, "scores")
 
 
 def row_cut(name: str, value: Tensor | None, scores: Tensor) -> None:
     """Check the starts or lengths that cut the candidates of `select`."""
-    per_row(name, value, scores.shape[0], scores.device)
-    has_storage(name, value)
+    if value is not None:
+        per_row(name, value, scores.shape[0], scores.device)
+        has_storage((name, value))
 
 
 def number(name: str, value: Any) -> float:

@@ -133,27 +133,28 @@ def select(
     """
     config = resolve_config(config)
     checks.ranked(scores, mass, mass_mean)
-    checks.visual_set(visual, scores.shape[0], scores.shape[-1], scores.device)
+    device = scores.device
+    checks.visual_set(visual, scores.shape[0], scores.shape[-1], device)
     checks.visual_tables(visual)
-    selected = _buffers(selection, config, visual, scores.shape[:-1].numel(), mass.dtype)
-    for cut, rows in (("starts", starts), ("lengths", lengths)):
-        checks.row_cut(cut, rows, scores)
+    selected = _buffers(selection, config, visual, mass.numel(), mass.dtype)
+    checks.row_cut("starts", starts, scores)
+    checks.row_cut("lengths", lengths, scores)
     queries = scores.shape[1] if scores.dim() == 3 else None
     if q_counts is not None:
-        checks.real_queries(q_counts, scores.shape[0], queries or 1, scores.device)
+        checks.real_queries(q_counts, scores.shape[0], queries or 1, device)
     if mass_mean is None:
         checks.mass_for(config.mass)
         mass_mean = mass
-    scores, mass, mass_mean = scores.flatten(0, -2), mass.flatten(), mass_mean.flatten()
+    if queries is not None:
+        scores, mass, mass_mean = scores.flatten(0, 1), mass.flatten(), mass_mean.flatten()
     params = Params(scale=1.0, window=0 if window is None else checks.window(window))
-    params, policy = budget(params, config, visual, len(scores), scores.device)
+    params, policy = budget(params, config, visual, scores.shape[0], device)
     cuts = (starts, lengths)
     scored = Scored(scores, mass, mass_mean, visual, params, *cuts, workspace, q_counts, selected)
     if policy is not None:
         scored = _asked(policy, scored)
-    name, device = backend or config.backend, scores.device
-    runner = _backend(name, device, lambda b: b.refuses_select(scored), queries)
-    return runner.select(scored)
+    name = backend or config.backend
+    return _backend(name, device, lambda b: b.refuses_select(scored), queries).select(scored)
 
 
 def attend(
@@ -261,7 +262,7 @@ def budget(
         mass_of=config.mass,
         score=config.score,
         anchor_output=config.anchor_output,
-        k_max=k_max(config, visual),
+        k_max=checks.bound(policy.bound(visual.max_count), policy),
         ratio=ratio,
         wanted=wanted,
     )

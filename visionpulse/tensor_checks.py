@@ -34,21 +34,24 @@ def unit_stride(name: str, value: Tensor) -> None:
         )
 
 
-def has_storage(name: str, value: Tensor | None) -> None:
-    """Check that the memory of a tensor was not freed or cut under it; reads host data only."""
-    if value is None or not is_eager():
+def has_storage(*tensors: tuple[str, Tensor | None]) -> None:
+    """Check that no named tensor's memory was freed or cut under it; reads host data only."""
+    if not is_eager():
         return
-    reach = value.numel()
-    if reach and not value.is_contiguous():  # the last element says how far it reaches
-        strides = value.stride()
-        reach = 1 + sum(map(mul, value.shape, strides)) - sum(strides)
-    needed = (value.storage_offset() + reach) * value.itemsize
-    held = value.untyped_storage().nbytes()
-    if held < needed and reach:
-        raise ValueError(
-            f"the storage of {name} holds {held} bytes, its shape and strides need {needed}; "
-            "it was freed or resized: pass a tensor that owns its memory"
-        )
+    for name, value in tensors:
+        if value is None:
+            continue
+        reach = value.numel()
+        if reach and not value.is_contiguous():  # the last element says how far it reaches
+            strides = value.stride()
+            reach = 1 + sum(map(mul, value.shape, strides)) - sum(strides)
+        needed = (value.storage_offset() + reach) * value.itemsize
+        held = value.untyped_storage().nbytes()
+        if held < needed and reach:
+            raise ValueError(
+                f"the storage of {name} holds {held} bytes, its shape and strides need {needed}; "
+                "it was freed or resized: pass a tensor that owns its memory"
+            )
 
 
 def per_row(name: str, value: Tensor | None, rows: int, device: torch.device) -> None:

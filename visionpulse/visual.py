@@ -219,7 +219,7 @@ def _check_tables(spans: Tensor, offsets: Tensor, counts: Tensor) -> None:
         same_device(name, table, spans.device, "spans")
         if not table.is_contiguous():
             raise ValueError(f"{name} must be contiguous, got strides {table.stride()}")
-        has_storage(name, table)
+        has_storage((name, table))
 
 
 def _no_spans(rows: int, runs: int, capacity: int | None, device: torch.device) -> Tensor:

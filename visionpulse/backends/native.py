@@ -7,6 +7,7 @@ allocates nothing but its results.
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..call import Call, Scored
@@ -47,9 +48,8 @@ class NativeBackend(Backend):
 
     def select(self, scored: Scored) -> Selection:
         scores, params = scored.scores, scored.params
-        masses = (scored.mass.float().contiguous(), scored.mass_mean.float().contiguous())
-        selection = scored.new_selection(*masses)
-        queries = len(scores) // scored.visual.batch
+        selection = scored.new_selection(_flat(scored.mass), _flat(scored.mass_mean))
+        queries = scores.shape[0] // scored.visual.batch
         packed = (
             *self._queries((queries, 0, 0, pack.address(scored.q_counts))),
             *(*scores.shape, pack.address(scored.starts), pack.address(scored.lengths)),
@@ -92,3 +92,10 @@ class NativeBackend(Backend):
         )
         self._run("decode", call.q, call.scratch, call.visual, packed)
         return out, selection
+
+
+def _flat(mass: Tensor) -> Tensor:
+    """A mass as the engines read it."""
+    if mass.dtype == torch.float32 and mass.is_contiguous():
+        return mass
+    return mass.float().contiguous()

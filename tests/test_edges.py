@@ -34,6 +34,33 @@ def test_a_nan_visual_key_shows_in_the_mass_and_keeps_the_most_tokens(backend):
     assert vp.attend(q, kv, backend=backend)[:, :2].isnan().all()  # as dense attention has it
 
 
+@pytest.mark.parametrize("value", (torch.nan, torch.inf), ids=("nan", "inf"))
+def test_k_of_a_later_token_does_not_reach_an_earlier_query(backend, value):
+    q, kv = problem()
+    q = q[:, None].repeat(1, 3, 1, 1)
+    wanted = vp.attend(q, kv, backend=backend)
+    kv.k[:, :, -1] = value
+    got = vp.attend(q, kv, backend=backend)
+    assert torch.allclose(got[:, :2], wanted[:, :2], atol=1e-6)
+    assert got[:, 2].isnan().all() or value == torch.inf
+
+
+@pytest.mark.parametrize("value", (torch.nan, torch.inf), ids=("nan", "inf"))
+def test_v_of_a_later_token_stays_apart_where_it_is_said_to(backend, value):
+    """One query a call, or the reference."""
+    q, kv = problem()
+    several = q[:, None].repeat(1, 3, 1, 1)
+    wanted = vp.attend(several, kv, backend=backend)
+    kv.v[:, :, -1] = value
+    got = vp.attend(several, kv, backend="reference")
+    assert torch.allclose(got[:, :2], wanted[:, :2], atol=1e-5)
+    assert not got[:, 2].isfinite().any()
+    for length in (N - 2, N - 1):
+        one = vp.KVCache(kv.k, kv.v, torch.tensor([length], dtype=torch.int32))
+        alone = vp.attend(q, one, backend=backend)
+        assert torch.allclose(alone, wanted[:, length - N + 2], atol=1e-5)
+
+
 def test_a_selection_of_a_longer_cache_leaves_out_what_lies_behind_this_one(backend):
     q, longer = problem()
     everything = vp.PulseConfig(ratio=(1.0, 1.0))

@@ -37,12 +37,15 @@ def asked(server, **options):
     return json.loads(done.stdout)
 
 
-def left_behind():
-    return set(Path(tempfile.gettempdir()).glob("visionpulse-*"))
+@pytest.fixture
+def scratch(monkeypatch):
+    """A server's own temporary folder, of a short name: that of a socket in it has a bound."""
+    with tempfile.TemporaryDirectory() as folder:
+        monkeypatch.setenv("TMPDIR", folder)
+        yield Path(folder)
 
 
-def test_eight_clients_a_dead_one_and_a_restart(model, tmp_path):
-    before = left_behind()
+def test_eight_clients_a_dead_one_and_a_restart(model, tmp_path, scratch):
     with Server(model, SETTING, tmp_path / "first.log") as server:
         said = asked(server, clients=8, questions=16)
         assert all(said["right"]) and sum(said["words"]) > 200
@@ -56,6 +59,7 @@ def test_eight_clients_a_dead_one_and_a_restart(model, tmp_path):
         assert 0.01 <= kept / visual <= 0.05
         assert seen["visionpulse:retention_count"] == seen["visionpulse:mass_count"] == rows
         assert 0 < seen["visionpulse:mass_sum"] < rows
+        assert [*scratch.glob("visionpulse-*")]  # what workers wrote, until it ends
 
         with subprocess.Popen(command(server, stream=True), stdout=subprocess.PIPE) as client:
             assert client.stdout.readline() == b"word\n"  # it is halfway
@@ -73,7 +77,7 @@ def test_eight_clients_a_dead_one_and_a_restart(model, tmp_path):
         said = asked(server, refused=True, extra=wrong)
         assert said["status"] == 400 and "a preset (" in said["said"] and "'6pct'" in said["said"]
         assert server.stop() == 0
-    assert left_behind() == before
+    assert not [*scratch.glob("visionpulse-*")]
 
     with Server(model, SETTING, tmp_path / "second.log") as server:
         assert server.metrics().get("visionpulse:decode_rows_total", 0.0) == 0

@@ -89,7 +89,8 @@ def test_calibrate_writes_a_config_that_patch_takes(tmp_path, capsys):
     assert command_calibrate.main(options) == 0
     said = capsys.readouterr()
     assert "suggested: anchor" in said.out and "95 %" in said.out
-    assert f"The setting is in {out}: use it as" in said.out.splitlines()[-1]
+    assert said.out.endswith(f'in {out}: use it as\nvp.patch(model, "{out}") or --preset {out}\n')
+    assert max(map(len, said.out.replace(str(out), "visionpulse.json").splitlines())) <= 80
     assert "settings" not in said.err  # no bar of ours where nobody watches
     from visionpulse.data import tiny
 
@@ -209,13 +210,18 @@ def test_a_module_that_the_program_misses_keeps_its_traceback(tmp_path):
     pytest.importorskip("transformers")
     (tmp_path / "needs.py").write_text("import none_such")
     (tmp_path / "asks.py").write_text("import runpy; runpy.run_module('none_such')")
-    for name in ("needs", "asks"):
-        # a process of its own: importers remember the files of a folder
-        command = [sys.executable, "-m", "visionpulse", "run", "-m", name]
-        ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-        assert ended.returncode == 1
-        assert "Traceback" in ended.stderr and f"{name}.py" in ended.stderr
-        assert "none_such" in ended.stderr.splitlines()[-1]
+    # one process for both, since its start takes seconds; not this one: importers remember folders
+    (tmp_path / "both.py").write_text(
+        "import traceback\nfrom visionpulse import cli\nfor name in ('needs', 'asks'):\n"
+        "    try:\n        print(cli.main(['run', '-m', name]))\n"
+        "    except ImportError:\n        print(traceback.format_exc(), end='\\0')\n"
+    )
+    command = [sys.executable, "both.py"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    needs, asks, rest = ended.stdout.split("\0")
+    for said, name in ((needs, "needs.py"), (asks, "asks.py")):
+        assert name in said and "none_such" in said.splitlines()[-1]
+    assert rest == ""
 
 
 def test_a_line_of_data_that_is_no_json_is_named():

@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.plot:
         print(f"The plot is in {calibration.plot(args.plot)}.")
     out = calibration.save(args.out)
-    print(f'The setting is in {out}: use it as vp.patch(model, "{out}") or --preset {out}.')
+    print(f'The setting is in {out}: use it as\nvp.patch(model, "{out}") or --preset {out}')
     return 0
 
 

@@ -23,7 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     verbose = parser.parse_args(argv).verbose
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     print(f"visionpulse {__version__}, torch {torch.__version__}, Python {sys.version.split()[0]}")
-    print(f"{platform.machine()}, {torch.get_num_threads()} threads, {gpu}")
+    threads = torch.get_num_threads()
+    print(f"{platform.machine()}, {threads} {'thread' if threads == 1 else 'threads'}, {gpu}")
     said = states()
     shown = said if verbose else {name: short(state) for name, state in said.items()}
     for name, state in shown.items():

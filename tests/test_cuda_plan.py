@@ -1,6 +1,7 @@
 """How the CUDA engine cuts work: host functions, tested on facts of chips that are not here."""
 
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -111,6 +112,19 @@ def test_the_grid_holds_every_part(engine, chip):
             for length in {0, 1, capacity // 3, capacity - 1, capacity}:
                 splits = engine.splits(plan["rule"], length, kv_heads)
                 assert splits <= plan["max_splits"], (kv_heads, capacity, length)
+
+
+@by_chip
+def test_a_kernel_cuts_a_row_as_the_rule_says_without_a_division(engine, chip):
+    """It multiplies by a reciprocal, and a tile is a power of two."""
+    dice = random.Random(1)
+    for kv_heads in (1, 3, 8, 200, 4096):
+        rule = engine.plan(False, chip, shape(kv_heads=kv_heads), True, True)["rule"]
+        assert rule[2].bit_count() == 1
+        edges = [n * rule[0] // kv_heads + by for n in (1, 7, 4096) for by in (-1, 0, 1)]
+        for keys in [0, (1 << 30) - 1, *edges, *(dice.randrange(1 << 30) for _ in range(200))]:
+            by_rule, by_kernel = engine.split_lengths(rule, max(keys, 0), kv_heads)
+            assert by_rule == by_kernel, (rule, keys, kv_heads)
 
 
 def test_one_row_fills_an_h200(engine):

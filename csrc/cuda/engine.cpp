@@ -79,12 +79,15 @@ StreamArgs stream_args(const Call& call, const StreamPlan& plan, Arena& arena,
   args.group_reciprocal = (65535 + args.group) / args.group;
   args.head_dim = call.D;
   args.team = plan.team;
+  args.team_log2 = plan.team / 2;  // of 1, 2 or 4
   args.stages = plan.stages;
   args.align = alignment(call);
   args.bulk = bulk_copies(chip_of(call.device), call.copies) && lies_in_place(call, *plan.kernel);
   args.k_bytes = plan.k_bytes;
   args.v_bytes = plan.v_bytes;
   args.rule = plan.rule;
+  while (1 << args.tile_log2 < plan.rule.tile) ++args.tile_log2;
+  args.parts_reciprocal = reciprocal_of(plan.rule.target_parts);
   args.max_splits = plan.max_splits;
   args.part_stats = arena.take<float>(plan.part_stats);
   args.part_out = arena.take<float>(plan.part_out);

@@ -24,6 +24,10 @@ constexpr int kHeadStats = 3;
 // keys.
 constexpr int kPartStats = 4;
 
+// 2^64 / parts, rounded up, of two parts or more. The high half of a product with it is the
+// quotient of any number below 2^64 / parts.
+VP_HD uint64_t reciprocal_of(int32_t parts) { return ~uint64_t{0} / parts + 1; }
+
 // Both stages that stream keys, score and attend.
 struct StreamArgs {
   CacheArgs kv;
@@ -40,12 +44,15 @@ struct StreamArgs {
   int32_t group;     // H / G
   int32_t head_dim;  // D before padding
   int32_t team;      // warps that share a tile, each for query heads of its own: 1, 2 or 4
+  int32_t team_log2;
   int32_t stages;
-  int32_t align;             // bytes: each key and value starts at a multiple of them
-  int32_t k_bytes, v_bytes;  // of one stage of one team; 0: not loaded
-  int32_t check_list;        // indices may name text: look each one up
-  int32_t bulk;              // tiles that lie in memory as they are used come by bulk copies
-  SplitRule rule;            // over the keys of one KV head
+  int32_t align;              // bytes: each key and value starts at a multiple of them
+  int32_t k_bytes, v_bytes;   // of one stage of one team; 0: not loaded
+  int32_t check_list;         // indices may name text: look each one up
+  int32_t bulk;               // tiles that lie in memory as they are used come by bulk copies
+  SplitRule rule;             // over the keys of one KV head; its tile is that of all teams
+  int32_t tile_log2;          // of rule.tile
+  uint64_t parts_reciprocal;  // of rule.target_parts
   int32_t max_splits;
   float* part_stats;   // [B, G, max_splits, team * warp heads, kPartStats]
   float* part_out;     // [B, G, max_splits, team * warp heads, padded D]

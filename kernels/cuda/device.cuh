@@ -49,6 +49,7 @@ struct Float16 {
 
 VP_DEVICE float bits_float(uint32_t bits) { return __uint_as_float(bits); }
 VP_DEVICE uint32_t float_word(float x) { return __float_as_uint(x); }
+VP_DEVICE uint64_t high_product(uint64_t a, uint64_t b) { return __umul64hi(a, b); }
 // Results below 2^-126 become 0: such a weight of a softmax is below its rounding.
 VP_DEVICE float fast_exp2(float x) {
   float y;
@@ -69,6 +70,10 @@ VP_DEVICE uint32_t float_word(float x) {
   uint32_t bits;
   memcpy(&bits, &x, sizeof bits);
   return bits;
+}
+VP_DEVICE uint64_t high_product(uint64_t a, uint64_t b) {
+  __extension__ using Wide = unsigned __int128;
+  return static_cast<uint64_t>(static_cast<Wide>(a) * b >> 64);
 }
 VP_DEVICE float fast_exp2(float x) { return exp2f(x); }
 VP_DEVICE float precise_exp2(float x) { return exp2f(x); }

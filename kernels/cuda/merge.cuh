@@ -45,18 +45,15 @@ VP_DEVICE void write_head_stats(const StreamArgs& args, const WorkRange& work,
 
 template <class T, bool kSeveral>
 VP_DEVICE void write_output(const StreamArgs& args, const WorkRange& work,
-                            const QueryHeads<kSeveral>& heads, int head, int d, float sum, float l,
-                            float v_scale) {
+                            const QueryHeads<kSeveral>& heads, int head, int d, float x) {
   using Query = typename KindOf<T>::Query;
   if (d >= args.head_dim) return;
   if constexpr (kSeveral) {
     Query* to = heads.base(static_cast<Query*>(args.out), args.out_stride);
-    to[heads.offset(head, args.out_stride, args.queries.out_stride) + d] =
-        stored<Query>(args, l == 0.0f ? 0.0f : sum / l * v_scale);
+    to[heads.offset(head, args.out_stride, args.queries.out_stride) + d] = stored<Query>(args, x);
   } else {
     Query* to = static_cast<Query*>(args.out) + work.b * args.out_stride.row;
-    to[(work.g * args.group + head) * args.out_stride.head + d] =
-        stored<Query>(args, l == 0.0f ? 0.0f : sum / l * v_scale);
+    to[(work.g * args.group + head) * args.out_stride.head + d] = stored<Query>(args, x);
   }
 }
 
@@ -67,10 +64,14 @@ template <class T, bool kSeveral>
 VP_DEVICE void write_outputs(const StreamArgs& args, const WorkRange& work,
                              const QueryHeads<kSeveral>& heads, int head, int d, const float4& sum,
                              float l, float v_scale) {
-  write_output<T>(args, work, heads, head, d, sum.x, l, v_scale);
-  write_output<T>(args, work, heads, head, d + 1, sum.y, l, v_scale);
-  write_output<T>(args, work, heads, head, d + 2, sum.z, l, v_scale);
-  write_output<T>(args, work, heads, head, d + 3, sum.w, l, v_scale);
+  float4 x = {0.0f, 0.0f, 0.0f, 0.0f};
+  if (l != 0.0f) {
+    x = float4{sum.x / l * v_scale, sum.y / l * v_scale, sum.z / l * v_scale, sum.w / l * v_scale};
+  }
+  write_output<T>(args, work, heads, head, d, x.x);
+  write_output<T>(args, work, heads, head, d + 1, x.y);
+  write_output<T>(args, work, heads, head, d + 2, x.z);
+  write_output<T>(args, work, heads, head, d + 3, x.w);
 }
 
 VP_DEVICE void add_scaled(float4& sum, const float4& part, float factor) {

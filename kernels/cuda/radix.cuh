@@ -13,7 +13,7 @@ constexpr int kBinsPerThread = kSelectBins / kSelectThreads;
 
 struct SelectScratch {
   alignas(16) uint32_t histogram[kSelectBins];            // of this block
-  uint32_t row_histogram[kSelectBins];                    // of all blocks of the row
+  alignas(16) uint32_t row_histogram[kSelectBins];        // of all blocks of the row
   uint32_t greater[kSelectBlocks], equal[kSelectBlocks];  // of each block of a cluster
   uint32_t warp_greater[kSelectWarps], warp_equal[kSelectWarps];
   uint32_t pivot_bin, pivot_before, pivot_count;
@@ -67,10 +67,12 @@ VP_DEVICE BinScan scan_histogram(const uint32_t* histogram, SelectScratch& scrat
   const int lane = lane_id(), warp = threadIdx.x / kThreadsPerWarp;
   const int top = kSelectBins - 1 - threadIdx.x * kBinsPerThread;
   BinScan scan = {};
-  VP_UNROLL for (int i = 0; i < kBinsPerThread; ++i) {
-    scan.bins[i] = histogram[top - i];
-    scan.own += scan.bins[i];
-  }
+  const int lowest = top - (kBinsPerThread - 1);
+  const uint4 bins = *reinterpret_cast<const uint4*>(histogram + lowest);
+  scan.bins[0] = bins.w, scan.bins[1] = bins.z, scan.bins[2] = bins.y, scan.bins[3] = bins.x;
+  scan.own = bins.x + bins.y + bins.z + bins.w;
+  // for the next pass: no other thread reads these bins any more
+  *reinterpret_cast<uint4*>(scratch.histogram + lowest) = uint4{0, 0, 0, 0};
   uint32_t upto = scan.own;
   VP_UNROLL for (int by = 1; by < kThreadsPerWarp; by *= 2) {
     const uint32_t other = __shfl_up_sync(kAllLanes, upto, by);
@@ -112,7 +114,7 @@ VP_DEVICE bool narrow(Pivot& pivot, int32_t bits, const BinScan& scan, SelectScr
   pivot.shift -= bits;
   pivot.prefix = pivot.prefix << bits | scratch.pivot_bin;
   pivot.need -= scratch.pivot_before;
-  // The pass behind this one clears its histogram, and all meet there, before the bin changes.
+  // The block meets again, behind the next histogram, before the bin changes.
   return pivot.need == scratch.pivot_count;
 }
 

@@ -162,7 +162,6 @@ struct RowSelect {
   // Builds the histogram of the bits behind the pivot's prefix, of the listed codes that have it.
   template <bool kFits>
   __device__ __forceinline__ void read_list(const Pivot& pivot, int32_t bits) {
-    clear_histogram(scratch);
     const int32_t above = pivot.shift, shift = above - bits;
     each_listed<kFits>([&](uint32_t code, int32_t) {
       const bool inside = code != kNoCode && code >> above == pivot.prefix;
@@ -175,7 +174,9 @@ struct RowSelect {
   __device__ __forceinline__ void pad(int32_t count, int32_t part, int32_t parts) const {
     int32_t* indices = args.indices + static_cast<int64_t>(b) * args.k_max;
     const int32_t threads = blockDim.x;
-    for (int32_t i = count + part * threads + threadIdx.x; i < args.k_max; i += parts * threads) {
+    // unrolled, the compiler would divide by the step first
+    VP_UNROLL_1 for (int32_t i = count + part * threads + threadIdx.x; i < args.k_max;
+                     i += parts * threads) {
       indices[i] = -1;
     }
     if (part == 0 && threadIdx.x == 0) args.counts[b] = count;
@@ -216,9 +217,9 @@ struct RowSelect {
     }
     greater = equal = 0;
     if constexpr (kCluster) {
-      for (int32_t other = 0; other < rank; ++other) {
-        greater += scratch.greater[other];
-        equal += scratch.equal[other];
+      VP_UNROLL for (int32_t other = 0; other < kSelectBlocks; ++other) {
+        greater += other < rank ? scratch.greater[other] : 0;
+        equal += other < rank ? scratch.equal[other] : 0;
       }
     }
     for (int w = 0; w < warp; ++w) {

@@ -149,6 +149,7 @@ struct SpanCursor {
 
 // Visual tokens before one position.
 VP_DEVICE int32_t visual_before(const Spans& row, int32_t position) {
+  if (position == 0) return 0;  // most often, and worth a search
   const int32_t s = row.last_at<Order::kPosition>(position - 1);
   const Span of = row.at(s);
   if (s < 0) return 0;

@@ -50,10 +50,15 @@ struct Stream {
                                     const Spans& of_row, const QueryHeads<kSeveral>& of_block)
       : args(of), work(range), spans(of_row), own(of_block) {}
 
-  __device__ __forceinline__ void find_next() {
+  // The key of this lane in the tile that begins at next_index, in the virtual order; -1: none.
+  __device__ __forceinline__ int32_t own_index() const {
     const int32_t index = next_index + lane_id();
-    next_key = finder.find(args, work, lane_id() < Tile::kKeys && index < work.end ? index : -1);
+    return lane_id() < Tile::kKeys && index < work.end ? index : -1;
+  }
+  __device__ __forceinline__ void find_next() {
+    next_key = finder.find(args, work, own_index());
     next_index += Tile::kKeys * (blockDim.x / kThreadsPerWarp);  // the next tile of this member
+    finder.look_ahead(args, work, own_index());
   }
 
   __device__ __forceinline__ void wait_for_team() {
@@ -129,16 +134,22 @@ struct Stream {
     }
   }
 
-  __device__ __forceinline__ void run(int32_t teams) {
+  // Asks for what the first tile is found by, which comes while q is stored.
+  __device__ __forceinline__ void start(int32_t teams) {
+    next_index = work.begin + (team + member * teams) * Tile::kKeys;
+    finder.kept = -1;
+    finder.look_ahead(args, work, own_index());
+  }
+
+  __device__ __forceinline__ void run() {
     tile.clear();
     VP_UNROLL for (int s = 0; s < Tile::kSlots; ++s) {
       m[s] = minus_infinity();
       l[s] = l_tau[s] = l_visual[s] = 0.0f;
     }
     const int32_t first = work.begin + team * Tile::kKeys;
-    const int32_t stride = teams * Tile::kKeys;
-    const int32_t tiles = first < work.end ? (work.end - first + stride - 1) / stride : 0;
-    next_index = first + member * stride;
+    const int32_t stride = args.rule.tile;  // all teams take a tile each
+    const int32_t tiles = first < work.end ? (work.end - first + stride - 1) >> args.tile_log2 : 0;
     finder.start(args, work, spans, next_index);
     find_next();
     init_barriers();
@@ -316,18 +327,20 @@ VP_DEVICE void stream(const StreamArgs& args) {
   const float v_scale =
       KindOf<T>::kScaled ? scale_of(args.kv.v_scale, kv_head_of<kSeveral>(args)) : 1.0f;
   const WorkRange work = work_of<kSeveral>(args, spans);
-  if (work.split >= work.splits) return;
+  if (work.split > 0 && work.begin == work.end) return;
   const int32_t warp = threadIdx.x / kThreadsPerWarp, warps = blockDim.x / kThreadsPerWarp;
-  const int32_t teams = warps / args.team;
+  const int32_t teams = warps >> args.team_log2;
+  S part(args, work, spans, queries.heads);
+  // by a shuffle, or the compiler would compute it anew in each tile
+  part.team = __shfl_sync(kAllLanes, warp >> args.team_log2, 0);
+  part.member = warp - (part.team << args.team_log2);
+  part.start(teams);
   auto* factors = reinterpret_cast<float*>(shared + args.team * Tile::kQueryBytes);
   queries.store_all(shared, factors);
   __syncthreads();
 
   const SharedLayout at = shared_layout(warp_tile<Tile, kHeads>(), warps, args.team, args.stages,
                                         args.k_bytes + args.v_bytes);
-  S part(args, work, spans, queries.heads);
-  part.team = warp / args.team;
-  part.member = warp % args.team;
   part.heads = queries.heads.count() - part.member * kHeads;
   part.query = shared + part.member * Tile::kQueryBytes;
   part.factors = factors + part.member * kHeads;
@@ -337,7 +350,7 @@ VP_DEVICE void stream(const StreamArgs& args) {
   part.barriers = reinterpret_cast<CopyBarrier*>(leader + at.barriers);
   part.logit_indices = reinterpret_cast<int32_t*>(leader + at.indices);
   part.stages = reinterpret_cast<char*>(shared) + at.stages + part.team * at.team_pitch;
-  part.run(teams);
+  part.run();
 
   let_next_start();
   copy_wait<0>();

@@ -19,6 +19,16 @@ struct WorkRange {
   QueryRanges queries;  // of several
 };
 
+// split_length without its divisions: each takes half as long as a trip to L2, and none overlap.
+VP_DEVICE int32_t keys_of_split(const StreamArgs& args, int32_t keys) {
+  const SplitRule& rule = args.rule;
+  const int64_t most = static_cast<int64_t>(keys) * args.kv_heads + rule.target_parts - 1;
+  const int32_t even = static_cast<int32_t>(high_product(most, args.parts_reciprocal));
+  const int32_t low = even < rule.shortest ? rule.shortest : even;
+  const int32_t cut = low > rule.longest ? rule.longest : low;
+  return (cut + rule.tile - 1) & -rule.tile;
+}
+
 // All threads get the same answer; called by whole warps.
 template <bool kSeveral>
 VP_DEVICE WorkRange work_of(const StreamArgs& args, const Spans& spans) {
@@ -39,7 +49,7 @@ VP_DEVICE WorkRange work_of(const StreamArgs& args, const Spans& spans) {
                          : count > args.selection.k_max ? args.selection.k_max
                                                         : count);
   }
-  const int32_t length = split_length(args.rule, total, args.kv_heads);
+  const int32_t length = keys_of_split(args, total);
   work.split = blockIdx.x;
   work.splits = total > 0 ? split_count(total, length) : 1;
   const int64_t begin = static_cast<int64_t>(work.split) * length;
@@ -65,6 +75,7 @@ struct Key {
 template <bool kScore>
 struct KeyFinder {
   SpanCursor<kScore ? Order::kPosition : Order::kText> cursor;
+  int32_t kept;  // what the list says of the key that is found next
 
   VP_DEVICE bool listed(const StreamArgs& args) {
     return !kScore && args.selection.indices != nullptr;
@@ -76,6 +87,14 @@ struct KeyFinder {
     cursor = cursor.before(spans);
     if (kScore) cursor.seek(work.keys.begin + index);
     if (listed(args) && index < work.text) cursor.seek(work.text_before + index);
+  }
+
+  // Loads what the list says of a key, a tile before it is looked at.
+  __device__ __forceinline__ void look_ahead(const StreamArgs& args, const WorkRange& work,
+                                             int32_t index) {
+    if (!listed(args) || index < 0 || index < work.text) return;
+    const int64_t row = static_cast<int64_t>(work.b) * args.selection.k_max;
+    kept = args.selection.indices[row + index - work.text];
   }
 
   // `index` of the virtual order; -1: none. Called by whole warps.
@@ -95,8 +114,6 @@ struct KeyFinder {
       if (text) {
         position = cursor.position_of(work.text_before + index);
       } else if (index >= 0) {
-        const int64_t row = static_cast<int64_t>(work.b) * args.selection.k_max;
-        const int32_t kept = args.selection.indices[row + index - work.text];
         const bool visible = kept >= work.keys.begin && kept < work.keys.end;
         if (visible && !(args.check_list && !is_visual(cursor.row, kept))) position = kept;
       }

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "csrc/cuda/bind.h"
+#include "kernels/cuda/work.cuh"
 #include "nvtx3/nvToolsExt.h"
 
 namespace py = pybind11;
@@ -66,6 +67,15 @@ PYBIND11_MODULE(_cusim, m) {
   m.def("splits", [](const std::array<int, 3>& of, int keys, int blocks) {
     const visionpulse::SplitRule rule = {of[0], of[1], 1 << 30, of[2]};
     return visionpulse::split_count(keys, visionpulse::split_length(rule, keys, blocks));
+  });
+  // Keys of a part, as the rule says and as a kernel computes them.
+  m.def("split_lengths", [](const std::array<int, 3>& of, int keys, int blocks) {
+    visionpulse::cuda::StreamArgs args = {};
+    args.rule = {of[0], of[1], 1 << 30, of[2]};
+    args.kv_heads = blocks;
+    args.parts_reciprocal = visionpulse::cuda::reciprocal_of(of[0]);
+    return std::make_pair(visionpulse::split_length(args.rule, keys, blocks),
+                          visionpulse::cuda::keys_of_split(args, keys));
   });
   m.def("plan_select", [](const std::vector<int>& chip, int candidates) {
     const auto plan = visionpulse::cuda::plan_select(chip_of(chip), candidates);

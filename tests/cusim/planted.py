@@ -38,6 +38,9 @@ class Bug:
 WAIT = "copy_wait_for(args.stages - 1);"
 RAISED = "if (!__any_sync(kAllLanes, raised)) return;"
 FIRST = "  __syncthreads();\n  if (threadIdx.x == 0) {"
+FIND = "    next_key = finder.find(args, work, own_index());\n"
+LOOK_AHEAD = "    finder.look_ahead(args, work, own_index());\n"
+MEMBER = "  // the next tile of this member\n"
 LANDED = (
     "if (kBulk && args.bulk) copy_barrier_wait(barriers + stage, phase);\n      wait_for_team();"
 )
@@ -84,6 +87,9 @@ BUGS = {
     ),
     "off-by-one-key": Bug(
         (Edit(STREAM, "index < work.end ? index", "index <= work.end ? index"),), ""
+    ),
+    "list-of-the-tile-before": Bug(
+        (Edit(STREAM, FIND, FIND + LOOK_AHEAD), Edit(STREAM, MEMBER + LOOK_AHEAD, MEMBER)), ""
     ),
     "off-by-one-read": Bug(
         (Edit("kernels/cuda/queries.cuh", "&& d < args.head_dim", "&& d <= args.head_dim"),),
@@ -235,6 +241,11 @@ BUGS = {
     ),
     "histogram-race-clear": Bug(
         (Edit(RADIX, "uint4{0, 0, 0, 0};\n  __syncthreads();", "uint4{0, 0, 0, 0};"),), ""
+    ),
+    "histogram-of-the-pass-before": Bug(
+        (Edit(RADIX, "+ lowest) = uint4{0, 0, 0, 0}", "+ lowest) = bins"),),
+        "",
+        what="choices",
     ),
     "histogram-race-read": Bug(
         (Edit(RADIX, "  cluster_sync();\n  constexpr int kOwn", "  constexpr int kOwn"),),

@@ -72,9 +72,9 @@ ALONE = {
     # the row's range with its spans, statistics, 32 heads of stored logits in steps of sixteen
     "score finish": LoneLimit(Use(Step("anchor-pruned", 1, 16384), "finish"), 4, 1, 0, 0),
     # the row's range with its spans and masses, one step of scores, the histograms of the cluster
-    "select 16k": LoneLimit(Use(Step("anchor-pruned", 1, 16384), "select"), 4, 7, 5, 5),
+    "select 16k": LoneLimit(Use(Step("anchor-pruned", 1, 16384), "select"), 4, 6, 5, 5),
     # eight times the candidates of a warp
-    "select 128k": LoneLimit(Use(Step("anchor-pruned", 1, 131072), "select"), 11, 7, 5, 5),
+    "select 128k": LoneLimit(Use(Step("anchor-pruned", 1, 131072), "select"), 11, 6, 5, 5),
 }
 
 # Loads in flight in the loops over what the blocks of a row wrote: states, and 16 bytes of sums a

@@ -127,6 +127,16 @@ def test_a_kernel_cuts_a_row_as_the_rule_says_without_a_division(engine, chip):
             assert by_rule == by_kernel, (rule, keys, kv_heads)
 
 
+@by_chip
+def test_a_merge_of_many_heads_takes_whole_steps(engine, chip):
+    """Each step of 16 splits is a trip to L2 for each output that a thread of the block has."""
+    for group in (5, 7, 8, 16, 32):
+        for kv_heads in (1, 2, 4, 8):
+            of = shape(group=group, kv_heads=kv_heads)
+            parts = engine.plan(False, chip, of, True, True)["rule"][0] // kv_heads
+            assert parts % 16 == 0 or parts < 16, (group, kv_heads, parts)
+
+
 def test_one_row_fills_an_h200(engine):
     """A follower at 5 % of 16k, and the dense layer before it."""
     plan = engine.plan(False, CHIPS["h200"], shape(), True, True)

@@ -96,7 +96,7 @@ def test_only_the_loops_of_the_table_load_one_thing_at_a_time(source, more):
         assert len(facts.serial_merges(kernel)) <= limit.strong, name
 
 
-@pytest.mark.parametrize("kind", ("bf16_d128_h8", "fp8_d128_h8", "bf16_d128_h64"))
+@pytest.mark.parametrize("kind", ("bf16_d128_h8", "bf16_d128_h32", "bf16_d128_h64", "fp8_d128_h8"))
 @pytest.mark.parametrize("source", ("attend", "score"))
 def test_the_merge_of_splits_has_its_loads_in_flight_together(source, kind):
     kernel = kernels(source)[f"vp_{source}_{kind}"]

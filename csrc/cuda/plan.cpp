@@ -18,6 +18,7 @@ constexpr int32_t kMostSplits = 128;  // what one block merges in about the time
 constexpr int32_t kMostStates = kMostSplits * kMaxGroup;  // of the heads of all splits
 constexpr int32_t kQueryTile = 2 * kMaxGroup;             // heads of several queries
 constexpr int32_t kBlocksPerChip = 2;                     // per multiprocessor, of one row
+constexpr int32_t kMergeColumns = 4 * kMaxWarps * kThreadsPerWarp;  // that a block merges at once
 // Keys of a list that pay for a block's start and end, which take about as long as two tiles of
 // each warp: many short rows have more blocks than the chip holds at once.
 constexpr int32_t kShortestList = 128;
@@ -143,9 +144,13 @@ StreamPlan plan_stream(Stage stage, const Chip& chip, const Shape& shape, Stream
   const int32_t limit = std::min(kMostSplits, kMostStates / held);
   // The parts of one row fill the chip alone, so that its bits do not depend on the batch.
   int32_t parts = std::min(std::max(kBlocksPerChip * chip.multiprocessors, blocks), limit * blocks);
-  // Of many heads each step of the merge is many trips to L2: no step for the sake of one split.
+  // Where a thread of the block that merges has several outputs, each step of the merge is a trip
+  // to L2 for each of them: no step for the sake of one split.
+  const int32_t outputs = ceil_div(std::min(heads, most) * kernel.padded_dim, kMergeColumns);
   const int32_t step = kSplitsAhead * blocks;
-  if (shape.queries > 1 && parts > step) parts = parts / step * step;
+  if ((shape.queries > 1 || (streams.values && outputs > 1)) && parts > step) {
+    parts = parts / step * step;
+  }
   const int32_t most_splits = ceil_div(parts, blocks);
   fit(plan, chip, most_splits);
 

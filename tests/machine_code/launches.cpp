@@ -8,7 +8,8 @@
 //
 // A line a launch: kernel, stages and bytes of the plan, grid, threads, cluster, arguments in hex.
 #define VP_STREAM_KERNELS(X) \
-  X(bf16, BFloat16, 128, 8) X(fp8, Float8Beside16, 128, 8) X(bf16, BFloat16, 128, 64)
+  X(bf16, BFloat16, 128, 8)  \
+  X(bf16, BFloat16, 128, 32) X(bf16, BFloat16, 128, 64) X(fp8, Float8Beside16, 128, 8)
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>

@@ -17,7 +17,10 @@ from proof_tools import NVCC, version_of
 from .walk import DRAM, L2, Array
 
 ROOT = Path(__file__).resolve().parents[2]
-ROWS = "X(bf16, BFloat16, 128, 8) X(fp8, Float8Beside16, 128, 8) X(bf16, BFloat16, 128, 64)"
+ROWS = (
+    "X(bf16, BFloat16, 128, 8) X(bf16, BFloat16, 128, 32) X(bf16, BFloat16, 128, 64) "
+    "X(fp8, Float8Beside16, 128, 8)"
+)
 SOURCES = ("attend", "score", "score_finish", "select")
 SIMULATED = ("tests/cusim", "tests/cusim/include")
 H200 = (90, 132, 232448)  # capability, multiprocessors, shared memory of a block

@@ -28,12 +28,26 @@ STREAMS = {
     # lengths and q | behind: the arrival, the states of 33 splits with the first step of
     # their sums, and two more steps of 16
     "dense": Limit(stream("dense", "attend"), 1, 4, 7, 770),
-    # 64 heads: each thread has twice the outputs, so the three steps come twice
-    "dense, group 8": Limit(stream("dense", "attend", heads=64), 1, 7, 7, 770),
-    # 65 splits, in four steps of 16 and one more, twice: more than the 10 trips that are aimed at
+    # 64 heads: a thread has twice the outputs, so the two steps of 29 splits come twice
+    "dense, group 8": Limit(stream("dense", "attend", heads=64), 1, 5, 7, 770),
+    # 52 splits, in four steps, twice
     "dense, group 7 of 4 KV heads": Limit(
-        stream("dense", "attend", heads=28, kv_heads=4), 1, 12, 7, 770
+        stream("dense", "attend", heads=28, kv_heads=4), 1, 9, 7, 770
     ),
+    # tiles of 16 heads: q is two loads of a thread; four outputs, of 29 splits again
+    "dense, group 16": Limit(stream("dense", "attend", heads=128), 2, 9, 7, 850),
+    # tiles of 32, shared by two warps, which meet at each of them: q is four loads, and of eight
+    # outputs a thread has two steps. More than the 10 trips that are aimed at, as with few KV heads
+    "dense, group 32": Limit(stream("dense", "attend", heads=256), 4, 18, 41, 1130),
+    "dense, group 16 of 2 KV heads": Limit(
+        stream("dense", "attend", heads=32, kv_heads=2), 2, 27, 7, 850
+    ),
+    "dense, group 32 of one KV head": Limit(
+        stream("dense", "attend", heads=32, kv_heads=1), 4, 63, 17, 1130
+    ),
+    # but a list has few splits
+    "follower, group 16": Limit(stream("follower", "attend", heads=128), 2, 5, 7, 810),
+    "follower, group 32": Limit(stream("follower", "attend", heads=256), 4, 9, 15, 1140),
     # 32 heads: of eight outputs a thread has two steps of 16 splits, where 33 would be three
     "dense, 8 queries": Limit(stream("dense", "attend", queries=8), 1, 18, 43, 1120),
     # the spans come with them
@@ -96,6 +110,8 @@ LOOPS = {
     "vp_score_bf16_d128_h8": Loops(3, 0),
     "vp_attend_fp8_d128_h8": Loops(5, 0),
     "vp_score_fp8_d128_h8": Loops(3, 0),
+    "vp_attend_bf16_d128_h32": Loops(5, 0),
+    "vp_score_bf16_d128_h32": Loops(3, 0),
     "vp_attend_bf16_d128_h64": Loops(5, 0),
     "vp_score_bf16_d128_h64": Loops(3, 0),
     # the same searches by position and by visual index, and the remainders of both sums

@@ -18,7 +18,7 @@ from machine_code import facts, launches
 from machine_code.facts import Use
 from machine_code.launches import Step
 from visionpulse import PulseConfig, schedule
-from visionpulse.bench.latency import Chain, Launched, Prediction, predict
+from visionpulse.bench.latency import H200, Chain, Launched, Prediction, predict
 from visionpulse.schedule import Role
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -168,6 +168,31 @@ def queries() -> Iterator[str]:
         yield f"| {count} | {' | '.join(cells)} |"
 
 
+# (query heads, KV heads): groups of models, and the largest that there may be
+GROUPS = ((32, 8), (64, 8), (28, 4), (128, 8), (64, 4), (256, 8), (32, 2), (32, 1))
+
+
+def groups() -> Iterator[str]:
+    """Trips behind the last key where more query heads share a KV head; goal: 10 of any group."""
+    yield (
+        "| query heads / KV heads, B1 16k | group | splits | trips behind: dense | follower "
+        "| merge of dense, us |"
+    )
+    yield "|---|---|---|---|---|---|"
+    for heads, kv_heads in GROUPS:
+        dense, follower = (
+            facts.chain_of(Use(step, "attend").walk(), step)
+            for step in (
+                Step(name, *SHAPES["B1 16k"], heads=heads, kv_heads=kv_heads)
+                for name in ("dense", "follower")
+            )
+        )
+        yield (
+            f"| {heads} / {kv_heads} | {heads // kv_heads} | {dense.parts} | {dense.trips_behind} "
+            f"| {follower.trips_behind} | {dense.merge / H200.clock * US:.1f} |"
+        )
+
+
 def parts() -> Iterator[str]:
     """Of what each prediction is made."""
     yield "| us | launch | head | body | finish | merge | waves | trips before, behind |"
@@ -203,7 +228,8 @@ def errors() -> Iterator[str]:
 
 
 TABLES = {
-    "goals": beside_goals, "float8": float8, "queries": queries, "parts": parts, "errors": errors,
+    "goals": beside_goals, "float8": float8, "queries": queries, "parts": parts, "groups": groups,
+    "errors": errors,
 }  # fmt: skip
 
 

@@ -168,8 +168,9 @@ VP_INLINE void widen(__m512i bytes, Pairs& a, Pairs& b) {
                                                _mm512_load_si512(table.low + 64));
   const __m512i high = _mm512_permutex2var_epi8(_mm512_load_si512(table.high), bytes,
                                                 _mm512_load_si512(table.high + 64));
-  const __m512i with_sign = _mm512_ternarylogic_epi32(
-      high, bytes, _mm512_set1_epi8(static_cast<char>(0x80)), 0xf8);  // a | b & c
+  // not one operation of three operands, which has to wait for products of pairs on some CPUs
+  const __m512i with_sign =
+      _mm512_add_epi8(high, _mm512_and_si512(bytes, _mm512_set1_epi8(static_cast<char>(0x80))));
   a.x = (__m512bh)_mm512_unpacklo_epi8(low, with_sign);
   b.x = (__m512bh)_mm512_unpackhi_epi8(low, with_sign);
 }
@@ -195,10 +196,8 @@ VP_INLINE void interleave(__m512i x, __m512i y, Pairs& a, Pairs& b) {
   const __m512i odd = _mm512_cvtepu8_epi16(_mm512_castsi512_si256(y));
   widen(_mm512_or_si512(even, _mm512_slli_epi16(odd, 8)), a, b);
 }
-VP_INLINE Pairs repeat_pair(const float* pair) {
-  return {(__m512bh)_mm512_castps_si512(_mm512_set1_ps(*pair))};
-}
-VP_INLINE Pairs repeat_pair(const bf16* pair) {
+// As an integer: to broadcast a float from memory takes a shuffle on some CPUs.
+VP_INLINE Pairs repeat_pair(const void* pair) {
   int bits;
   __builtin_memcpy(&bits, pair, sizeof bits);
   return {(__m512bh)_mm512_set1_epi32(bits)};

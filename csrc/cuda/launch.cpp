@@ -60,7 +60,9 @@ class Loading {
 
 constexpr int32_t kPlainShared = 48 << 10;  // dynamic shared memory that every kernel has
 
-// Loads a kernel once per device, and asks for more shared memory where it needs more.
+// Loads a kernel once per device, and asks for more shared memory where it needs more. All share
+// one split of the memory that L1 has part of: two kernels of different splits do not overlap, and
+// the driver knows of no second block that a plan counts on.
 void prepare(const char* name, const void* function, int32_t shared_bytes, int32_t device) {
   static std::map<std::pair<const void*, int32_t>, int32_t> allowed;
   const std::lock_guard<std::mutex> lock(mutex);
@@ -70,6 +72,8 @@ void prepare(const char* name, const void* function, int32_t shared_bytes, int32
   if (have == 0) {
     cudaFuncAttributes attributes;
     check(name, cudaFuncGetAttributes(&attributes, function));
+    check(name, cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                     cudaSharedmemCarveoutMaxShared));
     have = kPlainShared;
   }
   if (shared_bytes <= have) return;

@@ -200,6 +200,10 @@ BUGS = {
         "more shared memory than the kernel was allowed",
         what="devices",
     ),
+    "shared-memory-that-the-driver-chooses": Bug(
+        (Edit(LAUNCH, "cudaSharedmemCarveoutMaxShared", "0"),),
+        "a kernel leaves its shared memory to the driver",
+    ),
     "merge-that-skips-the-remainder": Bug(
         (Edit(MERGE, "if (done >= splits) break;", "if (done + 16 > splits) break;"),),
         "",

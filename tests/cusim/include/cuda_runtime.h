@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <exception>
 #include <map>
+#include <set>
 #include <string>
 #include <utility>
 
@@ -27,7 +28,11 @@ enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount,
   cudaDevAttrMaxSharedMemoryPerBlockOptin,
 };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaFuncAttribute {
+  cudaFuncAttributeMaxDynamicSharedMemorySize,
+  cudaFuncAttributePreferredSharedMemoryCarveout,
+};
+constexpr int cudaSharedmemCarveoutMaxShared = 100;
 struct cudaFuncAttributes {
   int ptxVersion;
 };
@@ -70,6 +75,8 @@ inline Capture capture = Capture::kNone;
 inline cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
 // Of each kernel that is loaded on a device: the dynamic shared memory that it may have.
 inline std::map<std::pair<const void*, int>, size_t> loaded;
+// And those that asked for all the shared memory that there is.
+inline std::set<std::pair<const void*, int>> carved;
 
 // The device of a stream lies in the upper half of its handle; 0 is the stream of any.
 inline int device_of(cudaStream_t stream) {
@@ -114,9 +121,13 @@ inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mo
   std::swap(*mode, cusim::capture_mode);
   return cudaSuccess;
 }
-inline cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute, int value) {
+inline cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute which, int value) {
   if (const cudaError_t error = cusim::load(function)) return error;
-  cusim::loaded[{function, cusim::current}] = value;
+  if (which == cudaFuncAttributeMaxDynamicSharedMemorySize) {
+    cusim::loaded[{function, cusim::current}] = value;
+  } else if (value == cudaSharedmemCarveoutMaxShared) {
+    cusim::carved.insert({function, cusim::current});
+  }
   return cudaSuccess;
 }
 inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* of, const void* function) {
@@ -150,6 +161,9 @@ inline cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const v
   if (const cudaError_t error = cusim::load(function)) return error;
   if (config->dynamicSmemBytes > cusim::loaded[{function, cusim::current}]) {
     return cusim::fails(cudaErrorLaunchFailure, "more shared memory than the kernel was allowed");
+  }
+  if (!cusim::carved.count({function, cusim::current})) {
+    return cusim::fails(cudaErrorLaunchFailure, "a kernel leaves its shared memory to the driver");
   }
   ++cusim::launches;
   unsigned cluster = 1;

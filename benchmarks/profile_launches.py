@@ -6,7 +6,8 @@
 
 `dense` of one row of 16k has several splits of each KV head: how long is their merge? `follower` of
 eight rows of 32k has more blocks than the chip holds at once: how long is the start of each?
-docs/internals/cuda-bounds.md predicts both. Kernels are timed by themselves, without their launch.
+docs/internals/cuda-bounds.md predicts both for CUDA on an H200, which is printed beside. Kernels
+are timed by themselves, without their launch.
 """
 
 import argparse
@@ -28,6 +29,8 @@ from visionpulse.bench.timing import empty_l2
 
 ROUNDS = 20
 LAUNCHES = {"dense": "b1-16k", "follower": "b8-32k"}
+PAGE = Path(__file__).parents[1] / "docs" / "internals" / "cuda-bounds.md"
+PREDICTED = {"dense": "dense decode, B1 16k", "follower": "follower, B8 32k"}  # rows of the page
 
 
 def launch_of(name: str, shape: str, backend: str, device: str) -> Callable[[], object]:
@@ -47,6 +50,12 @@ def launch_of(name: str, shape: str, backend: str, device: str) -> Callable[[], 
 def bytes_of(name: str, shape: str) -> int:
     problem, kept = SHAPES[shape].cost(torch.bfloat16), SHAPES[shape].kept
     return (cost.dense(problem) if name == "dense" else cost.attend(problem, kept)).bytes
+
+
+def predicted(name: str) -> float:
+    """Microseconds of the latency model: head, body, finish and merge."""
+    row = next(r for r in PAGE.read_text().splitlines() if r.startswith(f"| {PREDICTED[name]} |"))
+    return sum(float(cell) for cell in row.split("|")[3:7])
 
 
 def ours(kernels: list[Kernel]) -> list[float]:
@@ -88,7 +97,8 @@ def main() -> int:
                 continue
             best, middle = min(times), statistics.median(times)
             rate = bytes_of(name, shape) / best / 1e3
-            print(f"{backend} {name} {shape}: best {best:.1f} us, median {middle:.1f} us, "
+            model = f", {predicted(name):.1f} us predicted" if backend == "cuda" else ""
+            print(f"{backend} {name} {shape}: best {best:.1f} us, median {middle:.1f} us{model}, "
                   f"{rate:.0f} GB/s, {len(times)} launches")  # fmt: skip
     return missing
 

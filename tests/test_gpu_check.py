@@ -222,6 +222,14 @@ def test_every_test_of_a_device_follows_the_backend_that_is_asked_for():
         assert "on" in inspect.signature(test).parameters or "backend" in marks, test.__name__
 
 
+def test_a_profile_prints_what_the_latency_model_predicts_of_each_launch(gpu_check):
+    import profile_launches
+
+    dense, follower = map(profile_launches.predicted, profile_launches.LAUNCHES)
+    # microseconds: above the bytes of each at 4.3 TB/s, below twice that and ten of latency
+    assert 15 < dense < 42 and 14 < follower < 40
+
+
 def test_rows_without_a_commit_are_given_one(gpu_check, tmp_path):
     path = tmp_path / "gpu.jsonl"
     path.write_text("".join(json.dumps({"machine": {"commit": c}}) + "\n" for c in ("", "abc")))

@@ -7,10 +7,11 @@
 
 namespace visionpulse::cpu {
 
-constexpr int kBlock = 32;      // most keys of a block of a stream: its K and V stay in L1
-constexpr int kByteBlock = 64;  // the same in 8 bits
-constexpr int kListBlock = 64;  // keys of a block of a list: scattered keys take longer to arrive
-constexpr int kLanes = 16;      // logits of a tile: kLanes / HT keys of HT = 1, 2 or 4 heads
+constexpr int kBlock = 32;       // most keys of a block of a stream: its K and V stay in L1
+constexpr int kByteBlock = 128;  // the same in 8 bits, of which each line is read once
+constexpr int kListBlock = 64;   // keys of a block of a list: scattered keys take longer to arrive
+constexpr int kMostKeys = 128;   // of any block
+constexpr int kLanes = 16;       // logits of a tile: kLanes / HT keys of HT = 1, 2 or 4 heads
 constexpr int kScoreChunk = 1024;  // keys of one score task
 
 // The keys that a phase runs over, and how they are cut into parts.

@@ -10,11 +10,11 @@ namespace visionpulse::cpu::VP_ISA {
 // A page id outside the pool makes its keys missing: they read zeros and get no weight.
 template <class T>
 struct BlockKeys {
-  const T* k[kListBlock];
-  const T* v[kListBlock];
-  int32_t position[kListBlock];  // of a list
+  const T* k[kMostKeys];
+  const T* v[kMostKeys];
+  int32_t position[kMostKeys];  // of a list
   int count;
-  bool missing[kListBlock];
+  bool missing[kMostKeys];
   bool any_missing;
 };
 

@@ -37,6 +37,18 @@ VP_INLINE void prefetch_all(const T* const* vectors, int count, int dim, int64_t
   for (int i = 0; i < count; ++i) prefetch_vector(vectors[i] + offset, lines_of<T>(dim));
 }
 
+// Asks for a line of each page that vectors of a stream lie on, all at once. A prefetch from a page
+// that the CPU has no translation of holds up what comes behind it for a walk of the page tables,
+// and several walks run side by side.
+template <class T>
+VP_INLINE void touch_pages(const T* const* vectors, int count, int64_t stride) {
+  constexpr int kPage = 4096, kFew = 16;  // bytes; vectors
+  const int64_t bytes = stride * static_cast<int64_t>(sizeof(T));
+  if (bytes <= 0 || bytes > kPage / kFew) return;  // too many pages for one burst
+  const int step = kPage / static_cast<int>(bytes);
+  for (int i = 0; i < count; i += step) prefetch_lines<1>(vectors[i]);
+}
+
 // KV heads that are computed together, and the way from one to the next.
 struct KvHeads {
   int count;

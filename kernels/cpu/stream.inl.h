@@ -63,7 +63,7 @@ static void stream_part(const Call& c, int row, int kv_head, int index, Run run)
 
   const int block = block_keys<T, HT>(c, cut), tiles_of_values = value_tiles(group, c.D);
   const int ahead = cut.attended != nullptr ? kListAhead : kStreamAhead;
-  alignas(64) float x[kListBlock * kMaxGroup];
+  alignas(64) float x[kMostKeys * kMaxGroup];
   Rescales rescales;
   BlockKeys<T> buffers[kStreamAhead + 1];
   for (int i = 0; i < ahead; ++i)
@@ -86,6 +86,10 @@ static void stream_part(const Call& c, int row, int kv_head, int index, Run run)
       const int blocks_on = (after - range.end) / block;
       locate_next_part(c, cut, cache_row, kv_head, run.heads, index, blocks_on * block, block,
                        next);
+    }
+    if (sizeof(T) == 1 && cut.attended == nullptr) {  // 16 bits wait for memory, not for pages
+      touch_pages(next.k, next.count, c.cache.k_stride.token);
+      if (c.with_values) touch_pages(next.v, next.count, c.cache.v_stride.token);
     }
     Prefetch<T> prefetch =
         Prefetch<T>::make(next.k, c.with_values ? next.v : nullptr, together, next.count, c.D,

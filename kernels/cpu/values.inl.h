@@ -153,7 +153,7 @@ VP_INLINE void sum_block(const Call& c, BlockKeys<T>& keys, Prefetch<T>& prefetc
     const float* p = x + t * kLanes;
     int p_stride = tiles * kLanes;
 #if defined(VP_HAS_PAIR_DOT)
-    alignas(64) float pairs[kListBlock / 2 * HT + kLanes];
+    alignas(64) float pairs[kMostKeys / 2 * HT + kLanes];
     if (Weigh<T>::kKeys == 2) {
       pack_weights<HT>(p, p_stride, (keys.count * HT + kLanes - 1) / kLanes, pairs);
       p = pairs;

@@ -156,3 +156,22 @@ def test_lossless_rows_are_equal_and_stand_on_their_page():
         cells = f"{row['equal']} of {row['n']} | {100 * row['acceptance']:.1f} % |"
         what = f"| {row['draft']} | {row['set']} | {row['batch']} | {row['tokens']} |"
         assert what in page and cells in page
+
+
+def test_acceptance_by_kind_stands_on_its_pages(claims):
+    """Of every draft, on crowded, sparse and large pictures."""
+    sys.path.insert(0, str(ACCURACY))
+    try:
+        import acceptance
+    finally:
+        sys.path.remove(str(ACCURACY))
+        for name in ("acceptance", "lossless", "measure", "table", "rows"):
+            sys.modules.pop(name, None)
+    rows = read("accuracy-acceptance.jsonl")
+    found = {(row["set"], row["draft"]) for row in rows}
+    assert found == {(which, name) for which in acceptance.COUNTS for name in acceptance.WAYS}
+    assert {row["tokens"] for row in rows} == set(acceptance.DRAFTS)
+    assert all(0 <= row["accepted"] <= row["drafted"] for row in rows)
+    for mark, (name, table_of) in acceptance.PARTS.items():
+        page = (acceptance.DOCS / name).read_text()
+        assert acceptance.filled(page, mark, table_of(rows)) == page

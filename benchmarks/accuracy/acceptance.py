@@ -2,11 +2,12 @@
 
 Each draft runs along the dense answers of the tiny model, one token at a time; rounds of any length
 are counted from that, by kind of token. Appends the rows of each draft that has none yet for these
-weights; run it again for the rest, or with --page for the table of the docs.
+weights; run it again for the rest, or with --page for the tables of the docs.
 """
 
 import argparse
 import json
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ from visionpulse.calibration.trials import along
 from visionpulse.data import tiny, trail
 from visionpulse.files import append_line, write_text
 
-PAGE = Path(__file__).parents[2] / "docs" / "internals" / "lossless-acceptance.md"
+DOCS = Path(__file__).parents[2] / "docs"
 OUT = Path(__file__).parents[1] / "results" / "accuracy-acceptance.jsonl"
 KINDS = ("all", "marks", "next", "sum", "word")
 WAYS = {
@@ -100,11 +101,32 @@ def printed(rows: list[dict]) -> str:
     return "\n".join(lines) + f"\n\n{sizes} pictures. {where}: `benchmarks/accuracy/acceptance.py`"
 
 
-def write_page(rows: list[dict], page: Path = PAGE) -> None:
-    """Put the table on its page."""
-    begin, end = "<!-- acceptance -->\n", "\n<!-- end -->"
-    before, rest = page.read_text().split(begin)
-    write_text(page, before + begin + printed(rows) + end + rest.split(end, 1)[1])
+def brief(rows: list[dict]) -> str:
+    """Rounds of four drafted tokens alone, the kinds beside each other."""
+    lines = ["| draft | pictures | " + " | ".join(KINDS) + " |",
+             "|---|---|" + "---:|" * len(KINDS)]  # fmt: skip
+    shares = {(r["set"], r["draft"], r["kind"]): r["accepted"] / r["drafted"]
+              for r in rows if r["tokens"] == 4}  # fmt: skip
+    for which, name in dict.fromkeys((row["set"], row["draft"]) for row in rows):
+        cells = (f"{100 * shares[which, name, kind]:.1f} %" for kind in KINDS)
+        lines.append(f"| {name} | {which} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+PARTS = {"acceptance": ("internals/lossless-acceptance.md", printed),
+         "kinds": ("lossless.md", brief)}  # fmt: skip
+
+
+def filled(page: str, mark: str, text: str) -> str:
+    """A page with a table between its marks."""
+    text = f"<!-- {mark} -->\n{text}\n<!-- end -->"
+    return re.sub(rf"(?s)<!-- {mark} -->.*?<!-- end -->", lambda _: text, page)
+
+
+def write_pages(rows: list[dict]) -> None:
+    """Put the tables on their pages."""
+    for mark, (name, table_of) in PARTS.items():
+        write_text(DOCS / name, filled((DOCS / name).read_text(), mark, table_of(rows)))
 
 
 def main() -> None:
@@ -114,7 +136,7 @@ def main() -> None:
     )
     parser.add_argument("--seconds", type=float, default=400, help="start no draft after these")
     parser.add_argument("--weights", type=Path, default=tiny.FOLDER)
-    parser.add_argument("--page", action="store_true", help="only write the page of the docs")
+    parser.add_argument("--page", action="store_true", help="only write the tables of the docs")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -124,7 +146,7 @@ def main() -> None:
     logging.set_verbosity_error()
     old = read(args.out) if args.out.exists() else []
     if args.page:
-        return write_page(old)
+        return write_pages(old)
     known, begun = about(args.weights), time.monotonic()
     done = {(row["set"], row["draft"]) for row in old if row["weights"] == known["weights"]}
     model = tiny.load(args.weights)

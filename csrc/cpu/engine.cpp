@@ -29,7 +29,7 @@ struct Needs {
   bool logits = false;      // stored logits, and statistics of the heads
   bool stream = false;      // parts of a pass over all visible keys
   bool attended = false;    // positions of text and kept tokens, and parts of a pass over them
-  bool sort_codes = false;  // of the candidates
+  bool candidates = false;  // their codes and positions
   bool scores = false;      // of the visible keys
   int32_t k_max = 0;
 };
@@ -105,9 +105,9 @@ void lay_out_row(const Call& c, const Needs& needs, Arena& arena, Row& row, int6
     row.attended = arena.take<int32_t>(most);
     *parts += c.G * most_parts(most, c.G);
   }
-  if (needs.sort_codes) {
-    row.sort_codes = arena.take<uint32_t>(row.n_visual + kLanes);
-    row.range_codes = arena.take<uint32_t>(row.n_visual + kLanes);
+  if (needs.candidates) {
+    row.codes = arena.take<uint32_t>(row.n_visual + kLanes);
+    row.positions = arena.take<int32_t>(row.n_visual + kLanes);
   }
 }
 
@@ -309,7 +309,7 @@ int64_t score(const Kernels& kernels, Call c, float* scores, const Scratch& scra
 
 int64_t select(const Kernels& kernels, Call c, const float* scores, const Scratch& scratch) {
   Needs needs;
-  needs.sort_codes = true;
+  needs.candidates = true;
   Plan plan;
   if (const int64_t lacking = plan_call(kernels, c, needs, scratch, plan)) return lacking;
   parallel(rows_of(c), scratch.threads, [&](int b) {
@@ -322,7 +322,7 @@ int64_t select(const Kernels& kernels, Call c, const float* scores, const Scratc
 
 int64_t decode(const Kernels& kernels, Call c, bool dense, float* scores, const Scratch& scratch) {
   Needs needs;
-  needs.logits = needs.stream = needs.sort_codes = true;
+  needs.logits = needs.stream = needs.candidates = true;
   needs.scores = scores == nullptr;
   needs.attended = !dense;
   needs.k_max = c.score.k_max;

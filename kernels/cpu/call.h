@@ -43,9 +43,9 @@ struct Row {
   int32_t first_head;  // among the heads of such a pass
   float* scores;       // the score of position n is scores[n - scores_begin]
   int32_t scores_begin;
-  int32_t* attended;      // space for text and kept positions
-  uint32_t* sort_codes;   // [n_visual + kLanes] of the candidates
-  uint32_t* range_codes;  // [n_visual + kLanes] those near the K-th largest
+  int32_t* attended;   // space for text and kept positions
+  uint32_t* codes;     // [n_visual + kLanes] sort codes of candidates
+  int32_t* positions;  // [n_visual + kLanes] theirs
 };
 
 // What the queries of a cache row share in one pass over K and V. Its heads of a KV head are those

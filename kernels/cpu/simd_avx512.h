@@ -222,11 +222,10 @@ VP_INLINE void pack_neighbours(float* x, int lanes, int keys) {
 }
 #endif
 
-// Writes base + i for each code above the pivot and for the first `ties` equal to it. Returns how
+// Writes the position of each code above the pivot and of the first `ties` equal to it. Returns how
 // many.
-VP_INLINE int write_kept(const uint32_t* codes, int n, int32_t base, uint32_t pivot, int& ties,
-                         int32_t* out) {
-  const __m512i step = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+VP_INLINE int write_kept(const uint32_t* codes, const int32_t* positions, int n, uint32_t pivot,
+                         int ties, int32_t* out) {
   const __m512i target = _mm512_set1_epi32(static_cast<int>(pivot));
   int written = 0;
   for (int i = 0; i < n; i += 16) {
@@ -235,31 +234,34 @@ VP_INLINE int write_kept(const uint32_t* codes, int n, int32_t base, uint32_t pi
     uint32_t kept = _mm512_mask_cmpgt_epu32_mask(in, code, target);
     uint32_t equal = ties > 0 ? _mm512_mask_cmpeq_epu32_mask(in, code, target) : 0;
     for (; equal != 0 && ties > 0; equal &= equal - 1, --ties) kept |= equal & (0u - equal);
-    if (kept == 0) continue;
-    const __m512i at = _mm512_add_epi32(step, _mm512_set1_epi32(base + i));
     const int count = __builtin_popcount(kept);
     // compressed in a register: compressing stores are microcoded on some CPUs
-    _mm512_mask_storeu_epi32(out + written, static_cast<__mmask16>((1u << count) - 1),
-                             _mm512_maskz_compress_epi32(static_cast<__mmask16>(kept), at));
+    _mm512_mask_storeu_epi32(
+        out + written, static_cast<__mmask16>((1u << count) - 1),
+        _mm512_maskz_compress_epi32(static_cast<__mmask16>(kept),
+                                    _mm512_maskz_loadu_epi32(in, positions + i)));
     written += count;
   }
   return written;
 }
 
-// Copies the codes of a range and counts those above it. `out` has space for n + 16.
-VP_INLINE InRange filter_range(const uint32_t* codes, int n, CodeRange range, uint32_t* out) {
-  const __m512i low = _mm512_set1_epi32(static_cast<int>(range.low));
-  const __m512i high = _mm512_set1_epi32(static_cast<int>(range.high));
-  InRange found = {0, 0};
+// Copies the bits of the scores that are at least `least`, and their positions from `base` on.
+// Both have space for n + 16. Returns how many.
+VP_INLINE int filter_scores(const float* scores, int n, int32_t base, float least, uint32_t* bits,
+                            int32_t* positions) {
+  const Vec low = vset(least);
+  __m512i at =
+      _mm512_add_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                       _mm512_set1_epi32(base));
+  int found = 0;
   for (int i = 0; i < n; i += 16) {
     const __mmask16 in = static_cast<__mmask16>(n - i >= 16 ? 0xffff : (1u << (n - i)) - 1);
-    const __m512i code = _mm512_maskz_loadu_epi32(in, codes + i);
-    const __mmask16 from_low = _mm512_mask_cmpge_epu32_mask(in, code, low);
-    const __mmask16 above = _mm512_mask_cmpgt_epu32_mask(in, code, high);
-    const __mmask16 within = _mm512_mask_cmple_epu32_mask(from_low, code, high);
-    _mm512_storeu_si512(out + found.count, _mm512_maskz_compress_epi32(within, code));
-    found.count += __builtin_popcount(within);
-    found.above += __builtin_popcount(above);
+    const Vec score = _mm512_maskz_loadu_ps(in, scores + i);
+    const __mmask16 kept = _mm512_mask_cmp_ps_mask(in, score, low, _CMP_GE_OQ);
+    _mm512_storeu_ps(bits + found, _mm512_maskz_compress_ps(kept, score));
+    _mm512_storeu_si512(positions + found, _mm512_maskz_compress_epi32(kept, at));
+    at = _mm512_add_epi32(at, _mm512_set1_epi32(16));
+    found += __builtin_popcount(kept);
   }
   return found;
 }

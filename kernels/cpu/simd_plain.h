@@ -12,25 +12,25 @@ VP_INLINE void load_tail(const T* p, int n, Vec& a, Vec& b) {
   load_unit(whole, a, b);
 }
 
-VP_INLINE int write_kept(const uint32_t* codes, int n, int32_t base, uint32_t pivot, int& ties,
-                         int32_t* out) {
+VP_INLINE int write_kept(const uint32_t* codes, const int32_t* positions, int n, uint32_t pivot,
+                         int ties, int32_t* out) {
   int written = 0;
   for (int i = 0; i < n; ++i) {
     const bool tie = codes[i] == pivot && ties > 0;
     ties -= tie;
-    if (codes[i] > pivot || tie) out[written++] = base + i;
+    if (codes[i] > pivot || tie) out[written++] = positions[i];
   }
   return written;
 }
 
-VP_INLINE InRange filter_range(const uint32_t* codes, int n, CodeRange range, uint32_t* out) {
-  InRange found = {0, 0};
+VP_INLINE int filter_scores(const float* scores, int n, int32_t base, float least, uint32_t* bits,
+                            int32_t* positions) {
+  int found = 0;
   for (int i = 0; i < n; ++i) {
-    const bool above = codes[i] > range.high;
     // writes always, advances only where it counts: no branch to predict
-    out[found.count] = codes[i];
-    found.count += codes[i] >= range.low && !above;
-    found.above += above;
+    __builtin_memcpy(bits + found, scores + i, sizeof *bits);
+    positions[found] = base + i;
+    found += scores[i] >= least;
   }
   return found;
 }

@@ -27,17 +27,6 @@ constexpr float kShare = 1.0f;
 template <>
 constexpr float kShare<f8> = kFloat8Share;
 
-// Sort codes from `low` to `high`, both included.
-struct CodeRange {
-  uint32_t low, high;
-};
-constexpr CodeRange kAllCodes = {0, 0xffffffffu};
-
-// What was found of a range: codes in it, and above it.
-struct InRange {
-  int count, above;
-};
-
 }  // namespace visionpulse::cpu
 
 // Internal linkage, so code compiled for one instruction set is never linked into another.

@@ -28,9 +28,9 @@ dist: setup
 	@ls dist
 
 # Broad, in minutes, the same on every CPU: no clock in it. Two processes, which take what the other
-# has left; a part, by PYTEST_ARGS, takes one.
+# has left, with half of the random problems; a part, by PYTEST_ARGS, takes one process and all of them.
 PYTEST := $(BIN)/pytest --require-backends $(REQUIRED)
-SHARED := -n 2 --dist worksteal
+SHARED := -n 2 --dist worksteal --examples 25
 test: setup
 	$(PYTEST) $(if $(PYTEST_ARGS),,$(SHARED)) $(PYTEST_ARGS)
 

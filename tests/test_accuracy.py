@@ -282,7 +282,7 @@ def test_the_weights_are_small_and_only_read_when_asked():
     assert (tiny.FOLDER / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("pictures", (16, pytest.param(60, marks=pytest.mark.deep)))
+@pytest.mark.parametrize("pictures", (8, pytest.param(60, marks=pytest.mark.deep)))
 def test_the_claims_hold_on_a_sample(measure, model, pictures):
     """The table in small: full and dynamic read the picture, static choices do not."""
     drawn = trail.test_set(77, pictures, tiny.SIDE, "crowded")

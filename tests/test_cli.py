@@ -85,7 +85,7 @@ def test_plot_says_what_is_wrong(saved, capsys, tmp_path):
 def test_calibrate_writes_a_config_that_patch_takes(tmp_path, capsys):
     pytest.importorskip("transformers")
     out = tmp_path / "visionpulse.json"
-    options = ["tiny", "--count", "1", "--tokens", "12", "--out", str(out)]
+    options = ["tiny", "--count", "1", "--tokens", "6", "--out", str(out)]
     assert command_calibrate.main(options) == 0
     said = capsys.readouterr()
     assert "suggested: anchor" in said.out and "95 %" in said.out

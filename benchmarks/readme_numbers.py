@@ -57,6 +57,16 @@ class Results:
         return self.rows[key]
 
 
+def shapes_of(found: Results) -> list[str]:
+    """The shapes of the rows, such as b8-16k: by visual tokens, then by rows of a batch."""
+
+    def size(shape: str) -> tuple[int, int]:
+        rows, visual = re.fullmatch(r"b(\d+)-(\d+)k", shape).groups()
+        return int(visual), int(rows)
+
+    return sorted({row.shape for row in found.rows.values()}, key=size)
+
+
 def milliseconds(us: float) -> str:
     return f"{us / 1e3:.3g} ms" if us < 999_500 else f"{us / 1e6:.3g} s"
 
@@ -183,7 +193,7 @@ def engine(results: Path) -> str:
     """A whole decode step inside the engine: what the plugin costs, and what it gains."""
     found = Results.by_machine(results / "serving.jsonl", "engine")[-1]
     found.row("engine", "b1-16k", "vllm:keep-all", "bf16")
-    shapes = list(dict.fromkeys(row.shape for row in found.rows.values()))
+    shapes = shapes_of(found)
     heads = " | ".join(f"{shape.split('-')[1]}, bf16" for shape in shapes)
     lines = [f"| CPU time of a decode step | {heads} |", "|---|" + "---:|" * len(shapes)]
     for title, backend in ENGINES.items():
@@ -212,7 +222,7 @@ def server(results: Path) -> str:
         "| ours |",
         "|---:|---:|---:|---:|---:|---:|",
     ]
-    for shape in dict.fromkeys(row.shape for row in found.rows.values()):
+    for shape in shapes_of(found):
         stock, ours = (
             found.row("server", shape, backend, "bf16") for backend in ("vllm:stock", "vllm:paper")
         )
@@ -299,20 +309,25 @@ def eight_bits(results: Path) -> str:
 
 
 def soak(results: Path) -> str:
-    """The last soak of a server."""
+    """The last soak of a server of ours, and the last of stock vLLM."""
     path = results / "serving-soak.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     if not lines:
         raise MissingRowError(f"{path.name} has no row; run tests/serving/soak.py --out {path}")
-    row = json.loads(lines[-1])
+    rows = [json.loads(line) for line in lines]
+    row = [own for own in rows if own["setting"]][-1]
+    stock = [own for own in rows if not own["setting"]][-1]
     seen, (early, late), machine = row["seen"], row["rss_mib"], row["machine"]
+    before, behind = stock["rss_mib"]
     text = (
         f"A soak of {row['minutes']:g} minutes: {row['requests']} random requests of "
         f"{row['clients']} clients, {seen['aborted']} of them aborted, {seen['cut short']} cut "
         f"short, {row['preemptions']:.0f} preemptions. Wrong answers: {row['wrong']}, besides "
         f"{seen.get('differs behind a preemption', 0)} that differ as the limit below says; "
         f"requests that did not end: {row['stuck']}; memory of all processes {early} MiB after "
-        f"the warm-up, {late} MiB at the end. {machine['device']}, commit {machine['commit']}."
+        f"the warm-up, {late} MiB at the end. Stock vLLM with glibc's own thresholds, "
+        f"{stock['minutes']:g} minutes of the same: {before} MiB and {behind} MiB. "
+        f"{machine['device']}, commit {machine['commit']}."
     )
     return "\n".join(textwrap.wrap(text, 104)) + "\n"
 

@@ -7,6 +7,7 @@ An answer that differs must be one of a request that was preempted: vLLM then re
 the words so far anew, in one dense prefill, so the server, asked alone for what follows them, says
 the rest. Fails on any other answer, a request that does not end, or memory that grows after the
 warm-up. Runs in vLLM's Python, which has openai and psutil; `--out` appends what was seen as a row.
+`--setting null` asks stock vLLM the same.
 """
 
 import argparse
@@ -28,7 +29,7 @@ import ask
 import psutil
 import tiny_model
 from openai import OpenAI
-from server import Server
+from server import GIVES_BACK, Server
 
 from visionpulse.bench.rows import Machine
 from visionpulse.data import tiny, trail
@@ -266,14 +267,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--setting", default='{"preset": "5pct"}')
+    parser.add_argument("--own-malloc", action="store_true", help="glibc as it is by itself")
     parser.add_argument("--out", type=Path, help="file of rows to append to")
     options = parser.parse_args()
+    if options.own_malloc:
+        GIVES_BACK.clear()
     machine = asdict(Machine.here())
     setting = json.loads(options.setting)
     with Server(
         tiny_model.main(BUILD / "tiny-vllm"), setting, BUILD / "soak.log", *FLAGS
     ) as server:
-        said = {"bench": "soak", "setting": setting, **Soak(server).run(options.minutes)}
+        asked = {"bench": "soak", "setting": setting, "malloc": dict(GIVES_BACK)}
+        said = asked | Soak(server).run(options.minutes)
     print(json.dumps(said, indent=2))
     if options.out:
         append_line(options.out, json.dumps(said | {"machine": machine}))

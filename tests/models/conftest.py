@@ -7,6 +7,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import copy
 import functools
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 from visionpulse.testing.draw import Draws
 
 transformers = pytest.importorskip("transformers")
+sys.path.append(str(Path(__file__).parent))  # of modules that several files import
 
 
 def _load(name):

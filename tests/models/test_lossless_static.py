@@ -2,18 +2,13 @@
 
 import pytest
 import torch
+from drafts import DRAFTS
 from torch._dynamo.utils import counters
 from transformers import CompileConfig, StaticCache
 
 import visionpulse as vp
 from visionpulse.models import static_ends
 
-DRAFTS = {
-    "paper": vp.PulseConfig(tau=0.5, ratio=(0.05, 0.4)),
-    "lookback": vp.PulseConfig(tau=0.5, ratio=(0.05, 0.4), schedule="lookback", refresh=0),
-    "blind": vp.PulseConfig(budget=vp.TopK(1), schedule="per_layer"),
-    "all-of-it": vp.PulseConfig(ratio=(1.0, 1.0)),
-}
 PROMPT = [9, "i", 6, "i", 3]
 TOKENS = 24
 CHOSEN = {

@@ -2,19 +2,14 @@
 
 import pytest
 import torch
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
+from drafts import DRAFTS
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StaticCache
 
 import visionpulse as vp
 from visionpulse.models.rounds import BatchRequest
 from visionpulse.models.row_draws import BatchDice
 from visionpulse.models.row_ends import RowEnds
 
-DRAFTS = {
-    "paper": vp.PulseConfig(tau=0.5, ratio=(0.05, 0.4)),
-    "lookback": vp.PulseConfig(tau=0.5, ratio=(0.05, 0.4), schedule="lookback", refresh=0),
-    "blind": vp.PulseConfig(budget=vp.TopK(1), schedule="per_layer"),
-    "all-of-it": vp.PulseConfig(ratio=(1.0, 1.0)),
-}
 RAGGED = ([9, "i", 6], [3, "i", 2], [20, "i", 6, "i", 3], [4, "i", 9])
 SUPPRESSED = [150, 151, 152, 153]
 OPTIONS = {
@@ -173,7 +168,7 @@ DENSE = {
     "a processor that may look at all rows, Own": {
         "logits_processor": LogitsProcessorList([Own()]), "do_sample": True,
     },
-    "rolled back": {"cache_implementation": "static", "disable_compile": True},
+    "a batch on a static cache": {"cache_implementation": "static", "disable_compile": True},
 }  # fmt: skip
 
 
@@ -189,6 +184,26 @@ def test_what_cannot_run_ahead_is_dense_and_said_once(tiny, reason, recwarn):
         assert not session.stats.checks
     said = [str(w.message) for w in recwarn if "session.generate runs ahead" in str(w.message)]
     assert len(said) == 1 and reason in said[0]
+
+
+def test_a_static_cache_of_the_callers_own_is_dense_in_a_batch(tiny, recwarn):
+    """By session.generate and by generate(); explain counts the steps."""
+    vlm = tiny("llava")
+    config = vlm.model.config.get_text_config()
+    wanted, _ = generated(vlm.model.generate, vlm, {"tokens": 8, "output_scores": False})
+    with vp.patch(vlm.model, DRAFTS["paper"], lossless=True, draft=4) as session:
+        for generate in (session.generate, vlm.model.generate):
+            cache = StaticCache(config=config, max_cache_len=80)
+            options = {"tokens": 8, "output_scores": False, "past_key_values": cache,
+                       "disable_compile": True}  # fmt: skip
+            got, _ = generated(generate, vlm, options)
+            assert torch.equal(got.sequences, wanted.sequences)
+        said = " ".join(str(warning.message) for warning in recwarn)
+        assert "a batch on a StaticCache, in which no row can be rolled back" in said
+        assert said.count("this is a batch of 4 rows") == 1
+        explained = str(vp.explain(vlm.model))
+        assert "for batches on a dynamic one in session.generate" in explained
+        assert "dense steps (14 lossless, not run ahead" in explained
 
 
 def test_without_lossless_it_is_refused(tiny):

@@ -38,6 +38,7 @@ class ModelExplanation:
     published: int | None
     roles: tuple[str, ...]  # of a decode step, by layer
     looks_back: bool  # a schedule under which some models break
+    is_lossless: bool
     dense_because: str | None
     visual_ids: tuple[int, ...]
     base_attention: str
@@ -92,6 +93,11 @@ class ModelExplanation:
                 f"lossless   attention reads as much as the {self.weight_bytes / 1e9:.3g} GB of "
                 f"weights at {even:,.0f} tokens, all rows together; drafting pays from about half"
             )
+        if self.is_lossless:
+            rows.append(
+                "runs ahead for one row on a dynamic or a static cache, and for batches on a "
+                "dynamic one in session.generate(...); else dense"
+            )
         if self.ran is not None:
             rows.append(f"ran        {self.ran.ran}")
         if self.dense_because:
@@ -119,6 +125,7 @@ def explain_model(model: Any, config: PulseConfig | str = "10pct") -> ModelExpla
         published=parts.published,
         roles=tuple(role.value for role in roles.on_refresh),
         looks_back=roles.looks_back,
+        is_lossless=session is not None and bool(session.draft),
         dense_because=parts.dense_because,
         visual_ids=parts.visual_ids,
         base_attention=registry.base_name(parts.config),

@@ -45,7 +45,8 @@ def _refusal_of_options(config: Any, options: dict[str, Any], mode: str) -> str 
     if mode not in ("greedy_search", "sample"):
         return f"{mode.replace('_', ' ')}, whose sequences meet"
     if config.cache_implementation not in (None, "dynamic") or config.use_cache is False:
-        return "a cache that no row can be rolled back in"
+        kind = config.cache_implementation if config.use_cache else None
+        return f"a batch on a {kind} cache" if kind else "a batch without a cache"
     if config.output_attentions or config.output_hidden_states:
         return "attentions or hidden states in the output"
     if config.prefill_chunk_size is not None or options.get("inputs_embeds") is not None:
@@ -75,7 +76,8 @@ class BatchLoop:
         if synced_gpus:
             reason = "a model split over processes"
         elif cache is None or not can_be_ragged(cache):
-            reason = "a cache that no row can be rolled back in"
+            kind = type(cache).__name__
+            reason = f"a batch on a {kind}, in which no row can be rolled back"
         elif "chunked_attention" in (getattr(patched.anatomy.config, "layer_types", None) or ()):
             reason = "layers that attend within chunks"
         elif registry.base_name(patched.anatomy.config) not in ("sdpa", "eager"):

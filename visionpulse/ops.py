@@ -255,14 +255,18 @@ def budget(
             ratio = policy.draw(rows, device)
         if clamp is not None or wanted is not None:
             between = None
-    params = params._replace(
+    bound = checks.bound(policy.bound(visual.max_count), policy)
+    params = Params(
+        scale=params.scale,
+        softcap=params.softcap,
+        window=params.window,
         tau=config.tau,
         r_min=low,
         r_max=high,
         mass_of=config.mass,
         score=config.score,
         anchor_output=config.anchor_output,
-        k_max=checks.bound(policy.bound(visual.max_count), policy),
+        k_max=bound,
         ratio=ratio,
         wanted=wanted,
     )

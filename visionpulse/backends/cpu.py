@@ -32,6 +32,12 @@ def instruction_set() -> str:
     return str(_entries().instruction_set())
 
 
+@cache
+def _check_instruction_set() -> None:
+    """A wrong `VISIONPULSE_CPU_ISA` is an error, no reason to look for another backend."""
+    instruction_set()
+
+
 def use_instruction_set(name: str) -> None:
     """Change the instruction set of this process, as tests and benchmarks do."""
     _entries().use_instruction_set(name)
@@ -71,7 +77,7 @@ class CpuBackend(NativeBackend):
     def unavailable(self) -> str | None:
         reason = _native.failure()
         if reason is None:
-            instruction_set()  # a wrong VISIONPULSE_CPU_ISA is an error, no reason to look on
+            _check_instruction_set()
         return reason
 
     def refuses(self, call: Call) -> str | None:
@@ -80,9 +86,10 @@ class CpuBackend(NativeBackend):
         return pack.refuses(call.q, call.kv)
 
     def refuses_select(self, scored: Scored) -> str | None:
-        if scored.scores.device.type != "cpu":
-            return f"it computes on the CPU, the scores are on {scored.scores.device}"
-        return pack.refuses_scores(scored.scores)
+        scores = scored.scores
+        if not scores.is_cpu:
+            return f"it computes on the CPU, the scores are on {scores.device}"
+        return pack.refuses_scores(scores)
 
     def rounds_weights(self, dtype: torch.dtype) -> bool:
         return dtype == torch.bfloat16 and bool(_entries().rounds_bf16_weights())

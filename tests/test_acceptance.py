@@ -62,6 +62,7 @@ def test_it_pays_where_drafts_are_cheap():
     assert best.token_seconds(4) == pytest.approx((4 + 10) / 4)
     assert "it pays: lookback, anchor 2, 4 drafted tokens, 2.86x" in str(found)
     assert "8.57x the model's own" in str(found)
+    assert max(map(len, str(found).splitlines())) <= 80
 
 
 def test_it_says_so_where_it_does_not_pay(tmp_path):

@@ -13,9 +13,13 @@ class Memory(NamedTuple):
     held: int  # keys and values of all tokens and rows, with their scales
     moved: dict[str, int]  # by schedule: what attention reads and writes in a step
 
+    @property
+    def moves(self) -> str:
+        """What a step moves, in words."""
+        return ", ".join(f"{gib(moved)} {name}" for name, moved in self.moved.items())
+
     def __str__(self) -> str:
-        steps = ", ".join(f"{gib(moved)} {name}" for name, moved in self.moved.items())
-        return f"{gib(self.held)}; a step moves {steps}"
+        return f"{gib(self.held)}; a step moves {self.moves}"
 
 
 def memory(

@@ -210,7 +210,8 @@ class GainReport:
             f"{options.model}, {self.decoder.layers} layers, batch {options.batch}, "
             f"{options.dtype}{', cache of 8 bits' if self.config.cache == 'fp8' else ''}, "
             f"{options.text} text tokens, schedule {self.config.schedule!r}",
-            f"{machine.device}, {machine.isa}, {machine.threads} thread(s), "
+            f"{machine.device}, {machine.isa}, "
+            f"{machine.threads} thread{'s' * (machine.threads > 1)}, "
             f"load {machine.load:g} before the run; {machine.clock_note.split(',')[0]}",
             f"ceilings: {self.measured[0].limits.read.name} {roof.read / 1e9:.1f} GB/s, "
             f"gather {(roof.gather or 0) / 1e9:.1f} GB/s, "

@@ -7,7 +7,7 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from os import PathLike
@@ -124,29 +124,31 @@ class AcceptanceReport:
         best, drafted = self.best
         gain = self.dense_seconds / best.token_seconds(drafted)
         lines = [
-            f"{self.answers} answers, {self.places} places; a dense step takes "
+            f"Answers: {self.answers}, with {self.places} places. A dense step takes",
             f"{1e3 * self.own_seconds:.2f} ms by the model's own attention, "
-            f"{1e3 * self.dense_seconds:.2f} ms by our dense kernels",
+            f"{1e3 * self.dense_seconds:.2f} ms by our dense kernels.",
             "",
-            f"{'accepted of drafted tokens / tokens a check':<44}"
-            + "".join(f"{f'g={n}':>14}" for n in DRAFTS),
+            "share of drafted tokens accepted / tokens a check, by tokens drafted a round",
+            _line(f"{'kept':>30}", (str(n) for n in DRAFTS)),
         ]
         for each in self.drafts:
-            cells = (f"{each.acceptance(n):.3f} / {each.tokens_per_check(n):.2f}" for n in DRAFTS)
-            name = f"{each.name}, {100 * each.retention:.1f} % kept"
-            lines.append(f"{name:<44}" + "".join(f"{cell:>14}" for cell in cells))
+            cells = (f"{each.acceptance(n):.2f}/{each.tokens_per_check(n):.1f}" for n in DRAFTS)
+            kept = f"{100 * each.retention:.1f} %"
+            lines.append(_line(f"{each.name:<23}{kept:>7}", cells))
         lines += self._by_kind()
-        lines += ["", f"{'expected speed over our dense kernels':<44}"]
+        lines += ["", "expected speed over our dense kernels"]
         for each in self.drafts:
             cells = (f"{self.dense_seconds / each.token_seconds(n):.2f}x" for n in DRAFTS)
-            lines.append(f"{each.name:<44}" + "".join(f"{cell:>14}" for cell in cells))
+            lines.append(_line(each.name, cells))
         own = self.own_seconds / best.token_seconds(drafted)
         if gain > 1:
-            verdict = f"it pays: {best.name}, {drafted} drafted tokens, {gain:.2f}x our dense steps"
+            verdict = (
+                f"it pays: {best.name}, {drafted} drafted tokens, {gain:.2f}x our dense steps;\n"
+            )
         else:
-            verdict = f'it does not pay here (at best {gain:.2f}x): vp.patch(model, "dense") is as'
-            verdict += " exact, and faster"
-        return "\n".join([*lines, "", f"{verdict}; {own:.2f}x the model's own."])
+            verdict = f'it does not pay here (at best {gain:.2f}x): vp.patch(model, "dense")\n'
+            verdict += "is as exact, and faster; "
+        return "\n".join([*lines, "", f"{verdict}{own:.2f}x the model's own."])
 
     def _by_kind(self) -> list[str]:
         """Lines of acceptance by what a token is, where that is known."""
@@ -158,7 +160,7 @@ class AcceptanceReport:
             for kind in sorted({kind for rate in rates for kind in rate}):
                 cells = (f"{rate[kind]:.3f}" if kind in rate else "" for rate in rates)
                 name = f"{each.name}: {kind}"
-                lines.append(f"{name:<44}" + "".join(f"{cell:>14}" for cell in cells))
+                lines.append(_line(name, cells))
         return lines
 
     def save(self, path: str | PathLike[str]) -> Path:
@@ -186,6 +188,11 @@ class AcceptanceReport:
             ],
         }  # fmt: skip
         return write_text(path, json.dumps(data, indent=1) + "\n")
+
+
+def _line(name: str, cells: Iterable[str]) -> str:
+    """A name and a cell for each number of drafted tokens, in 80 columns."""
+    return f"{name:<30}" + "".join(f"{cell:>10}" for cell in cells)
 
 
 def measure_acceptance(

@@ -83,15 +83,15 @@ class ModelExplanation:
         )
         visual, text = REQUEST
         request = self.memory(visual, text)
-        rows.append(
-            f"memory     of {visual} visual and {text} text tokens: "
-            f"{gib(request.held) if self.dense_because else request}"
-        )
+        rows.append(f"memory     of {visual} visual and {text} text tokens: {gib(request.held)}")
+        if not self.dense_because:
+            rows.append(f"           a step moves {request.moves}")
         if not (self.dense_because or self.in_8_bits) and "dense" in self.roles:
             even = self.weight_bytes / self.token_bytes
             rows.append(
                 f"lossless   attention reads as much as the {self.weight_bytes / 1e9:.3g} GB of "
-                f"weights at {even:,.0f} tokens, all rows together; drafting pays from about half"
+                f"weights\n           at {even:,.0f} tokens, all rows together; drafting pays "
+                "from about half of that"
             )
         if self.is_lossless:
             rows.append(

@@ -368,12 +368,8 @@ def test_explain_says_what_a_patched_model_holds_and_moves(tiny):
     assert small.memory(100, text=7, rows=3).held == 4 * 2 * heads * (64 * 3 * 107 + 4)
     steps = small.memory(8192).moved
     assert steps["lookback"] < steps["paper"] < steps["dense"] < whole.memory(8192).moved["dense"]
-    head, moved = f"memory     of 32768 visual and 256 text tokens: {small.memory(32768)}".split(
-        ";"
-    )
-    lines = str(small).splitlines()
-    assert lines[lines.index(head) + 1].strip() == moved.strip() and "MiB paper" in moved
-    assert max(map(len, lines[: lines.index("backends")])) <= 80
+    moved = f"           a step moves {small.memory(32768).moves}"
+    assert moved in str(small).splitlines() and "MiB paper" in moved and len(moved) <= 80
 
 
 def test_what_explain_says_is_held_is_what_is_allocated(tiny):

@@ -243,8 +243,8 @@ def ranked(scores: Tensor, mass: Tensor, mass_mean: Tensor | None) -> None:
     for name, value in masses:
         if value is None:
             continue
-        tensor(name, value, len(rows), "float32 [B], or [B, Q]")
         if value.shape != rows:
+            tensor(name, value, len(rows), "float32 [B], or [B, Q]")
             raise ValueError(
                 f"{name} has {value.shape[0]} rows, scores {scores.shape[0]}"
                 if scores.dim() == 2

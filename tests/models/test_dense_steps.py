@@ -139,7 +139,14 @@ ENDINGS = {
 }
 
 
-@pytest.mark.parametrize("ending", ENDINGS)
+# each compiles a step: two endings here, all in the deep proof
+@pytest.mark.parametrize(
+    "ending",
+    [
+        pytest.param(name, marks=[pytest.mark.deep] if name in ("stats", "explain") else [])
+        for name in ENDINGS
+    ],
+)
 def test_a_compiled_step_holds_its_warning_back(tiny, dense_warnings, ending):
     vlm = tiny("llava", num_hidden_layers=2)
     torch._dynamo.reset()

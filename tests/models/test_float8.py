@@ -201,7 +201,7 @@ def live_bytes():
     return sum(found.values())
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("kind", ["dynamic", pytest.param("static", marks=pytest.mark.deep)])
 def test_the_cache_of_8192_tokens_takes_half_the_memory(tiny, kind):
     few_heads = {"num_attention_heads": 2, "head_dim": 64}
     vlm = tiny("llava", num_hidden_layers=2, **few_heads)

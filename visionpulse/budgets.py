@@ -35,7 +35,7 @@ def clamp_count(ratio: Tensor, n_visual: Tensor, low: float, high: float) -> Ten
 
 def bound_count(ratio: float, n_visual: int) -> int:
     """The same expression on the host: the largest K that `ratio` allows, at least 1."""
-    count = int(np.float32(ratio) * np.float32(n_visual))  # at least 0, so this is its floor
+    count = int(np.floor(np.float32(ratio) * np.float32(n_visual)))
     return max(1, min(count, n_visual))
 
 

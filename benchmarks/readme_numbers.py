@@ -13,6 +13,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from visionpulse.bench.rows import Row, read
@@ -94,13 +95,15 @@ FORMS = {
     "**ours, `paper`** (default)": "cpu:paper",
     "ours, `lookback`, where a model bears it": "cpu:lookback",
 }
+BESIDE = ("transformers-eager", "published-block64", "torch-visionpulse")  # shown in benchmarks/
 
 
-def cpu_decode(results: Path) -> str:
+def cpu_decode(results: Path, without: tuple[str, ...] = BESIDE) -> str:
     """One decode step on each CPU that was measured, all layers, by schedule and context."""
     machines = Results.by_machine(results / "cpu.jsonl", "decode")
     command = "python benchmarks/bench_decode.py --shapes b1-8k,b1-32k --dtypes bf16,fp32"
-    text = "\n".join(_decode_table(found) for found in machines)
+    forms = {title: name for title, name in FORMS.items() if name not in without}
+    text = "\n".join(_decode_table(found, forms) for found in machines)
     shown = machines[-1].row("decode", "b1-8k", "cpu:paper", "bf16")
     return (
         f"{text}\nBatch 1, 256 text tokens, {100 * shown.facts['retention']:g} % of the visual "
@@ -109,13 +112,13 @@ def cpu_decode(results: Path) -> str:
     )
 
 
-def _decode_table(found: Results) -> str:
+def _decode_table(found: Results, forms: dict[str, str]) -> str:
     """The table of one machine; vLLM's kernel stands in it where it was installed."""
     cases = [(shape, dtype) for dtype in ("bf16", "fp32") for shape in ("b1-8k", "b1-32k")]
     heads = [f"{shape.split('-')[1]}, {dtype}" for shape, dtype in cases]
     lines = ["| attention of one step, 36 layers | " + " | ".join(heads) + " |"]
     lines.append("|---|" + "---:|" * len(heads))
-    for title, backend in FORMS.items():
+    for title, backend in forms.items():
         if backend == VLLM and not found.has(VLLM):
             continue
         cells = []
@@ -343,12 +346,15 @@ def families(results: Path) -> str:
 
 
 BLOCKS: dict[str, Callable[[Path], str]] = {
-    "first": first, "cpu-decode": cpu_decode, "whole-step": whole_step, "serving": serving,
-    "engine": engine, "server": server, "soak": soak, "families": families,
-    "eight-bits": eight_bits,
+    "first": first, "cpu-decode": cpu_decode, "every-form": partial(cpu_decode, without=()),
+    "whole-step": whole_step, "serving": serving, "engine": engine, "server": server,
+    "soak": soak, "families": families, "eight-bits": eight_bits,
 }  # fmt: skip
 DOCS = ROOT / "docs"
-PAGES = (ROOT / "README.md", DOCS / "serving.md", DOCS / "limits.md", DOCS / "memory.md")
+PAGES = (
+    ROOT / "README.md", ROOT / "benchmarks" / "README.md",
+    DOCS / "serving.md", DOCS / "limits.md", DOCS / "memory.md",
+)  # fmt: skip
 
 
 def renewed(text: str, results: Path) -> str:

@@ -29,7 +29,8 @@ def script(name):
         return module
     finally:
         sys.path.remove(str(ACCURACY))
-        for other in ("measure", "rows", "model", "table", "correlate", "claims", "float8"):
+        others = ("measure", "rows", "model", "table", "correlate", "claims", "float8")
+        for other in (*others, "acceptance", "lossless"):
             sys.modules.pop(other, None)
 
 

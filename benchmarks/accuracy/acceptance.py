@@ -2,12 +2,11 @@
 
 Each draft runs along the dense answers of the tiny model, one token at a time; rounds of any length
 are counted from that, by kind of token. Appends the rows of each draft that has none yet for these
-weights; run it again for the rest, or with --page for the tables of the docs.
+weights; run it again for the rest.
 """
 
 import argparse
 import json
-import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,9 +22,8 @@ from visionpulse.bench.rows import Machine
 from visionpulse.calibration.acceptance import DRAFTS, accepted_by_kind, accepted_of
 from visionpulse.calibration.trials import along
 from visionpulse.data import tiny, trail
-from visionpulse.files import append_line, write_text
+from visionpulse.files import append_line
 
-DOCS = Path(__file__).parents[2] / "docs"
 OUT = Path(__file__).parents[1] / "results" / "accuracy-acceptance.jsonl"
 KINDS = ("all", "marks", "next", "sum", "word")
 WAYS = {
@@ -113,22 +111,6 @@ def brief(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-PARTS = {"acceptance": ("internals/lossless-acceptance.md", printed),
-         "kinds": ("lossless.md", brief)}  # fmt: skip
-
-
-def filled(page: str, mark: str, text: str) -> str:
-    """A page with a table between its marks."""
-    text = f"<!-- {mark} -->\n{text}\n<!-- end -->"
-    return re.sub(rf"(?s)<!-- {mark} -->.*?<!-- end -->", lambda _: text, page)
-
-
-def write_pages(rows: list[dict]) -> None:
-    """Put the tables on their pages."""
-    for mark, (name, table_of) in PARTS.items():
-        write_text(DOCS / name, filled((DOCS / name).read_text(), mark, table_of(rows)))
-
-
 def main() -> None:
     """Measure what is missing."""
     parser = argparse.ArgumentParser(
@@ -136,7 +118,6 @@ def main() -> None:
     )
     parser.add_argument("--seconds", type=float, default=400, help="start no draft after these")
     parser.add_argument("--weights", type=Path, default=tiny.FOLDER)
-    parser.add_argument("--page", action="store_true", help="only write the tables of the docs")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -145,8 +126,6 @@ def main() -> None:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     old = read(args.out) if args.out.exists() else []
-    if args.page:
-        return write_pages(old)
     known, begun = about(args.weights), time.monotonic()
     done = {(row["set"], row["draft"]) for row in old if row["weights"] == known["weights"]}
     model = tiny.load(args.weights)

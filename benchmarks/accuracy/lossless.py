@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 from measure import MOST_TOKENS
-from table import LARGE_SIDE, SEED, about
+from table import LARGE_SIDE, SEED, about, read
 
 import visionpulse as vp
 from visionpulse.bench.rows import Machine
@@ -26,7 +26,6 @@ from visionpulse.files import append_line
 P5, P10 = vp.PRESETS["5pct"], vp.PRESETS["10pct"]
 LOOKBACK = P5.updated(schedule="lookback", refresh=0)
 BLIND = P5.updated(budget=vp.TopK(1), schedule="per_layer")  # an absurd draft
-PAGE = Path(__file__).parents[2] / "docs" / "lossless.md"
 OUT = Path(__file__).parents[1] / "results" / "accuracy-lossless.jsonl"
 
 
@@ -103,7 +102,7 @@ def key_of(row: dict) -> tuple:
     return tuple(row[name] for name in ("draft", "tokens", "set", "temperature", "batch", "n"))
 
 
-def table(rows: list[dict]) -> str:
+def printed(rows: list[dict]) -> str:
     """The rows as a table of Markdown."""
     lines = ["| draft | pictures | rows | tokens a round | chosen | equal | accepted "
              "| tokens a check |", "|---|---|---:|---:|---|---:|---:|---:|"]  # fmt: skip
@@ -118,13 +117,6 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines) + f"\n\n{where}: `python benchmarks/accuracy/lossless.py`\n"
 
 
-def write_page(rows: list[dict], page: Path = PAGE) -> None:
-    """Put the table on its page."""
-    begin, end = "<!-- lossless -->\n", "<!-- end -->"
-    before, rest = page.read_text().split(begin)
-    page.write_text(before + begin + table(rows) + end + rest.split(end, 1)[1])
-
-
 def main() -> None:
     """Measure what is missing."""
     parser = argparse.ArgumentParser(
@@ -132,7 +124,6 @@ def main() -> None:
     )
     parser.add_argument("--seconds", type=float, default=400, help="start no condition after these")
     parser.add_argument("--weights", type=Path, default=tiny.FOLDER)
-    parser.add_argument("--page", action="store_true", help="only write the page of the docs")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -141,13 +132,7 @@ def main() -> None:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     known = about(args.weights)
-    old = (
-        [json.loads(line) for line in args.out.read_text().splitlines()]
-        if args.out.exists()
-        else []
-    )
-    if args.page:
-        return write_page(old)
+    old = read(args.out) if args.out.exists() else []
     done = {key_of(row) for row in old if row["weights"] == known["weights"]}
     model, begun = tiny.load(args.weights), time.monotonic()
     for one in CONDITIONS:

@@ -3,9 +3,11 @@
 import re
 from pathlib import Path
 
+import acceptance
 import claims
 import correlate
 import float8
+import lossless
 import reuse
 import table
 
@@ -15,11 +17,13 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = tuple(
     ROOT / page
     for page in (
-        "docs/accuracy.md", "docs/internals/accuracy-tables.md", "docs/memory.md", "README.md"
+        "docs/accuracy.md", "docs/internals/accuracy-tables.md", "docs/memory.md", "README.md",
+        "docs/lossless.md", "docs/internals/lossless-acceptance.md",
     )
 )  # fmt: skip
 RESULTS = ROOT / "benchmarks" / "results"
 TABLE, RETRAINED = "accuracy.jsonl", "accuracy-retrained.jsonl"
+ACCEPTANCE = "accuracy-acceptance.jsonl"
 # mark on a page: the files that its text is made of, and what makes it
 PARTS = {
     "claims": ((TABLE,), claims.printed),
@@ -31,6 +35,9 @@ PARTS = {
     "request": ((), float8.request),
     "tier": (("accuracy-reuse.jsonl",), reuse.tier),
     "evidence": ((TABLE,), claims.front),
+    "lossless": (("accuracy-lossless.jsonl",), lossless.printed),
+    "kinds": ((ACCEPTANCE,), acceptance.brief),
+    "acceptance": ((ACCEPTANCE,), acceptance.printed),
 }
 
 

@@ -11,7 +11,7 @@ import torch
 
 from visionpulse import cli as command_line
 from visionpulse.bench import cost, layers, plots, rows, timing
-from visionpulse.bench.ceilings import measure
+from visionpulse.bench.ceilings import measure, multiplied_as
 from visionpulse.bench.progress import progress_bar
 from visionpulse.bench.report import PLAIN, TODAY, WIDE
 from visionpulse.cli.bench import main, threads_of
@@ -224,6 +224,12 @@ def test_ceilings_are_positive_and_named():
     read, gather, compute = measure("cpu", torch.float32, row_bytes=512, rounds=1)
     assert read.gb_s > gather.gb_s > 0 and compute > 0
     assert read.name == "read of 256 MiB" and "512-byte" in gather.name
+
+
+def test_float16_is_limited_by_the_products_that_our_kernels_make():
+    assert multiplied_as("cpu", torch.float16) is torch.float32
+    assert multiplied_as("cpu", torch.bfloat16) is torch.bfloat16
+    assert multiplied_as("cuda", torch.float16) is torch.float16
 
 
 def test_layers_stay_cold_and_keep_what_they_say():

@@ -28,12 +28,16 @@ inline int row_of_task(int rows, int task, First first) {
   return low;
 }
 
-// Parts that run together read a token whole, where its heads lie side by side: a head by itself
-// would come back to every token's row, and to its page of memory. Which parts do is no part of the
+// Whether K and V of a token have their heads side by side.
+inline bool heads_in_token(const CacheArgs& a) {
+  return a.k_stride.head < a.k_stride.token && a.v_stride.head < a.v_stride.token;
+}
+
+// Parts that run together read a token whole, where its heads lie side by side, or a page: a head
+// by itself would come back to every token's row, or page. Which parts do is no part of the
 // arithmetic.
 inline int heads_together(const Call& c, int parts, int threads, bool is_list) {
-  const Strides &k = c.cache.k_stride, &v = c.cache.v_stride;
-  if (k.head >= k.token || v.head >= v.token) return 1;
+  if (!heads_in_token(c.cache) && (is_list || c.cache.table == nullptr)) return 1;
   // their queries fill no more than those of the largest group; the rows of a list arrive later
   int heads = std::min({c.G, kMaxGroup / padded_heads(c.H / c.G), is_list ? 4 : 8});
   if (threads > 1) heads = std::max(1, std::min(heads, parts / (threads * kTurns)));
@@ -49,6 +53,7 @@ using PartEntry = void (*)(const Call&, int32_t, int32_t, int32_t, Run);
 inline void run_parts(const Call& c, int all_parts, int threads, int heads, PartEntry entry) {
   const int cuts = c.shared ? c.B : rows_of(c), head_groups = c.G / heads;
   const int parts = all_parts / heads;
+  const bool in_pages = heads > 1 && !heads_in_token(c.cache);
   const auto first_of = [&](const Cut& cut) { return cut.first_part / heads; };
   const int length = threads > 1 ? std::max(1, parts / (threads * kTurns)) : std::max(1, parts);
   const auto row_of_part = [&](int part) {
@@ -61,7 +66,7 @@ inline void run_parts(const Call& c, int all_parts, int threads, int heads, Part
       const Cut& cut = c.cuts[row];
       const int at = part - first_of(cut);
       entry(c, row, at / cut.n_parts * heads, at % cut.n_parts,
-            {part == begin || at == 0, part + 1 == end, heads});
+            {part == begin || at == 0, part + 1 == end, heads, in_pages});
     }
   };
   parallel((parts + length - 1) / length, threads, take, [&](int turn) {

@@ -82,7 +82,7 @@ static void weigh_part(const Call& c, int row, int kv_head, int index, Run run) 
       locate(c, cut, cache_row, kv_head, first + block, range.end, block, next);
       prefetch_logits<T, HT>(stored, next, tiles);
     } else {
-      locate_next_part(c, cut, cache_row, kv_head, 1, index, 0, block, next);
+      locate_next_part(c, cut, cache_row, kv_head, index, block, next);
     }
     gather_logits<T, HT>(stored, keys, tiles, x);
     softmax_block<HT>(tiles, keys.count, nullptr, {1.0f, false}, x, states, rescales);

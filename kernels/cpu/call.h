@@ -29,6 +29,7 @@ struct Cut {
 struct Run {
   bool is_first, is_last;
   int32_t heads;  // KV heads from the part's on, whose parts of the same keys run with it
+  bool in_pages;  // each of them has its keys of a page side by side; else each token its heads
 };
 
 // A query: a row of the cache, or one of its Q queries.

@@ -114,17 +114,62 @@ VP_INLINE PartRange range_of_part(const Cut& cut, int index) {
   return {begin, cut.keys < begin + cut.part_keys ? cut.keys : begin + cut.part_keys};
 }
 
-// A block after a part's last: that of the next part at its key `first`, if the same thread runs
-// it.
+// The blocks of a part in the order they are computed. KV heads whose keys lie in pages of their
+// own take turns after each page's stretch of keys, so a page is read whole, in the order it lies
+// in.
+struct Walk {
+  PartRange range;
+  int index;          // of the part
+  int kv_head, head;  // the first of those that run together, and the block's own, counted from it
+  int first;          // key of the block
+  int begin, end;     // the stretch
+
+  VP_INLINE Walk of_part(const Call& c, const Cut& cut, int kv_head, int index, int block,
+                         const Run& run) {
+    const PartRange range = range_of_part(cut, index);
+    Walk w = {range, index, kv_head, 0, range.begin, range.begin, range.end};
+    if (run.in_pages) w.end = end_of_stretch(c, cut, w, block);
+    return w;
+  }
+  VP_INLINE bool is_done(const Walk& w) { return w.first >= w.range.end; }
+  VP_INLINE void step(const Call& c, const Cut& cut, int block, const Run& run, Walk& w) {
+    w.first += block;
+    if (w.first < w.end || !run.in_pages) return;
+    if (++w.head < run.heads) {
+      w.first = w.begin;
+    } else {
+      w.head = 0;
+      w.begin = w.first;
+      w.end = end_of_stretch(c, cut, w, block);
+    }
+  }
+  // Whole blocks, as far as the page of their first key reaches.
+  VP_INLINE int end_of_stretch(const Call& c, const Cut& cut, const Walk& w, int block) {
+    const int in_page = c.cache.page_size - (cut.begin + w.begin) % c.cache.page_size;
+    const int end = w.begin + (in_page + block - 1) / block * block;
+    return end < w.range.end ? end : w.range.end;
+  }
+  // That of the part which the same thread runs next, if there is one.
+  VP_INLINE void enter_next_part(const Call& c, const Cut& cut, int block, const Run& run,
+                                 Walk& w) {
+    const bool same_head = w.index + 1 < cut.n_parts;
+    if (same_head) {
+      w = of_part(c, cut, w.kv_head, w.index + 1, block, run);
+    } else if (w.kv_head + run.heads < c.G) {
+      w = of_part(c, cut, w.kv_head + run.heads, 0, block, run);
+    }
+  }
+};
+
+// The first block of the next part, if the same thread runs it.
 template <class T>
-VP_INLINE void locate_next_part(const Call& c, const Cut& cut, int row, int kv_head, int heads,
-                                int index, int first, int block, BlockKeys<T>& keys) {
+VP_INLINE void locate_next_part(const Call& c, const Cut& cut, int row, int kv_head, int index,
+                                int block, BlockKeys<T>& keys) {
   keys.count = 0;
   const bool same_head = index + 1 < cut.n_parts;
-  if (!same_head && kv_head + heads == c.G) return;
+  if (!same_head && kv_head + 1 == c.G) return;
   const PartRange range = range_of_part(cut, same_head ? index + 1 : 0);
-  locate(c, cut, row, kv_head + (same_head ? 0 : heads), range.begin + first, range.end, block,
-         keys);
+  locate(c, cut, row, kv_head + (same_head ? 0 : 1), range.begin, range.end, block, keys);
 }
 
 }  // namespace visionpulse::cpu::VP_ISA

@@ -336,7 +336,7 @@ static void stream_shared(const Call& c, int cache_row, int kv_head, int index, 
     if (first + block < range.end || run.is_last) {
       locate(c, cut, cache_row, kv_head, first + block, range.end, block, next);
     } else {
-      locate_next_part(c, cut, cache_row, kv_head, 1, index, 0, block, next);
+      locate_next_part(c, cut, cache_row, kv_head, index, block, next);
     }
     // a few lines at each step along D: a burst would fill the miss buffers
     const int passes = tiles * (key_columns<T>(c.D) / (kDepth * Lanewise<T>::kStep));

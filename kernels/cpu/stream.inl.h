@@ -47,7 +47,9 @@ static void stream_part(const Call& c, int row, int kv_head, int index, Run run)
   const int group = c.H / c.G, tiles = head_tiles(group), heads = tiles * HT;
   const PartRange range = range_of_part(cut, index);
   const SoftmaxArgs args = {1.0f / c.score.tau, c.store_logits};
-  const KvHeads together = {run.heads, c.cache.k_stride.head, c.cache.v_stride.head};
+  // those that each block's loop takes; heads in pages have blocks of their own
+  const KvHeads together = {run.in_pages ? 1 : run.heads, c.cache.k_stride.head,
+                            c.cache.v_stride.head};
   Query<T> q;
   TileState states[kMaxGroup / 4];  // [KV heads, head tiles]
   for (int h = 0; h < run.heads; ++h) {
@@ -60,33 +62,35 @@ static void stream_part(const Call& c, int row, int kv_head, int index, Run run)
   visual.content = Content::kText;
   const int32_t* spans = c.visual.spans + int64_t{cache_row} * c.visual.spans_per_row * 2;
   int span = args.at_tau ? span_after(spans, c.visual.spans_per_row, cut.begin + range.begin) : 0;
+  int span_of_stretch = span;
 
   const int block = block_keys<T, HT>(c, cut), tiles_of_values = value_tiles(group, c.D);
   const int ahead = cut.attended != nullptr ? kListAhead : kStreamAhead;
   alignas(64) float x[kMostKeys * kMaxGroup];
   Rescales rescales;
   BlockKeys<T> buffers[kStreamAhead + 1];
-  for (int i = 0; i < ahead; ++i)
-    locate(c, cut, cache_row, kv_head, range.begin + i * block, range.end, block, buffers[i]);
+  Walk walk = Walk::of_part(c, cut, kv_head, index, block, run), next_walk = walk;
+  const auto locate_next = [&](BlockKeys<T>& keys) {
+    if (Walk::is_done(next_walk) && !run.is_last)
+      Walk::enter_next_part(c, cut, block, run, next_walk);
+    locate(c, cut, cache_row, next_walk.kv_head + next_walk.head, next_walk.first,
+           next_walk.range.end, block, keys);
+    Walk::step(c, cut, block, run, next_walk);
+  };
+  for (int i = 0; i < ahead; ++i) locate_next(buffers[i]);
   // the hardware's prefetcher finds the first keys of a stream, but not those of a list
   if (cut.attended != nullptr && run.is_first) {
-    for (int h = 0; h < run.heads; ++h) {
+    for (int h = 0; h < together.count; ++h) {
       prefetch_all(buffers[0].k, buffers[0].count, c.D, h * together.k_stride);
       if (c.with_values) prefetch_all(buffers[0].v, buffers[0].count, c.D, h * together.v_stride);
     }
   }
-  for (int first = range.begin, turn = 0; first < range.end; first += block) {
+  for (int turn = 0; !Walk::is_done(walk); Walk::step(c, cut, block, run, walk)) {
+    const int first = walk.first;
     BlockKeys<T>& keys = buffers[turn];
     BlockKeys<T>& next = buffers[turn == 0 ? ahead : turn - 1];
     turn = turn == ahead ? 0 : turn + 1;
-    const int after = first + ahead * block;
-    if (after < range.end || run.is_last) {
-      locate(c, cut, cache_row, kv_head, after, range.end, block, next);
-    } else {
-      const int blocks_on = (after - range.end) / block;
-      locate_next_part(c, cut, cache_row, kv_head, run.heads, index, blocks_on * block, block,
-                       next);
-    }
+    locate_next(next);
     if (sizeof(T) == 1 && cut.attended == nullptr) {  // 16 bits wait for memory, not for pages
       touch_pages(next.k, next.count, c.cache.k_stride.token);
       if (c.with_values) touch_pages(next.v, next.count, c.cache.v_stride.token);
@@ -94,18 +98,23 @@ static void stream_part(const Call& c, int row, int kv_head, int index, Run run)
     Prefetch<T> prefetch =
         Prefetch<T>::make(next.k, c.with_values ? next.v : nullptr, together, next.count, c.D,
                           c.with_values ? 1 + tiles_of_values : 1);
-    if (args.at_tau)
+    if (args.at_tau) {
+      if (first == walk.begin) {  // each head begins where the stretch does
+        if (walk.head == 0) span_of_stretch = span;
+        span = span_of_stretch;
+      }
       find_visual<HT>(c.visual, cache_row, cut.begin + first, keys.count, span, visual);
+    }
     const bool stores = args.at_tau && (c.store_all_logits || visual.content != Content::kText);
     const int floats = (keys.count + kLanes / HT - 1) / (kLanes / HT) * (kLanes / HT) * heads;
-    for (int h = 0; h < run.heads; ++h) {
+    for (int h = walk.head; h < walk.head + together.count; ++h) {
       const Scaling scaling = scaling_of(c.score, factor_of<T>(c.cache.k_scale, kv_head + h));
       const Part part = part_at(c, part_index(cut, kv_head + h, index));
       dot_block<T, HT>(q, h * heads, keys, c.D, tiles, scaling, prefetch, x);
       if (stores) store_logits(c, c.rows[row], kv_head + h, first, x, floats);
       softmax_block<HT>(tiles, keys.count, &visual, args, x, states + h * tiles, rescales);
       if (c.with_values) sum_block<T, HT>(c, keys, prefetch, x, rescales, part);
-      if (h + 1 < run.heads) next_head(together, keys);
+      if (h + 1 < together.count) next_head(together, keys);
     }
   }
   for (int h = 0; h < run.heads; ++h)

@@ -39,13 +39,12 @@ VP_INLINE void prefetch_all(const T* const* vectors, int count, int dim, int64_t
 
 // Asks for a line of each page that vectors of a stream lie on, all at once. A prefetch from a page
 // that the CPU has no translation of holds up what comes behind it for a walk of the page tables,
-// and several walks run side by side.
+// and several walks run side by side; and from there on the hardware's prefetcher runs ahead too.
 template <class T>
 VP_INLINE void touch_pages(const T* const* vectors, int count, int64_t stride) {
-  constexpr int kPage = 4096, kFew = 16;  // bytes; vectors
+  constexpr int kPage = 4096;  // bytes
   const int64_t bytes = stride * static_cast<int64_t>(sizeof(T));
-  if (bytes <= 0 || bytes > kPage / kFew) return;  // too many pages for one burst
-  const int step = kPage / static_cast<int>(bytes);
+  const int step = bytes <= 0 || bytes > kPage ? 1 : kPage / static_cast<int>(bytes);
   for (int i = 0; i < count; i += step) prefetch_lines<1>(vectors[i]);
 }
 

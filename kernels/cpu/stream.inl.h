@@ -66,6 +66,12 @@ static void stream_part(const Call& c, int row, int kv_head, int index, Run run)
 
   const int block = block_keys<T, HT>(c, cut), tiles_of_values = value_tiles(group, c.D);
   const int ahead = cut.attended != nullptr ? kListAhead : kStreamAhead;
+  // in one piece 16 bits wait for memory, not for pages; more pages than a few are too many at once
+  constexpr int64_t kPieceBytes = 256;
+  const int64_t key_bytes = c.cache.k_stride.token * static_cast<int64_t>(sizeof(T));
+  const bool touches = run.in_pages || (sizeof(T) == 1 && cut.attended == nullptr &&
+                                        key_bytes > 0 && key_bytes <= kPieceBytes);
+  const bool one_row = c.cache.v == static_cast<const T*>(c.cache.k) + c.D;
   alignas(64) float x[kMostKeys * kMaxGroup];
   Rescales rescales;
   BlockKeys<T> buffers[kStreamAhead + 1];
@@ -91,9 +97,9 @@ static void stream_part(const Call& c, int row, int kv_head, int index, Run run)
     BlockKeys<T>& next = buffers[turn == 0 ? ahead : turn - 1];
     turn = turn == ahead ? 0 : turn + 1;
     locate_next(next);
-    if (sizeof(T) == 1 && cut.attended == nullptr) {  // 16 bits wait for memory, not for pages
+    if (touches) {
       touch_pages(next.k, next.count, c.cache.k_stride.token);
-      if (c.with_values) touch_pages(next.v, next.count, c.cache.v_stride.token);
+      if (c.with_values && !one_row) touch_pages(next.v, next.count, c.cache.v_stride.token);
     }
     Prefetch<T> prefetch =
         Prefetch<T>::make(next.k, c.with_values ? next.v : nullptr, together, next.count, c.D,

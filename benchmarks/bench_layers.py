@@ -10,8 +10,8 @@ it ours (`cpu:wide`) and the baselines read the same numbers in the dtype of q.
 """
 
 import argparse
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cache
 
 import baselines
@@ -22,16 +22,17 @@ from bench_decode import (
     published_layers,
     torch_anchor,
 )
-from harness import Bench, launches_of
+from goals import FOLLOWER_GATHER, GATHER, PAGES, READ, SCALE, WIDE, judged
+from harness import ONE_THREAD, Bench, launches_of
 from shapes import GOAL_SHAPES, SHAPES, Layers, Shape
 from torch import Tensor
 
 import visionpulse as vp
 from visionpulse._native import module
-from visionpulse.backends import names
+from visionpulse.backends import get, names
 from visionpulse.bench import cost
 from visionpulse.bench.check import check_output, check_selection
-from visionpulse.bench.rows import dtype_name
+from visionpulse.bench.paged import in_pages
 from visionpulse.bench.timing import Times
 
 # stage: (its baseline, what that is)
@@ -42,76 +43,18 @@ BASELINES = {
     "anchor": ("torch-visionpulse", "the three stages in torch"),
     "follower": (PLAIN, "copy the kept rows, then torch's attention"),
 }
-READ = "stream-read"
-WIDE = ":wide"  # ours over a cache in the dtype of q, beside one of 8 bits
 Variants = dict[str, Callable[[int], object]]
 
 
-@dataclass(frozen=True)
-class Goal:
-    """A ratio of bests that the CPU engine must hold, and the one to aim at, on one dtype."""
+def paged_attend(q: Tensor, kv: vp.PagedKVCache, contiguous: Tensor) -> Callable[[int], object]:
+    """Ours over pages, checked: the bits are those of the contiguous cache."""
+    workspace = vp.Workspace()
 
-    name: str
-    over: str  # stage/variant: its time over that of `under`
-    under: str
-    must: float
-    aim: float
-    shapes: tuple[str, ...] = tuple(GOAL_SHAPES)
-    dtypes: tuple[str, ...] = ("bf16", "fp32")
+    def run(turn: int) -> Tensor:
+        return vp.attend(q, kv, workspace=workspace, backend="cpu")
 
-    @property
-    def at_least(self) -> bool:
-        return self.aim > self.must
-
-    def holds(self, ratio: float, margin: float) -> bool:
-        if self.at_least:
-            return ratio >= self.must * (1 - margin)
-        return ratio <= self.must * (1 + margin)
-
-
-_BF16 = ("bf16",)
-_32K, _FP8 = ("b1-32k-t512",), ("b1-32k-t512-fp8",)
-_DENSE, _ANCHOR, _VLLM = "dense/cpu", "anchor/cpu:dense-output", "dense/vllm-cpu"
-GATHER = "gather-read"
-_READ = f"dense/{READ}"
-GOALS = (
-    Goal("bytes/s of dense over a stream read", _READ, _DENSE, 0.85, 0.93, dtypes=("bf16", "fp16")),
-    Goal("bytes/s of dense over a stream read", _READ, _DENSE, 0.90, 0.93, dtypes=("fp32",)),
-    Goal("vLLM's kernel over dense", _VLLM, _DENSE, 1.1, 1.3, _32K, ("bf16",)),
-    Goal("vLLM's kernel over dense", _VLLM, _DENSE, 1.4, 1.6, _32K, ("fp32",)),
-    Goal("dense anchor over dense", _ANCHOR, _DENSE, 1.08, 1.04),
-    Goal("pruned anchor over dense", "anchor/cpu", _DENSE, 0.64, 0.57, _32K),
-    Goal("bytes/s of follower over a gather", f"follower/{GATHER}", "follower/cpu", 0.70, 0.85),
-    Goal("dense, 16 bits over 8", f"{_DENSE}{WIDE}", _DENSE, 1.5, 1.8, _FP8, _BF16),
-    Goal(
-        "pruned anchor, 16 bits over 8",
-        f"anchor/cpu{WIDE}",
-        "anchor/cpu",
-        1.4,
-        1.7,
-        _FP8,
-        ("bf16",),
-    ),
-    Goal(
-        "follower, 16 bits over 8", f"follower/cpu{WIDE}", "follower/cpu", 1.3, 1.6, _FP8, ("bf16",)
-    ),
-    Goal("torch.topk over select", "select/torch-topk", "select/cpu", 5, 8, _32K, ("bf16",)),
-)
-
-
-def judged(
-    times: Mapping[str, Times], shape: str, dtype: torch.dtype, margin: float
-) -> Iterator[tuple[bool, str]]:
-    """Whether each goal of this shape and dtype holds, and the line that says so."""
-    for goal in GOALS:
-        if shape not in goal.shapes or dtype_name(dtype) not in goal.dtypes:
-            continue
-        if goal.over not in times or goal.under not in times:
-            continue
-        ratio = times[goal.over].best / times[goal.under].best
-        holds, sign = goal.holds(ratio, margin), ">=" if goal.at_least else "<="
-        line = f"{goal.name}: {ratio:.3g}, must {sign} {goal.must:g}, aim {goal.aim:g}"
-        yield holds, f"{'holds' if holds else 'SHORT'}  {shape} {dtype_name(dtype)}  {line}"
+    assert torch.equal(run(0), contiguous), f"pages of {kv.page_size} give other bits"
+    return run
 
 
 def stream_read(layers: Layers) -> Callable[[int], object]:
@@ -266,16 +209,29 @@ def run(bench: Bench, shape: Shape, dtype: torch.dtype) -> Mapping[str, Times]:
         return {}
     for stage, variants in theirs(bench, wide, forms, peers).items() if forms else ():
         stages[stage] |= variants
-    if bench.options.goals is not None and "cpu" in stages["dense"]:
+    pages, has_goals = [], bench.options.goals is not None and "cpu" in stages["dense"]
+    if has_goals:
         stages["dense"][READ] = stream_read(layers)
+    if has_goals and shape.keys % max(PAGES) == 0:
+        q, kv = layers.at(0)
+        pages = [in_pages(kv, n) for n in PAGES]
+        for n, paged in zip(PAGES, pages, strict=True):
+            stages["dense"][f"cpu:pages-{n}"] = paged_attend(q, paged, stages["dense"]["cpu"](0))
     flat = {f"{stage}/{name}": v for stage, made in stages.items() for name, v in made.items()}
     positions = attended_positions(layers.kv[0], layers.visual, ours.selection)[0]
+    several = has_goals and bench.options.threads > 1
     times, ceilings = bench.time(
-        flat, dtype, shape.head_dim * layers.kv[0].k.itemsize, layers, positions
-    )
-    gathers = (taken for name, taken in times.items() if name.startswith("ceiling:gather"))
-    times[f"follower/{GATHER}"] = min(gathers, key=lambda taken: taken.p20)
-    stages["follower"][GATHER] = lambda turn: None  # a ceiling, timed among them
+        flat, dtype, shape.head_dim * layers.kv[0].k.itemsize, layers, positions,
+        also=[paged.k_data for paged in pages], on_one_thread=SCALE if several else (),
+    )  # fmt: skip
+    for which in ("", ONE_THREAD) if several else ("",):
+        gathers = [name for name in times if name.startswith("ceiling:gather")]
+        gathers = [name for name in gathers if name.endswith(ONE_THREAD) == bool(which)]
+        times[FOLLOWER_GATHER + which] = min((times[name] for name in gathers), key=lambda t: t.p20)
+    for key in times:  # the ceilings and what ran on one thread, timed among the others
+        stage, _, name = key.partition("/")
+        if stage in stages and name not in stages[stage]:
+            stages[stage][name] = lambda turn: None
     work = works(shape, dtype)
     for stage, made in stages.items():
         of = {name: work[_work(stage, name, is_wide)] for name in made}
@@ -304,11 +260,13 @@ def run(bench: Bench, shape: Shape, dtype: torch.dtype) -> Mapping[str, Times]:
 
 def _reads_8_bits(name: str) -> bool:
     """Of the variants at a shape with a cache of 8 bits."""
+    name = name.removesuffix(ONE_THREAD)
     return not name.endswith(WIDE) and (name in (READ, GATHER) or name.split(":")[0] in names())
 
 
 def _work(stage: str, name: str, is_wide: bool) -> str:
     """What a variant does, by its name in `works`."""
+    name = name.removesuffix(ONE_THREAD)
     kind = "anchor-dense-output" if name.endswith(":dense-output") else stage
     kind = READ if name == READ else kind
     return kind if is_wide or _reads_8_bits(name) else kind + WIDE
@@ -328,12 +286,16 @@ def main() -> None:
         for dtype in bench.dtypes:
             with bench.part(name):
                 times = run(bench, SHAPES[name], dtype)
-                lines += [] if margin is None else judged(times, name, dtype, margin)
+                if margin is not None:
+                    lines += judged(times, name, dtype, margin, bench.options.threads)
     for _, line in lines:
         print(line)
     bench.failed += [line for holds, line in lines if not holds]
     if margin is not None and not lines:
-        bench.failed.append("no goal is stated for these shapes, dtypes and variants")
+        reason = get("cpu").unavailable()
+        none = "no goal is stated for these shapes, dtypes, variants and threads"
+        print(reason := f"backend cpu cannot run here: {reason}" if reason else none)
+        bench.failed.append(reason)
     bench.finish()
 
 

@@ -28,6 +28,7 @@ Variant = Callable[[int], object]
 # Layers of a graph on a GPU, each with inputs of its own: what the graph costs by itself is told
 # apart from a layer.
 GRAPH_LAYERS = 9
+ONE_THREAD = ":one-thread"  # behind the name of a variant: the same on one thread of several
 SINGLE = " by itself"  # behind the name of a variant: its graph of one layer
 
 # Pages of 2 MiB where the system grants them, for all that is compared: rows scattered over pages
@@ -194,11 +195,14 @@ class Bench:
         row_bytes: int,
         layers: Layers | None = None,
         positions: Tensor | None = None,
+        also: Sequence[Tensor] = (),
+        on_one_thread: Sequence[str] = (),
     ) -> tuple[dict[str, Times], Limits]:
         """Time all variants in one interleaved run, the ceilings among them.
 
-        With `layers` their tensors are cold, and the gather reads `positions` [n] of them, as a
-        follower does.
+        With `layers` their tensors are cold and those of `also`, and the gather reads `positions`
+        [n] of them, as a follower does. Variants whose names begin as one of `on_one_thread` run on
+        one thread too, by the same clock.
         """
         self.machine = Machine.here(self.device)  # with the load of now
         kv = None if layers is None else layers.kv[0]
@@ -206,19 +210,25 @@ class Bench:
         rounds = self.options.rounds
 
         def memory(name: str, turn: int) -> Sequence[Tensor]:
-            own = ceilings.memory(name)
+            own = ceilings.memory(name.removesuffix(ONE_THREAD))
             if own is not None:
                 return own
             return (
                 []
                 if layers is None
-                else [*layers.memory(turn), *VLLM.memory(layers.wide_at(turn)[1])]
+                else [*layers.memory(turn), *also, *VLLM.memory(layers.wide_at(turn)[1])]
             )
 
         tick = progress_bar(not self.options.quiet)
         single = {f"{name}{SINGLE}": v.one for name, v in variants.items() if isinstance(v, Graphs)}
+        all_ = {**ceilings.variants(), **variants, **single}
+        alone = {
+            f"{name}{ONE_THREAD}": on_one(variant)
+            for name, variant in all_.items()
+            if name.startswith(tuple(on_one_thread))
+        }
         times = interleaved(
-            {**ceilings.variants(), **variants, **single}, rounds, device=self.device,
+            all_ | alone, rounds, device=self.device,
             on_round=lambda played: tick("rounds", played, rounds),
             cold=memory if can_evict(self.device) else None,
         )  # fmt: skip
@@ -232,7 +242,7 @@ class Bench:
                 print(f"FAILED {name}: {error}", file=sys.stderr)
                 self.failed.append(name)
                 times[name] = Times(tuple(taken / of.layers for taken in many.seconds))
-        return times, ceilings.limits(times)
+        return times, ceilings.limits({name: times[name] for name in all_ if name in times})
 
     def add(
         self,
@@ -272,6 +282,20 @@ class Bench:
     def _keep(self) -> None:
         if self.options.out and self.rows:
             rows_.write(self.options.out, self.rows)
+
+
+def on_one(variant: Variant) -> Variant:
+    """The variant on one thread."""
+
+    def run(turn: int) -> object:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return variant(turn)
+        finally:
+            torch.set_num_threads(threads)
+
+    return run
 
 
 def _first_line(error: BaseException) -> str:

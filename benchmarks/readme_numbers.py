@@ -36,11 +36,11 @@ class Results:
         self.rows = {row.key: row for row in rows}
 
     @classmethod
-    def by_machine(cls, path: Path, bench: str) -> "list[Results]":
-        """Those of each machine with rows of this benchmark, the newest last."""
+    def by_machine(cls, path: Path, bench: str, threads: int = 0) -> "list[Results]":
+        """Those of each machine with rows of this benchmark, the newest last; 0: any threads."""
         machines: dict[tuple[str, str, int], list[Row]] = {}
         for row in read(path) if path.exists() else []:
-            if row.bench == bench:
+            if row.bench == bench and threads in (0, row.machine["threads"]):
                 machines.setdefault(row.where, []).append(row)
         return [cls(path, rows) for rows in machines.values()] or [cls(path, [])]
 
@@ -294,7 +294,7 @@ def eight_bits(results: Path) -> str:
     lines = ["| one layer | " + " | ".join(heads) + " |"]
     lines.append("|---|" + "---:|" * 2 * len(shapes))
     for title, stage in EIGHT_BITS.items():
-        found = Results.by_machine(results / "cpu-stages.jsonl", stage)[-1]
+        found = Results.by_machine(results / "cpu-stages.jsonl", stage, 1)[-1]
         cells = []
         for shape in shapes:
             wide = found.row(stage, shape, "cpu:wide", "bf16")

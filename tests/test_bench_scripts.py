@@ -182,10 +182,43 @@ def test_the_goals_are_ratios_of_what_was_timed(run, tmp_path, monkeypatch):
     sdpa = ("--baselines", "torch-sdpa-grouped")
     # a share of 100 lets any ratio pass: this is no place for a clock
     said = run("bench_layers.py", "--goals", "100", "--shapes", GOAL_SHAPE, *small, *sdpa)
-    assert len(re.findall(f"^holds  {GOAL_SHAPE} bf16  ", said, re.M)) == 5, said
+    assert len(re.findall(f"^holds  {GOAL_SHAPE} bf16  ", said, re.M)) == 8, said
+    assert len(re.findall("  pages of (?:16|64|128) over contiguous: ", said)) == 3
     found = {row.backend: row for row in rows.read(out) if row.bench == "dense"}
     assert 0.9 * found["cpu"].bytes < found["stream-read"].bytes < found["cpu"].bytes
     run("bench_layers.py", "--goals", "--shapes", "b1-1k", *small, *sdpa, ok=False)  # states none
+
+
+def test_two_threads_are_timed_beside_one_and_beside_the_reads(run, tmp_path, monkeypatch):
+    import shapes
+    import torch
+
+    monkeypatch.setitem(shapes.SHAPES, GOAL_SHAPE, shapes.Shape(GOAL_SHAPE, 1, 1000, 24))
+    out, before = tmp_path / "rows.jsonl", torch.get_num_threads()
+    small = ("--device", "cpu", "--rounds", "1", "--budget", "32", "--quiet", "--out", out)
+    asked = ("--goals", "100", "--shapes", GOAL_SHAPE, "--threads", "2", "--baselines", "none")
+    try:
+        said = run("bench_layers.py", *asked, *small)
+    finally:
+        torch.set_num_threads(before)
+    assert re.findall(f"^holds  {GOAL_SHAPE} bf16  (two threads over one, .*?):", said, re.M) == [
+        "two threads over one, dense as a stream read",
+        "two threads over one, follower as a gather",
+    ]
+    found = {(row.bench, row.backend) for row in rows.read(out)}
+    pairs = [("dense", "cpu"), ("dense", "stream-read"), ("follower", "gather-read")]
+    assert {(stage, f"{name}:one-thread") for stage, name in pairs} <= found
+
+
+def test_a_cpu_backend_that_cannot_run_is_why_no_goal_is_judged(run, monkeypatch):
+    from visionpulse.backends import get
+
+    why = "the compiled module was built with another csrc/reader.h"
+    monkeypatch.setattr(type(get("cpu")), "unavailable", lambda self: why)
+    small = ("--device", "cpu", "--rounds", "1", "--budget", "32", "--quiet", "--goals")
+    assert f"backend cpu cannot run here: {why}" in run(
+        "bench_layers.py", *small, "--shapes", "b1-1k", ok=False
+    )
 
 
 def test_a_goal_is_short_on_its_own_side(run):

@@ -4,11 +4,13 @@
 //   logits [16 keys, heads]     = K [16 keys, 32 columns]   * Q [16 pairs of columns, heads]
 //   sums   [heads, 16 columns]  = weights [heads, 32 keys]  * V [16 pairs of keys, 16 columns]
 //
-// K is loaded where it lies if its keys are evenly spaced, else from a copy in L1. V always passes
-// through L1, where its keys are interleaved in pairs. The logits of a key come from the same
-// instructions wherever it lies, and so do the sums of a head.
+// K in bfloat16 is loaded where it lies if its keys are evenly spaced, else from a copy in L1. V
+// always passes through L1, where its keys are interleaved in pairs. 8 bits are widened on the way
+// to L1, K too. The logits of a key come from the same instructions wherever it lies, and so do the
+// sums of a head.
 #pragma once
 
+#include "kernels/cpu/shared_stream.inl.h"
 #include "kernels/cpu/stream.inl.h"
 
 // A specialization of a static template, which cannot repeat `static`.
@@ -16,7 +18,9 @@
 
 namespace visionpulse::cpu {
 
-struct amx_bf16 : bf16 {};  // bf16, where the CPU multiplies it in tiles
+// Where the CPU multiplies them in tiles.
+struct amx_bf16 : bf16 {};
+struct amx_f8 : f8_as_bf16 {};
 
 }  // namespace visionpulse::cpu
 
@@ -72,25 +76,66 @@ struct AmxScope {
   }
 };
 
-// Of each KV head [D / 2, heads, 2]: the pairs of columns that a tile of q holds.
-template <>
-struct Query<amx_bf16> {
-  alignas(64) bf16 data[kMaxGroup * kMaxHeadDim];
-
-  VP_INLINE void load(Query& into, const Call& c, int row, int kv_head, int to_head) {
-    const int group = c.H / c.G, heads = padded_heads(group);
-    bf16* to = into.data + to_head * c.D;
-    const bf16* q = static_cast<const bf16*>(c.q) + c.rows[row].cache_row * c.q_stride.row +
-                    c.rows[row].query * c.queries.q_stride +
-                    int64_t{kv_head} * group * c.q_stride.head;
-    for (int h = 0; h < heads; ++h)
-      for (int d = 0; d < c.D; ++d)
-        to[(d / 2 * heads + h) * 2 + d % 2] = h < group ? q[h * c.q_stride.head + d] : bf16{0};
+// Everything but the products is that of the type itself.
+template <class T, class S>
+struct AmxWeigh : Weigh<S> {
+  template <int UNITS>
+  VP_INLINE void load(const T* const* v, int column, Pairs* x) {
+    const S* const two[2] = {v[0], v[1]};
+    Weigh<S>::template load<UNITS>(two, column, x);
+  }
+  VP_INLINE void load_rest(const T* const* v, int column, int n, Pairs& a, Pairs& b) {
+    const S* const two[2] = {v[0], v[1]};
+    Weigh<S>::load_rest(two, column, n, a, b);
   }
 };
+template <>
+struct Dot<amx_bf16> : Dot<bf16> {};
+template <>
+struct Dot<amx_f8> : Dot<f8_as_bf16> {};
+template <>
+struct QueryUnit<amx_bf16> : QueryUnit<bf16> {};
+template <>
+struct QueryUnit<amx_f8> : QueryUnit<f8_as_bf16> {};
+template <>
+struct Weigh<amx_bf16> : AmxWeigh<amx_bf16, bf16> {};
+template <>
+struct Weigh<amx_f8> : AmxWeigh<amx_f8, f8_as_bf16> {};
+template <>
+struct Lanewise<amx_bf16> : Lanewise<bf16> {};
+template <>
+struct Lanewise<amx_f8> : Lanewise<f8_as_bf16> {};
+
+// Of each KV head [padded D / 2, heads, 2]: the pairs of columns that a tile of q holds.
+template <class T>
+struct AmxQuery {
+  alignas(64) bf16 data[kMaxGroup * kMaxHeadDim];
+
+  VP_INLINE void load(AmxQuery& into, const Call& c, int row, int kv_head, int to_head) {
+    constexpr int kColumns = Dot<T>::kColumns;
+    const int group = c.H / c.G, heads = padded_heads(group), columns = key_columns<T>(c.D);
+    const int64_t first = c.rows[row].cache_row * c.q_stride.row +
+                          c.rows[row].query * c.queries.q_stride +
+                          int64_t{kv_head} * group * c.q_stride.head;
+    bf16* to = into.data + to_head * columns;
+    alignas(64) bf16 head[kMaxHeadDim];
+    for (int h = 0; h < heads; ++h) {
+      for (int d = 0; d < columns; d += kColumns) {
+        const int left = c.D - d < kColumns ? c.D - d : kColumns, n = h < group ? left : 0;
+        QueryUnit<T>::load(c, n > 0 ? first + h * c.q_stride.head + d : first, n, head + d);
+      }
+      for (int d = 0; d < columns; ++d) to[(d / 2 * heads + h) * 2 + d % 2] = head[d];
+    }
+  }
+};
+template <>
+struct Query<amx_bf16> : AmxQuery<amx_bf16> {};
+template <>
+struct Query<amx_f8> : AmxQuery<amx_f8> {};
 
 // Bytes from each of 16 keys to the next; 0 where they are not evenly spaced.
-VP_INLINE int64_t amx_spacing(const amx_bf16* const* keys) {
+template <class T>
+VP_INLINE int64_t amx_spacing(const T* const* keys) {
   const int64_t step = reinterpret_cast<intptr_t>(keys[1]) - reinterpret_cast<intptr_t>(keys[0]);
   int64_t differs = 0;
   for (int i = 1; i < kAmxRows; ++i)
@@ -104,14 +149,34 @@ struct AmxRows {
   const char* first;
   int64_t stride;
 };
-VP_INLINE AmxRows amx_rows(const amx_bf16* const* keys, int dim, char* space) {
-  const int64_t spacing = amx_spacing(keys);
+template <class T>
+VP_INLINE AmxRows amx_rows(const T* const* keys, int dim, bf16* space) {
+  const int64_t spacing = lies_ready<T>(dim) ? amx_spacing(keys) : 0;
   if (spacing != 0) return {reinterpret_cast<const char*>(keys[0]), spacing};
-  const int64_t bytes = dim * static_cast<int64_t>(sizeof(bf16));
-  for (int i = 0; i < kAmxRows; ++i)
-    for (int d = 0; d < dim; d += kAmxColumns)
-      _mm512_store_si512(space + i * bytes + d * sizeof(bf16), _mm512_loadu_si512(keys[i] + d));
-  return {space, bytes};
+  const int columns = key_columns<T>(dim);
+  for (int i = 0; i < kAmxRows; ++i) stage_vector(keys[i], dim, space + i * columns);
+  return {reinterpret_cast<const char*>(space), columns * static_cast<int64_t>(sizeof(bf16))};
+}
+
+// Dot products [16 keys, heads] of two tiles of keys; `fetch(s)` goes with step s.
+template <class F>
+VP_INLINE void amx_dots(const bf16* q, int heads, int steps, const AmxRows& low,
+                        const AmxRows& high, const F& fetch, float* low_dots, float* high_dots) {
+  amx_fence();
+  _tile_zero(1);
+  _tile_zero(2);
+#pragma GCC unroll 1
+  for (int s = 0; s < steps; ++s) {
+    fetch(s);
+    _tile_loadd(0, q + s * kAmxColumns * heads, heads * 4);
+    _tile_loadd(3, low.first + s * kAmxRowBytes, low.stride);
+    _tile_dpbf16ps(1, 3, 0);
+    _tile_loadd(4, high.first + s * kAmxRowBytes, high.stride);
+    _tile_dpbf16ps(2, 4, 0);
+  }
+  _tile_stored(1, low_dots, heads * 4);
+  _tile_stored(2, high_dots, heads * 4);
+  amx_fence();
 }
 
 // From dot products [16 keys, heads] to logits x of head tiles of 4: see stream.inl.h.
@@ -134,35 +199,24 @@ VP_SPECIALIZED int block_keys<amx_bf16, 4>(const Call&, const Cut& cut) {
   return cut.attended != nullptr ? kListBlock : kAmxKeys;
 }
 
-template <>
-VP_SPECIALIZED void dot_block<amx_bf16, 4>(const Query<amx_bf16>& q, int first_head,
-                                           BlockKeys<amx_bf16>& keys, int dim, int tiles_of_heads,
-                                           const Scaling& scaling, Prefetch<amx_bf16>& prefetch,
-                                           float* x) {
-  const int heads = tiles_of_heads * 4, steps = dim / kAmxColumns;
-  alignas(64) char space[2][kAmxRows * kMaxHeadDim * sizeof(bf16)];
+template <class T>
+VP_INLINE void amx_dot_block(const AmxQuery<T>& q, int first_head, BlockKeys<T>& keys, int dim,
+                             int tiles_of_heads, const Scaling& scaling, Prefetch<T>& prefetch,
+                             float* x) {
+  const int heads = tiles_of_heads * 4, columns = key_columns<T>(dim);
+  const int steps = columns / kAmxColumns;
+  alignas(64) bf16 space[2][kAmxRows * kMaxHeadDim];
   alignas(64) float dots[2][kAmxRows * kAmxHeads];
   const int whole = (keys.count + kAmxKeys - 1) / kAmxKeys * kAmxKeys;
   // any key will do
   for (int i = keys.count; i < whole; ++i) keys.k[i] = keys.k[keys.count - 1];
+  const auto fetch = [&](int s) {
+    Prefetch<T>::fetch(prefetch, kAmxKeys * (s + 1) / steps - kAmxKeys * s / steps);
+  };
   for (int first = 0; first < whole; first += kAmxKeys) {
     const AmxRows low = amx_rows(keys.k + first, dim, space[0]);
     const AmxRows high = amx_rows(keys.k + first + kAmxRows, dim, space[1]);
-    amx_fence();
-    _tile_zero(1);
-    _tile_zero(2);
-#pragma GCC unroll 1
-    for (int s = 0; s < steps; ++s) {
-      Prefetch<amx_bf16>::fetch(prefetch, kAmxKeys * (s + 1) / steps - kAmxKeys * s / steps);
-      _tile_loadd(0, q.data + first_head * dim + s * kAmxColumns * heads, heads * 4);
-      _tile_loadd(3, low.first + s * kAmxRowBytes, low.stride);
-      _tile_dpbf16ps(1, 3, 0);
-      _tile_loadd(4, high.first + s * kAmxRowBytes, high.stride);
-      _tile_dpbf16ps(2, 4, 0);
-    }
-    _tile_stored(1, dots[0], heads * 4);
-    _tile_stored(2, dots[1], heads * 4);
-    amx_fence();
+    amx_dots(q.data + first_head * columns, heads, steps, low, high, fetch, dots[0], dots[1]);
     float* to = x + first * heads;
     amx_logits(dots[0], tiles_of_heads, scaling, to);
     amx_logits(dots[1], tiles_of_heads, scaling, to + kAmxRows * heads);
@@ -203,54 +257,95 @@ VP_INLINE void amx_weights(const float* p, int p_stride, int count, bf16* rows) 
   _mm512_store_si512(rows + 96, _mm512_shuffle_i32x4(d, e, 0xdd));
 }
 
-template <>
-VP_SPECIALIZED void sum_block<amx_bf16, 4>(const Call& c, BlockKeys<amx_bf16>& keys,
-                                           Prefetch<amx_bf16>& prefetch, const float* x,
-                                           const Rescales& rescales, const Part& part) {
+// V of 32 keys as pairs: a tile of 16 pairs and 16 columns at `first`, and the bytes from a pair to
+// the next and from a tile to the next.
+struct AmxValues {
+  const char* first;
+  int64_t to_pair, to_tile;
+};
+
+// acc [heads, columns] = acc * rescale + weights [heads, 32 keys] * V; an even number of tiles.
+VP_INLINE void amx_add_values(const bf16* weights, const AmxValues& v, int heads, int columns,
+                              const float* rescale, float* acc) {
+  alignas(64) float sums[2][kAmxHeads * kLanes];
+  amx_fence();
+  _tile_loadd(5, weights, kAmxRowBytes);
+#pragma GCC unroll 1
+  for (int d = 0; d < columns; d += 2 * kLanes) {
+    const char* const tile = v.first + d / kLanes * v.to_tile;
+    _tile_zero(6);
+    _tile_zero(7);
+    _tile_loadd(3, tile, v.to_pair);
+    _tile_dpbf16ps(6, 5, 3);
+    _tile_loadd(4, tile + v.to_tile, v.to_pair);
+    _tile_dpbf16ps(7, 5, 4);
+    _tile_stored(6, sums[0], kAmxRowBytes);
+    _tile_stored(7, sums[1], kAmxRowBytes);
+    amx_fence();
+    for (int h = 0; h < heads; ++h) {
+      float* to = acc + h * columns + d;
+      const Vec scale = vset(rescale[h]);
+      vstore(to, vfma(vload(to), scale, vload(sums[0] + h * kLanes)));
+      vstore(to + kLanes, vfma(vload(to + kLanes), scale, vload(sums[1] + h * kLanes)));
+    }
+  }
+}
+
+template <class T>
+VP_INLINE void amx_sum_block(const Call& c, BlockKeys<T>& keys, Prefetch<T>& prefetch,
+                             const float* x, const Rescales& rescales, const Part& part) {
   const int group = c.H / c.G, tiles = head_tiles(group), passes = value_tiles(group, c.D);
   alignas(64) bf16 weights[kAmxHeads * kAmxKeys];
-  alignas(64) float sums[2][kAmxHeads * kLanes];
   // [D / 16, 16 pairs of keys, 16 columns, 2]: a tile each
   alignas(64) bf16 pairs[kMaxHeadDim / kLanes][kAmxRows][2 * kLanes];
+  const AmxValues values = {reinterpret_cast<const char*>(pairs), kAmxRowBytes, sizeof pairs[0]};
+  float rescale[kAmxHeads];
+  for (int h = 0; h < group; ++h) rescale[h] = rescales.tile[h / 4][h % 4];
   const int whole = (keys.count + kAmxKeys - 1) / kAmxKeys * kAmxKeys;
-  for (int i = keys.count; i < whole; ++i) keys.v[i] = reinterpret_cast<const amx_bf16*>(kZeros);
+  for (int i = keys.count; i < whole; ++i) keys.v[i] = reinterpret_cast<const T*>(kZeros);
   for (int first = 0; first < whole; first += kAmxKeys) {
 #pragma GCC unroll 1
     for (int i = 0; i < kAmxRows; ++i) {
-      for (int n = 0; n < passes; ++n) Prefetch<amx_bf16>::fetch(prefetch, 2);
-      const bf16 *even = keys.v[first + 2 * i], *odd = keys.v[first + 2 * i + 1];
-      for (int u = 0; u * kUnit < c.D; ++u) {
-        Pairs a, b;
-        interleave(load_pairs(even + u * kUnit), load_pairs(odd + u * kUnit), a, b);
-        _mm512_store_si512(pairs[2 * u][i], (__m512i)a.x);
-        _mm512_store_si512(pairs[2 * u + 1][i], (__m512i)b.x);
+      for (int n = 0; n < passes; ++n) Prefetch<T>::fetch(prefetch, 2);
+      const T* const* v = keys.v + first + 2 * i;
+      const auto store = [&](int d, const Pairs* x, int n) {
+        for (int u = 0; u < n; ++u) _mm512_store_si512(pairs[d / kLanes + u][i], (__m512i)x[u].x);
+      };
+      Pairs x[2 * kValueUnits];
+      int d = 0;
+      for (; d + kValueUnits * kUnit <= c.D; d += kValueUnits * kUnit) {
+        Weigh<T>::template load<kValueUnits>(v, d, x);
+        store(d, x, 2 * kValueUnits);
+      }
+      for (; d < c.D; d += kUnit) {
+        Weigh<T>::template load<1>(v, d, x);
+        store(d, x, 2);
       }
     }
     const int left = (keys.count - first + 3) / 4;
     for (int t = 0; t < tiles; ++t)
       amx_weights(x + (first / 4 * tiles + t) * kLanes, tiles * kLanes, left,
                   weights + t * 4 * kAmxKeys);
-    amx_fence();
-    _tile_loadd(5, weights, kAmxRowBytes);
-#pragma GCC unroll 1
-    for (int u = 0; u * kLanes < c.D; u += 2) {
-      _tile_zero(6);
-      _tile_zero(7);
-      _tile_loadd(3, pairs[u], kAmxRowBytes);
-      _tile_dpbf16ps(6, 5, 3);
-      _tile_loadd(4, pairs[u + 1], kAmxRowBytes);
-      _tile_dpbf16ps(7, 5, 4);
-      _tile_stored(6, sums[0], kAmxRowBytes);
-      _tile_stored(7, sums[1], kAmxRowBytes);
-      amx_fence();
-      for (int h = 0; h < group; ++h) {
-        float* to = part.acc + h * c.D + u * kLanes;
-        const Vec scale = vset(first == 0 ? rescales.tile[h / 4][h % 4] : 1.0f);
-        vstore(to, vfma(vload(to), scale, vload(sums[0] + h * kLanes)));
-        vstore(to + kLanes, vfma(vload(to + kLanes), scale, vload(sums[1] + h * kLanes)));
-      }
-    }
+    amx_add_values(weights, values, group, c.D, rescale, part.acc);
+    for (int h = 0; h < group; ++h) rescale[h] = 1.0f;
   }
 }
+
+#define VP_AMX_BLOCKS(T)                                                                        \
+  template <>                                                                                   \
+  VP_SPECIALIZED void dot_block<T, 4>(const Query<T>& q, int first_head, BlockKeys<T>& keys,    \
+                                      int dim, int tiles_of_heads, const Scaling& scaling,      \
+                                      Prefetch<T>& prefetch, float* x) {                        \
+    amx_dot_block<T>(q, first_head, keys, dim, tiles_of_heads, scaling, prefetch, x);           \
+  }                                                                                             \
+  template <>                                                                                   \
+  VP_SPECIALIZED void sum_block<T, 4>(const Call& c, BlockKeys<T>& keys, Prefetch<T>& prefetch, \
+                                      const float* x, const Rescales& rescales,                 \
+                                      const Part& part) {                                       \
+    amx_sum_block<T>(c, keys, prefetch, x, rescales, part);                                     \
+  }
+VP_AMX_BLOCKS(amx_bf16)
+VP_AMX_BLOCKS(amx_f8)
+#undef VP_AMX_BLOCKS
 
 }  // namespace visionpulse::cpu::VP_ISA

@@ -8,31 +8,35 @@
 
 namespace visionpulse::cpu::VP_ISA {
 
+// The places of kBFloat16 and of kFloat8 beside it, in the order of storage_of.
+constexpr int kAmxBf16 = static_cast<int>(DType::kBFloat16), kAmxF8 = kStorages - 1;
+
+template <class T, int TYPE>
 static void stream_amx(const Call& c, int row, int kv_head, int part, Run run) {
-  constexpr int kType = static_cast<int>(DType::kBFloat16);
-  if (!takes_amx(c)) return kAvx512Bf16.stream[kType](c, row, kv_head, part, run);
+  if (!takes_amx(c)) return kAvx512Bf16.stream[TYPE](c, row, kv_head, part, run);
   AmxScope scope;
   AmxScope::enter(scope, padded_heads(c.H / c.G));
-  stream_part<amx_bf16, 4>(c, row, kv_head, part, run);
+  stream_part<T, 4>(c, row, kv_head, part, run);
   AmxScope::leave(scope);
 }
 
+template <class T, int TYPE>
 static void weigh_amx(const Call& c, int row, int kv_head, int part, Run run) {
-  constexpr int kType = static_cast<int>(DType::kBFloat16);
-  if (!takes_amx(c)) return kAvx512Bf16.weigh[kType](c, row, kv_head, part, run);
+  if (!takes_amx(c)) return kAvx512Bf16.weigh[TYPE](c, row, kv_head, part, run);
   AmxScope scope;
   AmxScope::enter(scope, padded_heads(c.H / c.G));
-  weigh_part<amx_bf16, 4>(c, row, kv_head, part, run);
+  weigh_part<T, 4>(c, row, kv_head, part, run);
   AmxScope::leave(scope);
 }
 
 // Every other kernel, type and shape is that of avx512_bf16.
 static Kernels with_amx(const char* name) {
-  constexpr int kType = static_cast<int>(DType::kBFloat16);
   Kernels kernels = kAvx512Bf16;
   kernels.name = name;
-  kernels.stream[kType] = stream_amx;
-  kernels.weigh[kType] = weigh_amx;
+  kernels.stream[kAmxBf16] = stream_amx<amx_bf16, kAmxBf16>;
+  kernels.weigh[kAmxBf16] = weigh_amx<amx_bf16, kAmxBf16>;
+  kernels.stream[kAmxF8] = stream_amx<amx_f8, kAmxF8>;
+  kernels.weigh[kAmxF8] = weigh_amx<amx_f8, kAmxF8>;
   return kernels;
 }
 

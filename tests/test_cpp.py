@@ -68,6 +68,7 @@ def test_units_of_amx_hold_its_instructions(built):
     if not units:
         pytest.skip("no compiler for AMX, or no x86-64")
     (unit,) = units
+    assert list(built("plain").rglob("amx_model.cpp.o")), "the tests lost the model of AMX"
     code = run("objdump", "-d", "--no-show-raw-insn", unit)
     for name in ("ldtilecfg", "tileloadd", "tdpbf16ps", "tilestored", "tilerelease"):
         assert name in code

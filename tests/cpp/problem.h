@@ -50,16 +50,27 @@ inline float half_value(uint16_t h) {
   return h & 0x8000 ? -size : size;
 }
 
+inline float float8_value(uint8_t bits) {
+  const int exponent = bits >> 3 & 15, fraction = bits & 7;
+  const float size = (bits & 127) == 127 ? std::nanf("")
+                     : exponent == 0 ? std::ldexp(static_cast<float>(fraction), -9)
+                                     : std::ldexp(static_cast<float>(8 + fraction), exponent - 10);
+  return bits & 128 ? -size : size;
+}
+
 // A flat buffer of one dtype, `count` elements and not a byte more.
 struct Buffer {
   DType dtype = DType::kFloat32;
   std::vector<float> f32;
   std::vector<uint16_t> u16;
+  std::vector<uint8_t> u8;
 
   void make(DType type, int64_t count) {
     dtype = type;
     if (type == DType::kFloat32) {
       f32.assign(count, std::nanf(""));
+    } else if (type == DType::kFloat8) {
+      u8.assign(count, 0x7f);  // NaN
     } else {
       u16.assign(count, 0x7fff);  // NaN in both 16-bit types
     }
@@ -83,13 +94,17 @@ struct Buffer {
   }
   float get(int64_t at) const {
     if (dtype == DType::kFloat32) return f32[at];
+    if (dtype == DType::kFloat8) return float8_value(u8[at]);
     if (dtype == DType::kFloat16) return half_value(u16[at]);
     const uint32_t bits = static_cast<uint32_t>(u16[at]) << 16;
     float value;
     __builtin_memcpy(&value, &bits, 4);
     return value;
   }
-  void* data() { return dtype == DType::kFloat32 ? static_cast<void*>(f32.data()) : u16.data(); }
+  void* data() {
+    if (dtype == DType::kFloat8) return u8.data();
+    return dtype == DType::kFloat32 ? static_cast<void*>(f32.data()) : u16.data();
+  }
 };
 
 struct Problem {
@@ -97,7 +112,7 @@ struct Problem {
   Buffer q, k, v, out;
   std::vector<int32_t> starts, lengths, real, table, spans, offsets, wanted;
   std::vector<int32_t> indices, counts;
-  std::vector<float> mass, mass_mean, scores, ratio;
+  std::vector<float> mass, mass_mean, scores, ratio, scales;
   std::vector<std::vector<bool>> visual;  // [B][N] of the cache rows
   bool dense = false;
 
@@ -292,6 +307,29 @@ inline Problem make(Random& r) {
   return p;
 }
 
+// Stores a cache anew in 8 bits, any numbers of either sign up to 4, subnormal ones too, with a
+// scale for all of K and one a KV head of V. Keys that no query sees stay NaN.
+inline void store_in_8_bits(Problem& p, Random& r) {
+  CacheArgs& a = p.call.cache;
+  p.scales.assign(p.call.G + 1, 0.5f);
+  for (int g = 0; g < p.call.G; ++g) p.scales[g] = static_cast<float>(g + 1) * 0.375f;
+  a.v_scale = {p.scales.data(), 1};
+  a.k_scale = {p.scales.data() + p.call.G, 0};
+  for (Buffer* buffer : {&p.k, &p.v}) {
+    Buffer bytes;
+    const int64_t count = buffer->dtype == DType::kFloat32
+                              ? static_cast<int64_t>(buffer->f32.size())
+                              : static_cast<int64_t>(buffer->u16.size());
+    bytes.make(DType::kFloat8, count);
+    for (int64_t i = 0; i < count; ++i)
+      if (!std::isnan(buffer->get(i))) bytes.u8[i] = static_cast<uint8_t>(r() % 73 | (r() & 128));
+    *buffer = std::move(bytes);
+  }
+  a.dtype = DType::kFloat8;
+  a.k = p.k.data();
+  a.v = p.v.data();
+}
+
 // The logits of a row in float64, [H][visible keys].
 inline std::vector<std::vector<double>> logits_of(const Problem& p, int row) {
   const cpu::Call& c = p.call;
@@ -304,7 +342,7 @@ inline std::vector<std::vector<double>> logits_of(const Problem& p, int row) {
       for (int d = 0; d < c.D; ++d)
         dot += static_cast<double>(p.q.get(p.head_at(row, h) + d)) *
                p.k.get(p.slot(c.cache.k_stride, b, h / (c.H / c.G), n) + d);
-      dot *= c.score.scale;
+      dot *= c.score.scale * scale_of(c.cache.k_scale, h / (c.H / c.G));
       z[h].push_back(c.score.softcap > 0 ? c.score.softcap * std::tanh(dot / c.score.softcap)
                                          : dot);
     }

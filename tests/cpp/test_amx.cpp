@@ -163,6 +163,19 @@ void a_row_has_the_same_bits_wherever_its_keys_lie() {
   }
 }
 
+void eight_bits_are_multiplied_in_tiles() {
+  problem::Random random(7);
+  std::vector<float> numbers(2 * kKeys * kKvHeads * kDim + kHeads * kDim, 0.5f);
+  Layout layout(numbers, {0, kKeys * kDim, kDim}, 0);
+  layout.attend();
+  const long before = amx_model::products;
+  layout.attend();
+  const long of_16_bits = amx_model::products - before;
+  problem::store_in_8_bits(layout.p, random);
+  layout.attend();
+  CHECK(amx_model::products - before == 2 * of_16_bits);
+}
+
 void a_call_leaves_the_configuration_that_it_found() {
   std::vector<float> numbers(2 * kKeys * kKvHeads * kDim + kHeads * kDim, 0.5f);
   Layout layout(numbers, {0, kKeys * kDim, kDim}, 0);
@@ -186,6 +199,7 @@ int main() {
   the_model_multiplies_as_the_manual_says();
   if (amx_model::kernels() != nullptr) {
     a_row_has_the_same_bits_wherever_its_keys_lie();
+    eight_bits_are_multiplied_in_tiles();
     a_call_leaves_the_configuration_that_it_found();
   }
 #endif

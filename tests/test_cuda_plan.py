@@ -100,7 +100,7 @@ def test_a_row_is_cut_by_itself_alone(engine, chip):
             for b in (1, 7, 64)
             for n in (1, 1000, 131072, 1 << 20)
         ]
-        for same in ("rule", "warps", "stages", "shared_bytes"):
+        for same in ("rule", "merge", "warps", "stages", "shared_bytes"):
             assert len({plan[same] for plan in plans}) == 1, same
 
 
@@ -129,12 +129,46 @@ def test_a_kernel_cuts_a_row_as_the_rule_says_without_a_division(engine, chip):
 
 @by_chip
 def test_a_merge_of_many_heads_takes_whole_steps(engine, chip):
-    """Each step of 16 splits is a trip to L2 for each output that a thread of the block has."""
+    """Each step of 8 splits is taken for each output that a thread of the block has."""
     for group in (5, 7, 8, 16, 32):
         for kv_heads in (1, 2, 4, 8):
             of = shape(group=group, kv_heads=kv_heads)
             parts = engine.plan(False, chip, of, True, True)["rule"][0] // kv_heads
-            assert parts % 16 == 0 or parts < 16, (group, kv_heads, parts)
+            assert parts % 8 == 0 or parts < 8, (group, kv_heads, parts)
+
+
+def trips_of_a_merge(plan, heads, splits):
+    """Waits for memory behind the last key: arrivals, and copies of two batches at a time."""
+    at_once, fan, steps = plan["merge"]
+    levels = (splits,) if splits <= at_once else (min(fan, splits), -(-splits // fan))
+    outputs = -(-heads * 128 // (4 * 32 * plan["warps"]))
+    return sum(1 + -(-outputs * -(-parts // 8) // (2 * steps)) for parts in levels)
+
+
+@by_chip
+def test_no_merge_takes_more_than_ten_trips(engine, chip):
+    """Of any group, any number of KV heads, any length of a row. Blocks of an A100 hold less."""
+    most = 14 if chip[0] == 80 else 10
+    for group in range(1, 33):
+        for kv_heads in (1, 2, 3, 4, 8, 16):
+            plan = engine.plan(False, chip, shape(group=group, kv_heads=kv_heads), True, True)
+            assert plan["merge"][2] >= 1
+            for keys in (4096, 16640, 131072, 1 << 20):
+                splits = engine.splits(plan["rule"], keys, kv_heads)
+                trips = trips_of_a_merge(plan, group, splits)
+                assert splits == 1 or trips <= most, (group, kv_heads, splits, plan["merge"])
+
+
+@by_chip
+def test_groups_of_splits_have_counters_and_few_parts(engine, chip):
+    """The workspace has a counter for each query head: of the row, and eight of groups."""
+    for group in (1, 4, 8, 9, 16, 32):
+        for kv_heads in (1, 2, 8):
+            plan = engine.plan(False, chip, shape(group=group, kv_heads=kv_heads), True, True)
+            at_once, fan, _ = plan["merge"]
+            most = engine.splits(plan["rule"], 1 << 29, kv_heads)
+            assert most <= at_once or (group >= 9 and most <= 8 * fan), (group, kv_heads)
+            assert at_once >= min(fan, most) and fan % 8 == 0
 
 
 def test_one_row_fills_an_h200(engine):

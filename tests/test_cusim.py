@@ -12,7 +12,7 @@ from queue import Empty, LifoQueue
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "cusim"))
-from planted import BUGS, CRAMPED, HALF_GPU, OLD_CODE, ONE_SM, SCARCE
+from planted import BUGS, CRAMPED, HALF_GPU, MOST, OLD_CODE, ONE_SM, SCARCE
 
 from build import HERE, ROOT, build
 
@@ -171,6 +171,15 @@ def test_several_queries_of_a_row_share_each_key(plain, seed, dtype):
 @pytest.mark.parametrize("dtype", ("bfloat16", "float32", "float8"))
 def test_several_queries_touch_no_memory_but_theirs(watched, dtype):
     hold(watched, "queries", dtype, ({"gpu": None},), asan=True)
+
+
+@pytest.mark.parametrize("dtype", ("bfloat16", "float16"))
+def test_groups_of_splits_are_merged_in_one_order(plain, dtype):
+    hold(plain, "groups", dtype, [way | {"gpu": MOST} for way in LANDINGS])
+
+
+def test_groups_of_splits_touch_no_memory_but_theirs(watched):
+    hold(watched, "groups", "bfloat16", ({"gpu": MOST},), asan=True)
 
 
 @pytest.mark.parametrize("seed", RUNS)

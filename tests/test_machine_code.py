@@ -40,7 +40,7 @@ def kernels(source, target="90", root=launches.ROOT):
 def test_no_register_is_used_before_its_scoreboard_is_waited_for(source):
     for kernel in kernels(source).values():
         loads, wrong = facts.touched_too_early(kernel)
-        assert loads > 40 and not wrong, (kernel.name, wrong)
+        assert loads > 30 and not wrong, (kernel.name, wrong)
 
 
 @pytest.mark.parametrize("float8", (False, True))
@@ -52,6 +52,7 @@ def test_the_walked_copies_ask_for_each_key_of_the_row_once(name, float8):
     for block in range(use.walk(0).parts):
         for warp in range(use.launch.threads // 32):
             copied += use.walk(block, warp).copied
+    copied = facts.Counter({at: n for at, n in copied.items() if at >> ARRAY_BITS in (1, 2)})
     sides = (1,) if name == "anchor-pruned" else (1, 2)
     keys = launches.key_positions(step) if name == "follower" else range(step.text + step.visual)
     wanted = {(s << ARRAY_BITS) + p * step.key_bytes + c for s in sides for p in keys
@@ -72,8 +73,8 @@ def test_a_stream_kernel_waits_no_more_than_the_table_allows(name, more):
     assert chain.trips_behind <= limit.behind + more, chain
     assert chain.tile_instructions <= limit.tile, chain
     assert facts.executed(walk, *facts.BARRIERS) <= limit.barriers
-    # the fence of an arrival is for one warp
-    assert facts.executed(walk, "MEMBAR") == 1
+    # the fence of each arrival is for one warp
+    assert facts.executed(walk, "MEMBAR") == facts.executed(walk, "ATOMG")
     assert facts.executed(limit.use.walk(warp=1), "MEMBAR") == 0
 
 
@@ -96,13 +97,21 @@ def test_only_the_loops_of_the_table_load_one_thing_at_a_time(source, more):
         assert len(facts.serial_merges(kernel)) <= limit.strong, name
 
 
+@pytest.mark.parametrize("kv_heads", (1, 2, 8))
+@pytest.mark.parametrize("group", range(1, 33))
+def test_no_group_waits_often_behind_its_last_key(group, kv_heads):
+    """However many splits a row has: with few KV heads it has the most."""
+    step = launches.Step("dense", 1, 16384, heads=group * kv_heads, kv_heads=kv_heads)
+    chain = facts.chain_of(facts.Use(step, "attend").walk(), step)
+    assert chain.trips_behind <= limits.MOST_BEHIND, chain
+
+
 @pytest.mark.parametrize("kind", ("bf16_d128_h8", "bf16_d128_h32", "bf16_d128_h64", "fp8_d128_h8"))
 @pytest.mark.parametrize("source", ("attend", "score"))
-def test_the_merge_of_splits_has_its_loads_in_flight_together(source, kind):
+def test_the_merge_of_splits_has_its_copies_under_way_together(source, kind):
     kernel = kernels(source)[f"vp_{source}_{kind}"]
-    flying = [loop.in_flight for loop in facts.merge_loops(kernel)]
-    assert flying and min(flying) >= limits.MERGE_IN_FLIGHT, flying
-    assert max(flying) >= limits.SUMS_IN_FLIGHT, flying
+    copies = [loop.copies for loop in facts.merge_copies(kernel)]
+    assert max(copies, default=0) == limits.SUMS_TOGETHER, copies
     assert not facts.serial_merges(kernel)
 
 
@@ -163,17 +172,11 @@ def attend_of(root):
     return kernels("attend", root=root)["vp_attend_bf16_d128_h8"]
 
 
-def test_loads_of_a_merge_that_wait_for_each_other_are_seen(planted):
-    merge = "kernels/cuda/merge.cuh"
-    loop = "VP_UNROLL for (int u = 0; u < kSplitsAhead; ++u) {\n        const float4 state"
-    root = planted(
-        (merge, "      load_sums(part, from, pitch, done, splits);\n", ""),
-        (merge, loop, loop.replace("VP_UNROLL", "VP_UNROLL_1")),
-        (merge, "add_scaled(sum, part[u], factor);",
-         "add_scaled(sum, load_fresh_if(done + u < splits, from + (done + u) * pitch), factor);"),
-    )  # fmt: skip
-    assert facts.serial_merges(attend_of(root))
-    limit = limits.STREAMS["follower, 32k"]
+def test_copies_of_a_merge_that_wait_for_each_other_are_seen(planted):
+    step = "      part += kSplitsAhead;\n"
+    waits = "      copy_commit(), copy_wait<0>();\n"
+    root = planted(("kernels/cuda/merge.cuh", step, waits + step))
+    limit = limits.STREAMS["dense"]
     assert facts.chain_of(limit.use.walk(root=root), limit.use.step).trips_behind > limit.behind + 1
 
 

@@ -88,6 +88,7 @@ StreamArgs stream_args(const Call& call, const StreamPlan& plan, Arena& arena,
   args.rule = plan.rule;
   while (1 << args.tile_log2 < plan.rule.tile) ++args.tile_log2;
   args.parts_reciprocal = reciprocal_of(plan.rule.target_parts);
+  args.merge = plan.merge;
   args.max_splits = plan.max_splits;
   args.part_stats = arena.take<float>(plan.part_stats);
   args.part_out = arena.take<float>(plan.part_out);

@@ -61,20 +61,39 @@ int32_t team_of(const StreamKernel& kernel, int32_t heads) {
   return team;
 }
 
+// Bytes of sums that one multiprocessor takes from L2, 64 in a cycle, while a block that merged a
+// group arrives once more: fence, counter, the first trip behind it.
+constexpr int32_t kArrivalBytes = 160 << 10;
+
+// Groups of splits are merged first where that pays: blocks then share the bytes of which one would
+// read all. `splits` are the most of a row, `heads` those of a block, `part_bytes` the sums of one
+// split.
+MergeRule merge_rule(int32_t splits, int32_t heads, int32_t part_bytes) {
+  MergeRule rule = {splits, round_up(ceil_div(splits, kMostGroups), kSplitsAhead), 0};
+  // The workspace has a counter for each query head.
+  if (heads < 1 + kMostGroups) return rule;
+  rule.at_once = std::min(splits, rule.fan);
+  const auto saved = [&](int32_t n) { return n - rule.fan - ceil_div(n, rule.fan); };
+  while (rule.at_once < splits && int64_t{saved(rule.at_once + 1)} * part_bytes <= kArrivalBytes) {
+    ++rule.at_once;
+  }
+  return rule;
+}
+
 // Chooses the warps and stages of a block. First four warps with enough stages so that two blocks
 // share a multiprocessor, or three of a scan: without V a tile is half the bytes, and three hide
 // what it computes; three too of several queries whose warps share tiles. Then the same for one
-// block; then fewer warps. `splits` are the most of a row, whatever its length: the plan of a row
-// must not depend on the capacity.
-void fit(StreamPlan& plan, const Chip& chip, int32_t splits) {
+// block; then fewer warps.
+void fit(StreamPlan& plan, const Chip& chip) {
   const WarpTile& warp = plan.kernel->warp;
-  const int32_t merge = merge_floats(splits, plan.team * warp.heads) * 4;
+  const int32_t parts = std::max({plan.merge.at_once, plan.merge.fan, kMostGroups});
+  const int32_t merge = merge_floats(parts, plan.team * warp.heads) * 4;
   const int32_t sums = plan.v_bytes ? warp.sum_bytes : 0;
   const auto bytes_of = [&](int32_t warps, int32_t stages) {
     const SharedLayout at =
         shared_layout(warp, warps, plan.team, stages, plan.k_bytes + plan.v_bytes);
-    return std::max(
-        {at.stages + warps / plan.team * at.team_pitch, at.sums + warps * sums, at.stages + merge});
+    return std::max({at.stages + warps / plan.team * at.team_pitch, at.sums + warps * sums,
+                     at.stages + merge + 2 * merge_step_bytes(warps)});
   };
   const bool third = plan.v_bytes == 0 || (plan.team > 1 && plan.kernel->resident == 3);
   for (const int32_t blocks : {third ? 3 : kResidentBlocks, kResidentBlocks, 1}) {
@@ -88,6 +107,9 @@ void fit(StreamPlan& plan, const Chip& chip, int32_t splits) {
         plan.warps = warps;
         plan.stages = stages;
         plan.shared_bytes = bytes;
+        const SharedLayout at = shared_layout(warp, warps, plan.team, stages, 0);
+        const int32_t steps = (bytes - at.stages - merge) / merge_step_bytes(warps);
+        plan.merge.steps = steps / 2;
         return;
       }
     }
@@ -144,15 +166,18 @@ StreamPlan plan_stream(Stage stage, const Chip& chip, const Shape& shape, Stream
   const int32_t limit = std::min(kMostSplits, kMostStates / held);
   // The parts of one row fill the chip alone, so that its bits do not depend on the batch.
   int32_t parts = std::min(std::max(kBlocksPerChip * chip.multiprocessors, blocks), limit * blocks);
-  // Where a thread of the block that merges has several outputs, each step of the merge is a trip
-  // to L2 for each of them: no step for the sake of one split.
+  // Where a thread of the block that merges has several outputs, it takes each step of the merge
+  // for each of them: no step for the sake of one split.
   const int32_t outputs = ceil_div(std::min(heads, most) * kernel.padded_dim, kMergeColumns);
   const int32_t step = kSplitsAhead * blocks;
   if ((shape.queries > 1 || (streams.values && outputs > 1)) && parts > step) {
     parts = parts / step * step;
   }
+  // Of a row, whatever its length: the plan of a row must not depend on the capacity.
   const int32_t most_splits = ceil_div(parts, blocks);
-  fit(plan, chip, most_splits);
+  const int32_t part_bytes = streams.values ? std::min(heads, most) * kernel.padded_dim * 4 : 0;
+  plan.merge = merge_rule(most_splits, heads / plan.head_blocks, part_bytes);
+  fit(plan, chip);
 
   const int32_t tile = kernel.warp.keys * plan.warps / plan.team;
   const int32_t all_warps = kernel.warp.keys * plan.warps;

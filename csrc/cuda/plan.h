@@ -48,6 +48,7 @@ struct StreamPlan {
   int32_t k_bytes, v_bytes;  // of one stage of one team
   int32_t shared_bytes;
   SplitRule rule;
+  MergeRule merge;
   int32_t max_splits;
   int64_t part_stats, part_out;  // floats of scratch memory; 0 where no row is ever split
 };

@@ -24,6 +24,15 @@ constexpr int kHeadStats = 3;
 // keys.
 constexpr int kPartStats = 4;
 
+// How the splits of a row are merged, by their number alone: all by the block that arrives last; or
+// those of each group, of `fan` splits side by side, by its last block, and then the groups.
+struct MergeRule {
+  int32_t at_once;  // splits that are merged without groups, at most
+  int32_t fan;
+  int32_t steps;  // of kSplitsAhead parts, in each of two batches of copies
+};
+constexpr int kMostGroups = 8;  // of a row and KV head
+
 // 2^64 / parts, rounded up, of two parts or more. The high half of a product with it is the
 // quotient of any number below 2^64 / parts.
 VP_HD uint64_t reciprocal_of(int32_t parts) { return ~uint64_t{0} / parts + 1; }
@@ -53,10 +62,11 @@ struct StreamArgs {
   SplitRule rule;             // over the keys of one KV head; its tile is that of all teams
   int32_t tile_log2;          // of rule.tile
   uint64_t parts_reciprocal;  // of rule.target_parts
+  MergeRule merge;
   int32_t max_splits;
   float* part_stats;   // [B, G, max_splits, team * warp heads, kPartStats]
   float* part_out;     // [B, G, max_splits, team * warp heads, padded D]
-  uint32_t* counters;  // [B, G], zero between launches
+  uint32_t* counters;  // [B, G] and [B, G, kMostGroups], zero between launches
   StoredLogits store;
   float* logits;               // [B, H, logits_stride], written by score as `store` says
   const float* stored_logits;  // those of kAll, which attend reads in place of K; nullptr: K

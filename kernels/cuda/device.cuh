@@ -56,6 +56,12 @@ VP_DEVICE float fast_exp2(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+// Of a number between 2^-126 and 2^126, but for its last bit.
+VP_DEVICE float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 VP_DEVICE float precise_exp2(float x) { return exp2f(x); }
 VP_DEVICE float precise_log2(float x) { return log2f(x); }
 
@@ -76,6 +82,7 @@ VP_DEVICE uint64_t high_product(uint64_t a, uint64_t b) {
   return static_cast<uint64_t>(static_cast<Wide>(a) * b >> 64);
 }
 VP_DEVICE float fast_exp2(float x) { return exp2f(x); }
+VP_DEVICE float reciprocal(float x) { return 1.0f / x; }
 VP_DEVICE float precise_exp2(float x) { return exp2f(x); }
 VP_DEVICE float precise_log2(float x) { return log2f(x); }
 
@@ -154,18 +161,6 @@ template <class T>
 VP_DEVICE T load_fresh(const T* at) {
   return __ldcg(at);
 }
-// Four floats in the same way, or zeros. The load has a predicate and no branch around it.
-VP_DEVICE float4 load_fresh_if(bool wanted, const float* at) {
-  float4 x = {0.0f, 0.0f, 0.0f, 0.0f};
-  asm volatile(
-      "{\n.reg .pred wanted;\n"
-      "setp.ne.u32 wanted, %5, 0;\n"
-      "@wanted ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];\n}"
-      : "+f"(x.x), "+f"(x.y), "+f"(x.z), "+f"(x.w)
-      : "l"(at), "r"(static_cast<uint32_t>(wanted))
-      : "memory");
-  return x;
-}
 // Orders the memory that this thread has seen, also by way of barriers, for the whole GPU.
 VP_DEVICE void memory_fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 // Counts up to `limit` and on to 0; what this thread reads next is newer than the counts before.
@@ -187,9 +182,6 @@ template <class T>
 VP_DEVICE T load_fresh(const T* at) {
   return *at;
 }
-VP_DEVICE float4 load_fresh_if(bool wanted, const float* at) {
-  return wanted ? *reinterpret_cast<const float4*>(at) : float4{};
-}
 VP_DEVICE void memory_fence() { cusim::memory_fence(); }
 VP_DEVICE uint32_t count_and_acquire(uint32_t* counter, uint32_t limit,
                                      cusim::Place place = CUSIM_HERE) {
@@ -204,6 +196,13 @@ VP_DEVICE void team_barrier(int32_t number, int32_t threads, cusim::Place place 
 
 #if defined(__CUDACC__)
 
+// An address in global memory that is computed once, not anew in front of each load.
+template <class T>
+VP_DEVICE T* computed(T* at) {
+  asm("" : "+l"(at));
+  __builtin_assume(__isGlobal(at));
+  return at;
+}
 VP_DEVICE uint32_t shared_address(const void* at) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(at));
 }
@@ -220,6 +219,12 @@ VP_DEVICE void copy_16(void* to, const void* from, int valid) {
                "l"(from), "r"(valid), "l"(read_once())
                : "memory");
 }
+// In the same way, what other blocks of this launch wrote: the copy passes L1 by.
+VP_DEVICE void copy_fresh(void* to, const void* from, int valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+               "r"(valid)
+               : "memory");
+}
 VP_DEVICE void copy_4(void* to, const void* from, int valid) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from),
                "r"(valid)
@@ -233,8 +238,16 @@ VP_DEVICE void copy_wait() {
 
 #else
 
+template <class T>
+VP_DEVICE T* computed(T* at) {
+  return at;
+}
 VP_DEVICE void copy_16(void* to, const void* from, int valid, cusim::Place place = CUSIM_HERE) {
   cusim::async_copy(to, from, 16, valid, place);
+}
+VP_DEVICE void copy_fresh(void* to, const void* from, int valid, cusim::Place place = CUSIM_HERE) {
+  cusim::async_copy(to, from, 16, valid, place);
+  cusim::bytes_read -= valid;  // K, V and stored logits alone are counted
 }
 VP_DEVICE void copy_4(void* to, const void* from, int valid, cusim::Place place = CUSIM_HERE) {
   cusim::async_copy(to, from, 4, valid, place);

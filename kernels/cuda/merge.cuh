@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Merges the parts of a softmax in a fixed order: the teams of a block, then the splits of a row.
+// Merges the parts of a softmax in a fixed order: the teams of a block, then the splits of a row,
+// at once or by groups.
 #pragma once
 
 #include "kernels/common/softmax.h"
@@ -43,20 +44,6 @@ VP_DEVICE void write_head_stats(const StreamArgs& args, const WorkRange& work,
   to[2] = all.l_tau == 0.0f ? 0.0f : all.l_visual / all.l_tau;
 }
 
-template <class T, bool kSeveral>
-VP_DEVICE void write_output(const StreamArgs& args, const WorkRange& work,
-                            const QueryHeads<kSeveral>& heads, int head, int d, float x) {
-  using Query = typename KindOf<T>::Query;
-  if (d >= args.head_dim) return;
-  if constexpr (kSeveral) {
-    Query* to = heads.base(static_cast<Query*>(args.out), args.out_stride);
-    to[heads.offset(head, args.out_stride, args.queries.out_stride) + d] = stored<Query>(args, x);
-  } else {
-    Query* to = static_cast<Query*>(args.out) + work.b * args.out_stride.row;
-    to[(work.g * args.group + head) * args.out_stride.head + d] = stored<Query>(args, x);
-  }
-}
-
 // Four columns of a head's sums: the wider the load, the fewer trips to L2.
 constexpr int kWide = 4;
 
@@ -64,14 +51,31 @@ template <class T, bool kSeveral>
 VP_DEVICE void write_outputs(const StreamArgs& args, const WorkRange& work,
                              const QueryHeads<kSeveral>& heads, int head, int d, const float4& sum,
                              float l, float v_scale) {
-  float4 x = {0.0f, 0.0f, 0.0f, 0.0f};
-  if (l != 0.0f) {
-    x = float4{sum.x / l * v_scale, sum.y / l * v_scale, sum.z / l * v_scale, sum.w / l * v_scale};
+  using Query = typename KindOf<T>::Query;
+  if constexpr (kSeveral) {
+    // One column after another: what is computed for all would take registers from the stream.
+    const auto write = [&](int at, float x) {
+      if (at >= args.head_dim) return;
+      Query* to = heads.base(static_cast<Query*>(args.out), args.out_stride);
+      to[heads.offset(head, args.out_stride, args.queries.out_stride) + at] =
+          stored<Query>(args, x);
+    };
+    float4 x = {0.0f, 0.0f, 0.0f, 0.0f};
+    if (l != 0.0f) {
+      x = float4{sum.x / l * v_scale, sum.y / l * v_scale, sum.z / l * v_scale,
+                 sum.w / l * v_scale};
+    }
+    write(d, x.x), write(d + 1, x.y), write(d + 2, x.z), write(d + 3, x.w);
+  } else {
+    const float scale = reciprocal(l) * v_scale;
+    const float x[kWide] = {sum.x * scale, sum.y * scale, sum.z * scale, sum.w * scale};
+    Query* to = static_cast<Query*>(args.out) + work.b * args.out_stride.row +
+                (work.g * args.group + head) * args.out_stride.head;
+    VP_UNROLL for (int u = 0; u < kWide; ++u) {
+      const Query y = stored<Query>(args, l == 0.0f ? 0.0f : x[u]);
+      if (d + u < args.head_dim) to[d + u] = y;
+    }
   }
-  write_output<T>(args, work, heads, head, d, x.x);
-  write_output<T>(args, work, heads, head, d + 1, x.y);
-  write_output<T>(args, work, heads, head, d + 2, x.z);
-  write_output<T>(args, work, heads, head, d + 3, x.w);
 }
 
 VP_DEVICE void add_scaled(float4& sum, const float4& part, float factor) {
@@ -79,67 +83,117 @@ VP_DEVICE void add_scaled(float4& sum, const float4& part, float factor) {
   sum.z += part.z * factor, sum.w += part.w * factor;
 }
 
-// Loads in flight: of sums as many bytes as the path from L2 carries in one trip, of states those
-// of a usual row. Nothing may branch between two of them: the compiler would move the later one
-// down to its use, one trip to L2 each.
-constexpr int kStatesAhead = 4;
+// Parts of a row that one block merges, by their place among its splits.
+struct Parts {
+  int32_t first, apart, count;
+  bool all;  // of the row: what they make is the result; else it takes the place of the first
+};
 
-// The sums of the splits from `split` on, four columns of one head.
-VP_DEVICE void load_sums(float4 (&part)[kSplitsAhead], const float* from, int pitch, int split,
-                         int splits) {
-  VP_UNROLL for (int u = 0; u < kSplitsAhead; ++u) {
-    const int64_t s = split + u;
-    part[u] = load_fresh_if(s < splits, from + s * pitch);
-  }
+// The parts that a block is the last to arrive of: all, or first those of its group.
+VP_DEVICE Parts first_parts(const MergeRule& rule, const WorkRange& work) {
+  if (work.splits <= rule.at_once) return {0, 1, work.splits, true};
+  const int32_t first = work.split / rule.fan * rule.fan, left = work.splits - first;
+  return {first, 1, left < rule.fan ? left : rule.fan, false};
+}
+VP_DEVICE Parts merged_groups(const MergeRule& rule, const WorkRange& work) {
+  return {0, rule.fan, (work.splits + rule.fan - 1) / rule.fan, true};
 }
 
-// Merges the splits of a row, each of `heads` heads, padding included; runs in one block. Splits
-// are added in ascending order, so the bits of a sum are those of a plain loop.
-template <class T, int D, bool kScore, bool kSeveral>
-VP_DEVICE void merge_splits(const StreamArgs& args, const WorkRange& work,
-                            const QueryHeads<kSeveral>& own_heads, int heads, float* shared,
-                            float v_scale) {
+// Behind the counters of all KV heads lie those of their groups.
+VP_DEVICE uint32_t* counter_of(const StreamArgs& args, const WorkRange& work, const Parts& parts) {
+  const uint32_t head = work.b * gridDim.y + blockIdx.y;
+  if (parts.all) return args.counters + head;
+  return args.counters + gridDim.y * gridDim.z + head * kMostGroups + parts.first / args.merge.fan;
+}
+
+// Brings the sums of all parts through shared memory, for one output of a thread after another: in
+// steps of kSplitsAhead parts, and in two batches of some steps, of which one is under way while
+// the other is used. A thread reads what it has copied itself, so no thread waits for another.
+struct SumCopies {
+  static constexpr int kStep = kSplitsAhead * kThreadsPerWarp;  // slots of a warp
+  const float* sums;                                            // of the first part, [head][D]
+  float4* slots;  // shared, of this thread: [batch][step][part], the warp's others between
+  int32_t pitch;  // floats from a part to the next
+  int32_t parts, outputs, steps;
+  int32_t output, part;          // that are copied next
+  const float* from;             // their sums
+  int32_t used = 0, refill = 0;  // batches
+  int32_t left = 0;              // steps of the batch in use
+  const float4* next = nullptr;
+
+  __device__ __forceinline__ void copy_batch() {
+    float4* to = slots + refill * steps * kStep;
+    VP_UNROLL_1 for (int s = 0; s < steps && output < outputs; ++s, to += kStep) {
+      VP_UNROLL for (int u = 0; u < kSplitsAhead; ++u, from += pitch) {
+        copy_fresh(to + u * kThreadsPerWarp, from, part + u < parts ? 16 : 0);
+      }
+      part += kSplitsAhead;
+      if (part >= parts) part = 0, output += blockDim.x, from = sums + output * kWide;
+    }
+    copy_commit();
+    refill ^= 1;
+  }
+  // Waits for the batch that was copied first.
+  __device__ __forceinline__ void wait_for_batch() {
+    copy_wait<1>();
+    left = steps, next = slots + used * steps * kStep;
+    used ^= 1;
+  }
+  // The parts of the next step, with zeros behind the last.
+  __device__ __forceinline__ const float4* next_step() {
+    if (left == 0) copy_batch(), wait_for_batch();
+    --left, next += kStep;
+    return next - kStep;
+  }
+};
+
+// Merges parts of a row, each of all heads, padding included; runs in one block. They are added in
+// ascending order, so the bits of a sum are those of a plain loop.
+template <class T, int D, int kHeads, bool kScore, bool kSeveral>
+VP_DEVICE void merge_parts(const StreamArgs& args, const WorkRange& work,
+                           const QueryHeads<kSeveral>& own_heads, const Parts& parts, float* shared,
+                           float v_scale) {
   static_assert(kPartStats == 4, "one float4 is the state of one head");
   constexpr int kColumns = D / kWide;
-  const int own = threadIdx.x, threads = blockDim.x, splits = work.splits, pitch = heads * D;
-  const int64_t first = kv_head_index(work) * args.max_splits;
+  const int own = threadIdx.x, threads = blockDim.x, count = parts.count;
+  const int heads = args.team * kHeads;
+  const int64_t first = kv_head_index(work) * args.max_splits + parts.first;
+  auto* stats = reinterpret_cast<float4*>(args.part_stats) + first * heads;
+  float* sums = args.part_out + first * heads * D;
   const int outputs = args.v_bytes ? own_heads.count() * kColumns : 0;
-  const auto sums_of = [&](int i) {
-    return args.part_out + (first * heads + i / kColumns) * D + i % kColumns * kWide;
-  };
-  // All states of a thread are of one head, since the heads are a power of two.
-  const float* stats = args.part_stats + first * heads * kPartStats;
   auto* held = reinterpret_cast<float4*>(shared);
-  float* tops = shared + merge_stats_floats(splits, heads);  // [warp][head]
-  const int states = splits * heads;
-  float4 state[kStatesAhead], part[kSplitsAhead];
-  const auto load_states = [&](int at) {
-    VP_UNROLL for (int u = 0; u < kStatesAhead; ++u) {
-      const int i = at + u * threads;
-      state[u] = load_fresh_if(i < states, stats + i * kPartStats);
-    }
-  };
-  load_states(own);
-  load_sums(part, sums_of(own), pitch, 0, own < outputs ? splits : 0);  // they need no state
-  float top = minus_infinity();
+  float* tops = shared + merge_stats_floats(count, heads);  // [warp][head]
+  // All states of a thread are of one head, since the heads are a power of two.
+  const int own_head = own & (heads - 1), states = count * heads;
+  const int padded = padded_splits(count) * heads;
   const float4 nothing = {minus_infinity(), 0.0f, 0.0f, 0.0f};
-  const int padded = padded_splits(splits) * heads;
-  VP_UNROLL_1 for (int at = own;;) {
-    VP_UNROLL for (int u = 0; u < kStatesAhead; ++u) {
-      const int i = at + u * threads;
-      if (i < padded) held[i] = i < states ? state[u] : nothing;
-      if (i < states) top = fmaxf(top, state[u].x);
-    }
-    at += kStatesAhead * threads;
-    if (at >= padded) break;
-    load_states(at);
+  const int first_part = own / kHeads >> args.team_log2;
+  const float4* from = stats + first_part * parts.apart * heads + own_head;
+  const int ahead = (threads / kHeads >> args.team_log2) * parts.apart * heads;
+  VP_UNROLL_1 for (int i = own; i < padded; i += threads, from += ahead) {
+    if (i < states) copy_fresh(held + i, from, 16);
+    if (i >= states) held[i] = nothing;
+  }
+  copy_commit();
+  const int steps = args.merge.steps;
+  auto* slots = reinterpret_cast<float4*>(shared + merge_floats(count, heads)) + lane_id() +
+                own / kThreadsPerWarp * (2 * steps * SumCopies::kStep);
+  SumCopies copies = {sums, slots, parts.apart * heads * D, count, outputs, steps,
+                      own,  0,     sums + own * kWide};
+  copies.copy_batch();  // they need no state
+  copies.copy_batch();
+  copy_wait<2>();
+  float top = minus_infinity();
+  VP_UNROLL_1 for (int i = own; i < states; i += 2 * threads) {
+    const int j = i + threads < states ? i + threads : i;
+    top = fmaxf(top, fmaxf(held[i].x, held[j].x));
   }
   VP_UNROLL_1 for (int bit = heads; bit < kThreadsPerWarp; bit *= 2) {
     top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, bit));
   }
   if constexpr (kSeveral) {  // of 64 heads a warp saw those of its threads' numbers alone
     VP_UNROLL_1 for (int h = lane_id(); h < heads; h += kThreadsPerWarp) {
-      tops[own / kThreadsPerWarp * heads + h] = h == own % heads ? top : minus_infinity();
+      tops[own / kThreadsPerWarp * heads + h] = h == own_head ? top : minus_infinity();
     }
   } else {
     if (lane_id() < heads) tops[own / kThreadsPerWarp * heads + lane_id()] = top;
@@ -152,43 +206,49 @@ VP_DEVICE void merge_splits(const StreamArgs& args, const WorkRange& work,
     }
     return of;
   };
-  if (kScore && own < own_heads.count()) {
-    MergedStats all = {top_of(own), 0.0f, 0.0f, 0.0f};
+  // What each part counts with, and its sums times that, once for all columns.
+  const float top_of_head = top_of(own_head);
+  const auto counted = [&](const float4& state) {
+    const float factor = part_factor(state.x, top_of_head, 1.0f),
+                tau = kScore ? part_factor(state.x, top_of_head, args.inverse_tau) : 0.0f;
+    return float4{factor, state.y * factor, state.z * tau, state.w * tau};
+  };
+  VP_UNROLL_1 for (int i = own; i < padded; i += 2 * threads) {
+    const int j = i + threads < padded ? i + threads : i;
+    const float4 a = counted(held[i]), b = counted(held[j]);
+    held[i] = a, held[j] = b;
+  }
+  __syncthreads();
+  if ((kScore || !parts.all) && own < own_heads.count()) {
+    MergedStats all = {top_of_head, 0.0f, 0.0f, 0.0f};
 #pragma unroll 8
-    for (int s = 0; s < splits; ++s) {
+    for (int s = 0; s < count; ++s) {
       const float4 part = held[s * heads + own];
-      add_part(all, part, part_factor(part.x, all.m, 1.0f),
-               part_factor(part.x, all.m, args.inverse_tau));
+      all.l += part.y, all.l_tau += part.z, all.l_visual += part.w;
     }
-    write_head_stats(args, work, own_heads, own, all);
-  }
-  if constexpr (kSeveral) {  // what each split counts with, once for all columns of many heads
-    __syncthreads();
-    VP_UNROLL_1 for (int i = own; i < padded; i += threads) {
-      const float factor = part_factor(held[i].x, top_of(own % heads), 1.0f);
-      held[i].x = factor, held[i].y *= factor;
+    if (!parts.all) {
+      stats[own] = float4{all.m, all.l, all.l_tau, all.l_visual};
+    } else if (kScore) {
+      write_head_stats(args, work, own_heads, own, all);
     }
-    __syncthreads();
   }
+  copies.wait_for_batch();
   VP_UNROLL_1 for (int i = own; i < outputs; i += threads) {
-    const float* from = sums_of(i);
-    const float4* states_of_head = held + i / kColumns;
-    const float top_of_head = kSeveral ? 0.0f : top_of(i / kColumns);
+    const float4* part_of_head = held + i / kColumns;
     float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
     float l = 0.0f;
-    if (i != own) load_sums(part, from, pitch, 0, splits);
-    VP_UNROLL_1 for (int done = 0;;) {
-      VP_UNROLL for (int u = 0; u < kSplitsAhead; ++u) {
-        const float4 state = states_of_head[(done + u) * heads];
-        const float factor = kSeveral ? state.x : part_factor(state.x, top_of_head, 1.0f);
-        add_scaled(sum, part[u], factor);
-        l += kSeveral ? state.y : state.y * factor;
+    VP_UNROLL_1 for (int done = 0; done < count; done += kSplitsAhead) {
+      const float4* x = copies.next_step();
+      VP_UNROLL for (int u = 0; u < kSplitsAhead; ++u, part_of_head += heads) {
+        add_scaled(sum, x[u * kThreadsPerWarp], part_of_head->x);
+        l += part_of_head->y;
       }
-      done += kSplitsAhead;
-      if (done >= splits) break;
-      load_sums(part, from, pitch, done, splits);
     }
-    write_outputs<T>(args, work, own_heads, i / kColumns, i % kColumns * kWide, sum, l, v_scale);
+    if (parts.all) {
+      write_outputs<T>(args, work, own_heads, i / kColumns, i % kColumns * kWide, sum, l, v_scale);
+    } else {
+      reinterpret_cast<float4*>(sums)[i] = sum;
+    }
   }
 }
 
@@ -248,9 +308,14 @@ VP_DEVICE void merge_teams(const StreamArgs& args, const WorkRange& work,
       *reinterpret_cast<float4*>(args.part_out + (part * heads + head) * D + d) = sum;
     }
   }
+  if (alone) return;
   auto* flag = reinterpret_cast<uint32_t*>(stats);
-  if (alone || !arrived_last(args.counters + kv_head_index(work), work.splits, flag)) return;
-  merge_splits<T, D, kScore>(args, work, own, heads, stats, v_scale);
+  Parts parts = first_parts(args.merge, work);
+  VP_UNROLL_1 while (arrived_last(counter_of(args, work, parts), parts.count, flag)) {
+    merge_parts<T, D, kHeads, kScore>(args, work, own, parts, stats, v_scale);
+    if (parts.all) return;
+    parts = merged_groups(args.merge, work);
+  }
 }
 
 }  // namespace visionpulse::cuda

@@ -13,8 +13,8 @@ template <class T, class Tile, int kHeads, bool kSeveral>
 struct Queries {
   using Word = typename Tile::QueryWord;
   static constexpr int kWords = Tile::kQueryBytes / sizeof(Word);  // of one member
-  // Of a thread, in flight: all, for 8 heads of 128. Several queries have more.
-  static constexpr int kAhead = kSeveral ? 8 : 2;
+  // Of a thread, in flight: all, for 8 or 16 heads of 128. Several queries have more.
+  static constexpr int kAhead = kSeveral ? 8 : kHeads > 8 ? 4 : 2;
 
   const StreamArgs& args;
   const QueryHeads<kSeveral> heads;
@@ -26,7 +26,7 @@ struct Queries {
   __device__ __forceinline__ explicit Queries(const StreamArgs& of)
       : args(of),
         heads(QueryHeads<kSeveral>::of(of, of.team * kHeads)),
-        q(heads.base(static_cast<const T*>(of.q), of.q_stride)),
+        q(computed(heads.base(static_cast<const T*>(of.q), of.q_stride))),
         words(of.team * kWords),
         k_scale(Tile::kScaleBytes ? scale_of(of.kv.k_scale, kv_head_of<kSeveral>(of)) : 1.0f) {}
 

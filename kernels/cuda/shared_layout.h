@@ -10,7 +10,7 @@
 //
 //   the state of each warp's heads, [warp][head][kPartStats] | its sums of V, [warp][part][head][D]
 //
-// and, in the block that merges the splits of a row, merge_floats().
+// and, in a block that merges splits of a row, merge_floats() and two batches of their sums.
 #pragma once
 
 #include "kernels/cuda/args.h"
@@ -41,11 +41,14 @@ VP_HD SharedLayout shared_layout(const WarpTile& warp, int32_t warps, int32_t te
   return at;
 }
 
-// Splits whose sums the merge of a row has in flight together: as many bytes as the path from L2
-// carries in one trip. It takes whole steps of them.
-constexpr int32_t kSplitsAhead = 16;
+// Parts of a row whose sums the merge copies and adds in one step. It takes whole steps of them.
+constexpr int32_t kSplitsAhead = 8;
 VP_HD int32_t padded_splits(int32_t splits) {
   return (splits + kSplitsAhead - 1) / kSplitsAhead * kSplitsAhead;
+}
+// Bytes of a step of all threads. Two batches of them lie behind what merge_floats() counts.
+VP_HD int32_t merge_step_bytes(int32_t warps) {
+  return kSplitsAhead * warps * kThreadsPerWarp * 16;
 }
 
 // Floats that the merge needs: the state of every part, [split][head][kPartStats], and behind it

@@ -59,6 +59,7 @@ PYBIND11_MODULE(_cusim, m) {
         of["stage_bytes"] = plan.k_bytes + plan.v_bytes;
         of["shared_bytes"] = plan.shared_bytes;
         of["rule"] = py::make_tuple(plan.rule.target_parts, plan.rule.shortest, plan.rule.tile);
+        of["merge"] = py::make_tuple(plan.merge.at_once, plan.merge.fan, plan.merge.steps);
         of["max_splits"] = plan.max_splits;
         return of;
       },

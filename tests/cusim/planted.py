@@ -10,6 +10,7 @@ CRAMPED = "90,1,20000"  # clusters, and no room for a block's part of it
 OLD_CODE = "80"  # what sm_80, 86 and 89 run, and newer chips where the build has no other
 ONE_SM = "90,1,232448"  # few splits: every warp meets more tiles than it has stages
 MANY = "90,20,232448"  # as many splits as there are keys for
+MOST = "90,132,232448"  # so many that groups of them are merged first
 
 LAUNCH = "csrc/cuda/launch.cpp"
 STREAM, MERGE = "kernels/cuda/stream.cuh", "kernels/cuda/merge.cuh"
@@ -97,7 +98,7 @@ BUGS = {
         asan=True,
     ),
     "off-by-one-write": Bug(
-        (Edit(MERGE, "if (d >= args.head_dim) return;", "if (d > args.head_dim) return;"),),
+        (Edit(MERGE, "if (d + u < args.head_dim)", "if (d + u <= args.head_dim)"),),
         "heap-buffer-overflow",
         asan=True,
     ),
@@ -205,15 +206,51 @@ BUGS = {
         "a kernel leaves its shared memory to the driver",
     ),
     "merge-that-skips-the-remainder": Bug(
-        (Edit(MERGE, "if (done >= splits) break;", "if (done + 16 > splits) break;"),),
+        (Edit(MERGE, "done < count; done +=", "done + 7 < count; done +="),), "", gpu=MANY
+    ),
+    "merge-that-counts-a-part-twice": Bug(
+        (Edit(MERGE, "part += kSplitsAhead;", "part += kSplitsAhead, from -= pitch;"),),
         "",
         gpu=MANY,
     ),
-    "merge-that-counts-a-part-twice": Bug(
-        (Edit(MERGE, "pitch, done, splits);", "pitch, done - 1, splits);"),), "", gpu=MANY
-    ),
     "merge-that-counts-what-lies-behind-the-last-split": Bug(
-        (Edit(MERGE, "if (i < padded) held", "if (i < states) held"),), ""
+        (Edit(MERGE, "if (i >= states) held", "if (i > padded) held"),), ""
+    ),
+    "merge-of-states-under-way": Bug(
+        (Edit(MERGE, "copy_wait<2>();", "copy_wait<3>();"),), "", gpu=MANY
+    ),
+    "merge-of-sums-under-way": Bug(
+        (Edit(MERGE, "copy_wait<1>();", "copy_wait<2>();"),), "", what="groups", gpu=MOST
+    ),
+    "group-that-its-first-blocks-merge": Bug(
+        (Edit(MERGE, "parts.count, flag)", "parts.all ? parts.count : 1, flag)"),),
+        "",
+        what="groups",
+        gpu=MOST,
+    ),
+    "groups-that-share-a-counter": Bug(
+        (Edit(MERGE, "head * kMostGroups + parts.first / args.merge.fan", "head * kMostGroups"),),
+        "",
+        what="groups",
+        gpu=MOST,
+    ),
+    "group-merged-by-another-block-of-the-row": Bug(
+        (Edit(MERGE, "parts.count, flag)) {", "parts.all ? work.splits : parts.count, flag)) {"),),
+        "",
+        what="groups",
+        gpu=MOST,
+    ),
+    "groups-that-lie-side-by-side": Bug(
+        (Edit(MERGE, "return {0, rule.fan, (work", "return {0, 1, (work"),),
+        "",
+        what="groups",
+        gpu=MOST,
+    ),
+    "group-whose-state-is-lost": Bug(
+        (Edit(MERGE, "stats[own] = float4{all.m", "if (!count) stats[own] = float4{all.m"),),
+        "",
+        what="groups",
+        gpu=MOST,
     ),
     "global-histogram-of-a-neighbour": Bug(
         (Edit(SELECT, "all[rank * kSelectBins + i]", "all[i]"),), "", what="choices", gpu=HALF_GPU

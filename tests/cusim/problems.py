@@ -6,7 +6,8 @@ each, and runs them in forks of itself: torch is loaded once. What is run: `case
 cases), `kernels` (each compiled kernel once), `probe` (few problems that every planted bug
 disturbs), `choices` (selections among thousands of given scores), `garbage` (values that nobody can
 check on a device), `traffic` (bytes that are read, and launches), `bulk` (how they are copied),
-`devices` (two of them, and captures), `queries` (several of a row, with every kernel of them).
+`devices` (two of them, and captures), `queries` (several of a row, with every kernel of them),
+`groups` (rows of many splits, merged in two levels).
 With a dtype such as `float8-float32` K and V are of 8 bits, beside q of the other one.
 """
 
@@ -19,6 +20,7 @@ import tempfile
 import traceback
 from typing import Any
 
+import group_problems
 import query_problems
 import stand_in
 import torch
@@ -96,11 +98,15 @@ def check_attend(problem: Problem, selection: vp.Selection) -> None:
     check_output(out, exact, selection)
 
 
-def check(case: Case, dtype: torch.dtype, anchor_output: str) -> None:
+def check_whole(problem: Problem, anchor_output: str) -> None:
     """All the ops on one problem."""
-    problem = build(case, dtype)
     config = problem.config.updated(anchor_output=anchor_output)
     check_attend(problem, check_decode(problem, config))
+
+
+def check(case: Case, dtype: torch.dtype, anchor_output: str) -> None:
+    """The same of a case."""
+    check_whole(build(case, dtype), anchor_output)
 
 
 def cases(dtype: torch.dtype) -> None:
@@ -336,6 +342,8 @@ def solve(what: str, dtype: str) -> None:
     simulated = stand_in.plug_in()
     float8 = dtype.startswith("float8")
     query = dtype.removeprefix("float8").removeprefix("-") or "bfloat16"
+    if what == "groups":
+        return group_problems.check_all(DTYPES[query], build, check_whole, check_output, simulated)
     modes = (cases, kernels, probe, choices, garbage, traffic, bulk, devices)
     if what == "queries":
         return query_problems.check_all(DTYPES[query], build, check_output, simulated)

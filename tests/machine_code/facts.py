@@ -37,7 +37,7 @@ class Use:
             block = min(3, launch.grid[0] - 1)
         return Walk(
             self.code(root), launch.arguments, launch.grid, launch.threads, (block, 0, 0), warp,
-            arrays_of(self.step), cluster=launch.cluster > 1,
+            arrays_of(self.step), cluster=launch.cluster > 1, parts=launch.splits,
         ).run()  # fmt: skip
 
 
@@ -100,7 +100,7 @@ def unfenced_arrivals(kernel: Kernel) -> list[str]:
         if not fences or (stores and stores[-1] > fences[-1]):
             found.append(f"{i.address:#x}: no fence between the block's writes and its arrival")
         behind = kernel.reached([n + 1], lambda i: i.base in ACQUIRES)
-        if any(i.is_load for i in behind):
+        if any(i.is_load or i.is_copy for i in behind):
             found.append(f"{i.address:#x}: nothing makes what it reads newer than its arrival")
     return found
 
@@ -115,9 +115,9 @@ def serial_merges(kernel: Kernel) -> list[Loop]:
     return [loop for loop in loops_of(kernel) if loop.strong and loop.serial]
 
 
-def merge_loops(kernel: Kernel) -> list[Loop]:
-    """Loops of wide loads of what other blocks wrote."""
-    return [loop for loop in loops_of(kernel) if loop.strong]
+def merge_copies(kernel: Kernel) -> list[Loop]:
+    """Loops that only copy: the merge copies what other blocks wrote, states and sums."""
+    return [loop for loop in loops_of(kernel) if loop.copies and not loop.loads]
 
 
 def touched_too_early(kernel: Kernel) -> tuple[int, list[str]]:

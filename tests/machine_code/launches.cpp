@@ -6,7 +6,8 @@
 // launches STEP CAPABILITY MULTIPROCESSORS SHARED ROWS HEADS KV_HEADS TEXT VISUAL KEPT SPANS FLOAT8
 //          QUERIES
 //
-// A line a launch: kernel, stages and bytes of the plan, grid, threads, cluster, arguments in hex.
+// A line a launch: kernel, grid, threads, shared bytes, cluster, splits of the row, arguments in
+// hex.
 #define VP_STREAM_KERNELS(X) \
   X(bf16, BFloat16, 128, 8)  \
   X(bf16, BFloat16, 128, 32) X(bf16, BFloat16, 128, 64) X(fp8, Float8Beside16, 128, 8)
@@ -25,6 +26,7 @@
 namespace visionpulse::cuda {
 
 Chip chip;
+int32_t all_keys, listed_keys;  // of the row, and of text and list
 
 const Chip& chip_of(int32_t) { return chip; }
 void load(const char*, const void*, int32_t) {}
@@ -36,8 +38,14 @@ void launch(const Launch& what, const void* args, int32_t, cudaStream_t) {
   const size_t size = name.find("finish") != std::string::npos   ? sizeof(ScoreFinishArgs)
                       : name.find("select") != std::string::npos ? sizeof(SelectArgs)
                                                                  : sizeof(StreamArgs);
-  std::printf("%s %u %u %u %d %d %d ", what.name, what.grid.x, what.grid.y, what.grid.z,
-              what.threads, what.shared_bytes, what.cluster);
+  int32_t splits = 1;
+  if (size == sizeof(StreamArgs)) {
+    const auto& of = *static_cast<const StreamArgs*>(args);
+    const int32_t keys = of.selection.indices ? listed_keys : all_keys;
+    splits = split_count(keys, split_length(of.rule, keys, of.kv_heads));
+  }
+  std::printf("%s %u %u %u %d %d %d %d ", what.name, what.grid.x, what.grid.y, what.grid.z,
+              what.threads, what.shared_bytes, what.cluster, splits);
   const auto* bytes = static_cast<const unsigned char*>(args);
   for (size_t i = 0; i < size; ++i) std::printf("%02x", bytes[i]);
   std::printf("\n");
@@ -63,6 +71,7 @@ int main(int, char** words) {
               float8, queries] = of;
   constexpr int kDim = 128;
   cuda::chip = {capability, capability, multiprocessors, shared};
+  cuda::all_keys = text + visual, cuda::listed_keys = text + kept;
   cuda::Call call = {};
   const int64_t capacity = text + visual;
   const Strides side = {kv_heads * capacity * kDim, capacity * kDim, kDim};

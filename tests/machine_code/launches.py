@@ -59,6 +59,7 @@ class Launch(NamedTuple):
     threads: int
     shared_bytes: int
     cluster: int
+    splits: int  # of a row
     arguments: bytes
 
 
@@ -111,9 +112,11 @@ def launches_of(step: Step, chip: tuple[int, int, int] = H200) -> tuple[Launch, 
     words = [step.name, *map(str, (*chip, *shape))]
     lines = subprocess.run([tool, *words], check=True, capture_output=True, text=True).stdout
     found = []
-    for kernel, x, y, z, threads, shared, cluster, hexed in map(str.split, lines.splitlines()):
+    for kernel, x, y, z, threads, shared, cluster, splits, hexed in map(
+        str.split, lines.splitlines()
+    ):
         grid = (int(x), int(y), int(z))
-        sizes = int(threads), int(shared), int(cluster)
+        sizes = int(threads), int(shared), int(cluster), int(splits)
         found.append(Launch(kernel, grid, *sizes, bytes.fromhex(hexed)))
     return tuple(found)
 

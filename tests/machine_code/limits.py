@@ -24,53 +24,56 @@ def stream(step: str, kernel: str, visual: int = 16384, **of: int) -> Use:
     return Use(Step(step, 1, visual, **of), kernel)
 
 
+# Trips behind the last key that any group of 1 to 32 query heads may cost.
+MOST_BEHIND = 10
+
 STREAMS = {
-    # lengths and q | behind: the arrival, the states of 33 splits with the first step of
-    # their sums, and two more steps of 16
-    "dense": Limit(stream("dense", "attend"), 1, 4, 7, 770),
-    # 64 heads: a thread has twice the outputs, so the two steps of 29 splits come twice
-    "dense, group 8": Limit(stream("dense", "attend", heads=64), 1, 5, 7, 770),
-    # 52 splits, in four steps, twice
+    # lengths and q | behind: the arrival, and the states of 33 splits with all of their sums
+    "dense": Limit(stream("dense", "attend"), 1, 2, 8, 770),
+    # 64 heads: a thread has twice the outputs, and shared memory for three quarters of them
+    "dense, group 8": Limit(stream("dense", "attend", heads=64), 1, 3, 8, 770),
+    # 52 splits, in seven steps, twice: two batches are under way, of four that there are and a rest
     "dense, group 7 of 4 KV heads": Limit(
-        stream("dense", "attend", heads=28, kv_heads=4), 1, 9, 7, 770
+        stream("dense", "attend", heads=28, kv_heads=4), 1, 5, 8, 770
     ),
-    # tiles of 16 heads: q is two loads of a thread; four outputs, of 29 splits again
-    "dense, group 16": Limit(stream("dense", "attend", heads=128), 2, 9, 7, 850),
-    # tiles of 32, shared by two warps, which meet at each of them: q is four loads, and of eight
-    # outputs a thread has two steps. More than the 10 trips that are aimed at, as with few KV heads
-    "dense, group 32": Limit(stream("dense", "attend", heads=256), 4, 18, 41, 1130),
+    # tiles of 16 heads; four outputs, of 29 splits again
+    "dense, group 16": Limit(stream("dense", "attend", heads=128), 1, 5, 8, 850),
+    # tiles of 32, shared by two warps, which meet at each of them: q comes in two trips. 31 splits
+    # of eight outputs are merged by groups: two arrivals
+    "dense, group 32": Limit(stream("dense", "attend", heads=256), 2, 6, 47, 1130),
     "dense, group 16 of 2 KV heads": Limit(
-        stream("dense", "attend", heads=32, kv_heads=2), 2, 27, 7, 850
+        stream("dense", "attend", heads=32, kv_heads=2), 1, 5, 13, 850
     ),
     "dense, group 32 of one KV head": Limit(
-        stream("dense", "attend", heads=32, kv_heads=1), 4, 63, 17, 1130
+        stream("dense", "attend", heads=32, kv_heads=1), 2, 8, 23, 1130
     ),
-    # but a list has few splits
-    "follower, group 16": Limit(stream("follower", "attend", heads=128), 2, 5, 7, 810),
-    "follower, group 32": Limit(stream("follower", "attend", heads=256), 4, 9, 15, 1140),
-    # 32 heads: of eight outputs a thread has two steps of 16 splits, where 33 would be three
-    "dense, 8 queries": Limit(stream("dense", "attend", queries=8), 1, 18, 43, 1120),
+    # a list has few splits
+    "follower, group 16": Limit(stream("follower", "attend", heads=128), 2, 3, 8, 810),
+    "follower, group 32": Limit(stream("follower", "attend", heads=256), 2, 5, 16, 1140),
+    # 32 heads, by groups, and three blocks of a multiprocessor: each has less shared memory
+    "dense, 8 queries": Limit(stream("dense", "attend", queries=8), 1, 10, 47, 1120),
     # the spans come with them
-    "dense anchor": Limit(stream("anchor-dense", "score_"), 1, 4, 7, 920),
+    "dense anchor": Limit(stream("anchor-dense", "score_"), 1, 2, 8, 920),
     # behind the scan the states alone
-    "pruned scan": Limit(stream("anchor-pruned", "score_"), 1, 2, 7, 630),
+    "pruned scan": Limit(stream("anchor-pruned", "score_"), 1, 2, 8, 630),
     # the count comes with the rest, and a block of the list reads its first index behind them. A
     # share is 128 keys, so this block is one of the list: it looks each key up, which a block of
     # text, 600 instructions a tile, need not. Each copy has its policy of L2 beside it
-    "pruned attend": Limit(stream("anchor-pruned", "attend"), 2, 2, 7, 640),
-    "follower": Limit(stream("follower", "attend"), 2, 2, 7, 725),
-    "follower, 9 spans": Limit(stream("follower", "attend", spans=9), 2, 2, 7, 725),
+    "pruned attend": Limit(stream("anchor-pruned", "attend"), 2, 2, 8, 640),
+    "follower": Limit(stream("follower", "attend"), 2, 2, 8, 725),
+    "follower, 9 spans": Limit(stream("follower", "attend", spans=9), 2, 2, 8, 725),
     # more spans than a warp has lanes are searched for in memory
-    "follower, 64 spans": Limit(stream("follower", "attend", spans=64), 6, 2, 7, 725),
-    # as long a list as a row of 32k has: 15 splits, whose sums are one step
-    "follower, 32k": Limit(stream("follower", "attend", visual=32768), 2, 2, 7, 725),
+    "follower, 64 spans": Limit(stream("follower", "attend", spans=64), 4, 2, 8, 725),
+    # as long a list as a row of 32k has: 15 splits, whose sums are one batch
+    "follower, 32k": Limit(stream("follower", "attend", visual=32768), 2, 2, 8, 725),
     # 8 bits: a tile has 32 keys, the bytes of 16, and each pair of numbers is widened. The scales
-    # come with q, and the warps bring q to the range of float16 without one barrier more
-    "float8: dense": Limit(stream("dense", "attend", float8=True), 1, 4, 7, 1010),
-    "float8: dense anchor": Limit(stream("anchor-dense", "score_", float8=True), 1, 4, 7, 1260),
-    "float8: pruned scan": Limit(stream("anchor-pruned", "score_", float8=True), 1, 2, 7, 830),
-    "float8: pruned attend": Limit(stream("anchor-pruned", "attend", float8=True), 2, 2, 7, 920),
-    "float8: follower": Limit(stream("follower", "attend", float8=True), 2, 2, 7, 910),
+    # come with q, and the warps bring q to the range of float16 without one barrier more. Batches
+    # are of two steps, since a block has less shared memory
+    "float8: dense": Limit(stream("dense", "attend", float8=True), 1, 3, 8, 1010),
+    "float8: dense anchor": Limit(stream("anchor-dense", "score_", float8=True), 1, 3, 8, 1260),
+    "float8: pruned scan": Limit(stream("anchor-pruned", "score_", float8=True), 1, 2, 8, 830),
+    "float8: pruned attend": Limit(stream("anchor-pruned", "attend", float8=True), 2, 2, 8, 920),
+    "float8: follower": Limit(stream("follower", "attend", float8=True), 2, 2, 8, 910),
 }
 
 
@@ -91,9 +94,8 @@ ALONE = {
     "select 128k": LoneLimit(Use(Step("anchor-pruned", 1, 131072), "select"), 11, 6, 5, 5),
 }
 
-# Loads in flight in the loops over what the blocks of a row wrote: states, and 16 bytes of sums a
-# thread, with which a block of 128 asks for as much as the path from L2 carries in a trip.
-MERGE_IN_FLIGHT, SUMS_IN_FLIGHT = 4, 16
+# Copies that a step of the merge asks for together: sums of as many splits. A batch has several.
+SUMS_TOGETHER = 8
 
 
 class Loops(NamedTuple):

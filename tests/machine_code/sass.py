@@ -180,7 +180,7 @@ def loops_of(kernel: Kernel) -> list[Loop]:
         inner = [other for h, other in kernel.loops.items() if h != head and other < body]
         own = body - set().union(*inner)
         code = [kernel.code[n] for b in own for n in kernel.blocks[b]]
-        loads = [i for i in code if i.is_load]
+        loads = [i for i in code if i.is_load and not i.base.startswith("ATOM")]  # no arrivals
         copies = sum(i.is_copy for i in code)
         if loads or copies:
             depth = sum(body < other for other in kernel.loops.values())

@@ -4,8 +4,11 @@ A trip: walking in order, the level grows by one when an instruction waits for a
 issued at the present level. Loads that are out together are one trip. Time is that of a warp that
 is alone: stalls, and waits for scoreboards, each booked with the latency of what it waits for.
 
-Not seen: other warps, and the issue slots and bandwidth that they take; hits and misses, as each
-array has one latency; bank conflicts; what a fence waits for. A branch on something unknown is not
+Of the other warps of its block it is assumed that they ask for the partial sums of a row beside it,
+16 bytes a lane, which come from L2 one after the other.
+
+Not seen: the issue slots and other bandwidth that warps take; hits and misses, as each array has
+one latency; bank conflicts; what a fence waits for. A branch on something unknown is not
 taken, and counted; a vote on something unknown says no.
 """
 
@@ -25,6 +28,7 @@ from .sass import TARGET, Instruction, Kernel
 # multiprocessor (arXiv 2606.22588), 236 on an RTX 2070, where shared memory takes 23 and DRAM 1000
 # to 1200 (github.com/sjfeng1999/gpu-arch-microbenchmark). The others are of their order.
 L2, DRAM = 290, 1190
+L2_BYTES = 64  # that a multiprocessor takes from L2 in a cycle
 LATENCY = {
     "LDS": 30, "LDSM": 33, "STS": 20, "SHFL": 25, "MUFU": 22, "S2R": 25, "S2UR": 25, "LDC": 25,
     "I2F": 22, "F2I": 22, "POPC": 20, "ATOMG": 600, "ATOMS": 60, "MEMBAR": 700, "BAR": 25,
@@ -85,7 +89,7 @@ class Walk:
     trips: list[Trip] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     copied: Counter[int] = field(default_factory=Counter)  # bytes by address
-    parts: int = 1  # blocks that arrive
+    parts: int = 1  # blocks of a row and KV head
     unknown: Counter[int] = field(default_factory=Counter)  # branches, by address
 
     def __post_init__(self) -> None:
@@ -103,6 +107,7 @@ class Walk:
         self.is_known = np.zeros(1 << 16, bool)
         self.boards = [Booked() for _ in range(6)]
         self.group, self.groups = Booked(), list[Booked]()
+        self.port = 0  # when L2 has sent all that was asked for
 
     # --- the way ---------------------------------------------------------------------------------
 
@@ -251,9 +256,8 @@ class Walk:
         register = i.operands[0]
         if i.base.startswith("ATOM"):
             # the block arrives last: the counter stands at the limit at which it wraps
-            limit = self.lanes.read(i.operands[-1])
-            self.parts = int(limit.bits[int(np.argmax(on))]) + 1
-            array = Array("arrival", LATENCY["ATOMG"], lambda _: self.parts - 1)
+            limit = int(self.lanes.read(i.operands[-1]).bits[int(np.argmax(on))])
+            array = Array("arrival", LATENCY["ATOMG"], lambda _: limit)
             register, address = i.operands[1], same(0)
         else:
             address = self.address(i.operands[1])
@@ -270,14 +274,25 @@ class Walk:
             self.lanes.write(register, Value(np.array(words, np.int64), known))
             if register != "RZ":
                 register = f"R{int(register[1:].removesuffix('.64')) + 1}"
-        self.book(i, self.time - max(i.stall, 1), array.latency, array.name)
+        issued = self.time - max(i.stall, 1)
+        latency = array.latency + self.queue(i, issued, array, int(on.sum()))
+        self.book(i, issued, latency, array.name)
+
+    def queue(self, i: Instruction, issued: int, array: Array, lanes: int) -> int:
+        """Cycles until L2 has sent what was asked for before, and this, to all warps."""
+        if array.name != "scratch" or ".128" not in i.name:
+            return 0
+        sent = lanes * 16 * (self.threads // LANES) // L2_BYTES
+        self.port = max(self.port, issued) + sent
+        return self.port - issued
 
     def copy(self, i: Instruction, on: Any) -> None:
         address = self.address(i.operands[1])
         array = self.array_at(address, on)
-        self.group.time = max(self.group.time, self.time + array.latency)
-        self.group.level, self.group.array = self.level + 1, f"copies of {array.name}"
         wanted = self.lanes.read(i.operands[2]).bits != 0 if len(i.operands) > 2 else on
+        latency = array.latency + self.queue(i, self.time, array, int((on & wanted).sum()))
+        self.group.time = max(self.group.time, self.time + latency)
+        self.group.level, self.group.array = self.level + 1, f"copies of {array.name}"
         for at in address.bits[on & wanted & address.known]:
             self.copied[int(at)] += 16 if ".128" in i.name else 4
         cells = self.address(i.operands[0])

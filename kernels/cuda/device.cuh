@@ -203,6 +203,11 @@ VP_DEVICE T* computed(T* at) {
   __builtin_assume(__isGlobal(at));
   return at;
 }
+// The same number, of which nothing is computed further up, where registers would have to keep it.
+VP_DEVICE int from_here_on(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
 VP_DEVICE uint32_t shared_address(const void* at) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(at));
 }
@@ -242,6 +247,7 @@ template <class T>
 VP_DEVICE T* computed(T* at) {
   return at;
 }
+VP_DEVICE int from_here_on(int x) { return x; }
 VP_DEVICE void copy_16(void* to, const void* from, int valid, cusim::Place place = CUSIM_HERE) {
   cusim::async_copy(to, from, 16, valid, place);
 }

@@ -155,7 +155,8 @@ VP_DEVICE void merge_parts(const StreamArgs& args, const WorkRange& work,
                            float v_scale) {
   static_assert(kPartStats == 4, "one float4 is the state of one head");
   constexpr int kColumns = D / kWide;
-  const int own = threadIdx.x, threads = blockDim.x, count = parts.count;
+  const int own = kSeveral ? from_here_on(threadIdx.x) : threadIdx.x;
+  const int threads = blockDim.x, count = parts.count;
   const int heads = args.team * kHeads;
   const int64_t first = kv_head_index(work) * args.max_splits + parts.first;
   auto* stats = reinterpret_cast<float4*>(args.part_stats) + first * heads;

@@ -102,9 +102,11 @@ struct Weigh<amx_bf16> : AmxWeigh<amx_bf16, bf16> {};
 template <>
 struct Weigh<amx_f8> : AmxWeigh<amx_f8, f8_as_bf16> {};
 template <>
-struct Lanewise<amx_bf16> : Lanewise<bf16> {};
+struct Lanewise<amx_bf16> : Lanewise<bf16> {
+  static constexpr bool kWholeBlocks = true;
+};
 template <>
-struct Lanewise<amx_f8> : Lanewise<f8_as_bf16> {};
+struct Lanewise<amx_f8> : Lanewise<amx_bf16> {};
 
 // Of each KV head [padded D / 2, heads, 2]: the pairs of columns that a tile of q holds.
 template <class T>

@@ -3,7 +3,7 @@
 // names the set and includes simd_avx512.h first.
 #pragma once
 
-#include "kernels/cpu/amx.inl.h"
+#include "kernels/cpu/amx_shared.inl.h"
 #include "kernels/cpu/attend.inl.h"
 
 namespace visionpulse::cpu::VP_ISA {
@@ -29,6 +29,16 @@ static void weigh_amx(const Call& c, int row, int kv_head, int part, Run run) {
   AmxScope::leave(scope);
 }
 
+// Heads of all queries fill whole tiles, whatever the group and D: the packed q, K and V are
+// padded.
+template <class T>
+static void stream_shared_amx(const Call& c, int cache_row, int kv_head, int part, Run run) {
+  AmxScope scope;
+  AmxScope::enter(scope, kAmxHeads);
+  stream_shared<T>(c, cache_row, kv_head, part, run);
+  AmxScope::leave(scope);
+}
+
 // Every other kernel, type and shape is that of avx512_bf16.
 static Kernels with_amx(const char* name) {
   Kernels kernels = kAvx512Bf16;
@@ -37,6 +47,8 @@ static Kernels with_amx(const char* name) {
   kernels.weigh[kAmxBf16] = weigh_amx<amx_bf16, kAmxBf16>;
   kernels.stream[kAmxF8] = stream_amx<amx_f8, kAmxF8>;
   kernels.weigh[kAmxF8] = weigh_amx<amx_f8, kAmxF8>;
+  kernels.stream_shared[kAmxBf16] = stream_shared_amx<amx_bf16>;
+  kernels.stream_shared[kAmxF8] = stream_shared_amx<amx_f8>;
   return kernels;
 }
 

@@ -10,7 +10,8 @@ namespace visionpulse::cpu::VP_ISA {
 // itself.
 template <class T>
 struct Lanewise {
-  static constexpr int kStep = 1;  // elements along D, or keys of V, of one product
+  static constexpr int kStep = 1;              // elements along D, or keys of V, of one product
+  static constexpr bool kWholeBlocks = false;  // V of a block is padded with zeros to kBlock keys
   using Element = float;
   using Factor = Vec;
   VP_INLINE Vec load(const Element* p) { return vload(p); }
@@ -23,6 +24,7 @@ struct Lanewise {
 template <>
 struct Lanewise<bf16> {
   static constexpr int kStep = 2;
+  static constexpr bool kWholeBlocks = false;
   using Element = bf16;
   using Factor = Pairs;
   VP_INLINE Pairs load(const bf16* p) { return load_pairs(p); }

@@ -121,6 +121,10 @@ VP_INLINE void stage_values(BlockKeys<T>& keys, int dim, Staged<T>& to) {
     }
     to.v[i / W::kKeys] = space;
   }
+  if constexpr (Lanewise<T>::kWholeBlocks) {
+    const int steps = (keys.count + W::kKeys - 1) / W::kKeys;
+    clear(to.v_space + steps * columns, (kBlock / W::kKeys - steps) * columns);
+  }
 }
 
 // Dot products x [keys, NV registers] of the keys of a block with NV registers of heads.

@@ -19,8 +19,8 @@ const visionpulse::cpu::Kernels* kernels() {
 }
 
 bool takes(const visionpulse::cpu::Call& c) {
-  return c.dtype == visionpulse::DType::kBFloat16 && c.queries.count == 1 &&
-         visionpulse::cpu::amx_modelled::takes_amx(c);
+  return c.dtype == visionpulse::DType::kBFloat16 &&
+         (c.queries.count > 1 || visionpulse::cpu::amx_modelled::takes_amx(c));
 }
 
 }  // namespace amx_model

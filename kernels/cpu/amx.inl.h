@@ -196,14 +196,9 @@ VP_INLINE void amx_logits(const float* dots, int tiles_of_heads, const Scaling& 
   }
 }
 
-template <>
-VP_SPECIALIZED int block_keys<amx_bf16, 4>(const Call&, const Cut& cut) {
-  return cut.attended != nullptr ? kListBlock : kAmxKeys;
-}
-
 template <class T>
 VP_INLINE void amx_dot_block(const AmxQuery<T>& q, int first_head, BlockKeys<T>& keys, int dim,
-                             int tiles_of_heads, const Scaling& scaling, Prefetch<T>& prefetch,
+                             int tiles_of_heads, const Scaling& scaling, const Asked<T>& asked,
                              float* x) {
   const int heads = tiles_of_heads * 4, columns = key_columns<T>(dim);
   const int steps = columns / kAmxColumns;
@@ -212,10 +207,13 @@ VP_INLINE void amx_dot_block(const AmxQuery<T>& q, int first_head, BlockKeys<T>&
   const int whole = (keys.count + kAmxKeys - 1) / kAmxKeys * kAmxKeys;
   // any key will do
   for (int i = keys.count; i < whole; ++i) keys.k[i] = keys.k[keys.count - 1];
-  const auto fetch = [&](int s) {
-    Prefetch<T>::fetch(prefetch, kAmxKeys * (s + 1) / steps - kAmxKeys * s / steps);
-  };
   for (int first = 0; first < whole; first += kAmxKeys) {
+    const auto fetch = [&](int s) {
+      for (int i = first + kAmxKeys * s / steps; i < first + kAmxKeys * (s + 1) / steps; ++i) {
+        prefetch_vector(asked.k[i], asked.lines);
+        prefetch_vector(*soon_keys(asked, keys, i), asked.lines);
+      }
+    };
     const AmxRows low = amx_rows(keys.k + first, dim, space[0]);
     const AmxRows high = amx_rows(keys.k + first + kAmxRows, dim, space[1]);
     amx_dots(q.data + first_head * columns, heads, steps, low, high, fetch, dots[0], dots[1]);
@@ -294,9 +292,9 @@ VP_INLINE void amx_add_values(const bf16* weights, const AmxValues& v, int heads
 }
 
 template <class T>
-VP_INLINE void amx_sum_block(const Call& c, BlockKeys<T>& keys, Prefetch<T>& prefetch,
+VP_INLINE void amx_sum_block(const Call& c, BlockKeys<T>& keys, const Asked<T>& asked,
                              const float* x, const Rescales& rescales, const Part& part) {
-  const int group = c.H / c.G, tiles = head_tiles(group), passes = value_tiles(group, c.D);
+  const int group = c.H / c.G, tiles = head_tiles(group);
   alignas(64) bf16 weights[kAmxHeads * kAmxKeys];
   // [D / 16, 16 pairs of keys, 16 columns, 2]: a tile each
   alignas(64) bf16 pairs[kMaxHeadDim / kLanes][kAmxRows][2 * kLanes];
@@ -308,7 +306,10 @@ VP_INLINE void amx_sum_block(const Call& c, BlockKeys<T>& keys, Prefetch<T>& pre
   for (int first = 0; first < whole; first += kAmxKeys) {
 #pragma GCC unroll 1
     for (int i = 0; i < kAmxRows; ++i) {
-      for (int n = 0; n < passes; ++n) Prefetch<T>::fetch(prefetch, 2);
+      for (int n = first + 2 * i; n < first + 2 * i + 2; ++n) {
+        prefetch_vector(asked.v[n], asked.lines);
+        prefetch_vector(*soon_values(asked, keys.v, keys.count, n), asked.lines);
+      }
       const T* const* v = keys.v + first + 2 * i;
       const auto store = [&](int d, const Pairs* x, int n) {
         for (int u = 0; u < n; ++u) _mm512_store_si512(pairs[d / kLanes + u][i], (__m512i)x[u].x);
@@ -337,14 +338,14 @@ VP_INLINE void amx_sum_block(const Call& c, BlockKeys<T>& keys, Prefetch<T>& pre
   template <>                                                                                   \
   VP_SPECIALIZED void dot_block<T, 4>(const Query<T>& q, int first_head, BlockKeys<T>& keys,    \
                                       int dim, int tiles_of_heads, const Scaling& scaling,      \
-                                      Prefetch<T>& prefetch, float* x) {                        \
-    amx_dot_block<T>(q, first_head, keys, dim, tiles_of_heads, scaling, prefetch, x);           \
+                                      const Asked<T>& asked, float* x) {                        \
+    amx_dot_block<T>(q, first_head, keys, dim, tiles_of_heads, scaling, asked, x);              \
   }                                                                                             \
   template <>                                                                                   \
-  VP_SPECIALIZED void sum_block<T, 4>(const Call& c, BlockKeys<T>& keys, Prefetch<T>& prefetch, \
+  VP_SPECIALIZED void sum_block<T, 4>(const Call& c, BlockKeys<T>& keys, const Asked<T>& asked, \
                                       const float* x, const Rescales& rescales,                 \
                                       const Part& part) {                                       \
-    amx_sum_block<T>(c, keys, prefetch, x, rescales, part);                                     \
+    amx_sum_block<T>(c, keys, asked, x, rescales, part);                                        \
   }
 VP_AMX_BLOCKS(amx_bf16)
 VP_AMX_BLOCKS(amx_f8)

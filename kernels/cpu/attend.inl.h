@@ -68,7 +68,7 @@ static void weigh_part(const Call& c, int row, int kv_head, int index, Run run) 
   for (int t = 0; t < tiles; ++t) TileState::reset(states[t]);
   clear(part.acc, int64_t{group} * padded_dim(c.D, kUnit));
   alignas(64) float x[kListBlock * kMaxGroup];
-  const int block = kListBlock, tiles_of_values = value_tiles(group, c.D);
+  const int block = kListBlock;
   Rescales rescales;
   BlockKeys<T> buffers[2];
   const StoredLogits stored = stored_logits_of<HT>(c, row, kv_head, tiles);
@@ -86,9 +86,8 @@ static void weigh_part(const Call& c, int row, int kv_head, int index, Run run) 
     }
     gather_logits<T, HT>(stored, keys, tiles, x);
     softmax_block<HT>(tiles, keys.count, nullptr, {1.0f, false}, x, states, rescales);
-    Prefetch<T> prefetch =
-        Prefetch<T>::make(next.v, nullptr, {1, 0, 0}, next.count, c.D, tiles_of_values);
-    sum_block<T, HT>(c, keys, prefetch, x, rescales, part);
+    const Asked<T> asked = Asked<T>::make(nullptr, next.v, c.D);
+    sum_block<T, HT>(c, keys, asked, x, rescales, part);
   }
   store_part<HT>(states, tiles, part);
 }

@@ -7,8 +7,8 @@
 
 namespace visionpulse::cpu {
 
-constexpr int kBlock = 32;       // most keys of a block of a stream: its K and V stay in L1
-constexpr int kByteBlock = 128;  // the same in 8 bits, of which each line is read once
+constexpr int kBlock = 32;  // most keys of a block of scores, or of a stream that queries share
+constexpr int kByteBlock = 128;  // keys of a block of a stream in 8 bits: K and V just fit L1
 constexpr int kListBlock = 64;   // keys of a block of a list: scattered keys take longer to arrive
 constexpr int kMostKeys = 128;   // of any block
 constexpr int kLanes = 16;       // logits of a tile: kLanes / HT keys of HT = 1, 2 or 4 heads

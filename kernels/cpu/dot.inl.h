@@ -144,10 +144,12 @@ struct Query {
 };
 
 // Dot products of kDotLanes / HT keys with HT heads; lane = key * HT + head. DIM is the head dim
-// where it is common enough to unroll for, else 0.
-template <class T, int HT, int DIM>
+// where it is common enough to unroll for, else 0. The first head tile asks for the vectors of
+// `ahead` and `soon`.
+template <class T, int HT, int DIM, bool ASKS>
 VP_INLINE void dot_tile(const typename Dot<T>::Query* q, int q_stride, const T* const* keys,
-                        int any_dim, Vec* out /* [kDotVecs] */) {
+                        const T* const* ahead, const T* const* soon, int any_dim,
+                        Vec* out /* [kDotVecs] */) {
   constexpr int kKeys = kDotLanes / HT, kColumns = Dot<T>::kColumns;
   const int dim = DIM > 0 ? DIM : any_dim;
   Vec acc[kDotLanes];
@@ -159,12 +161,20 @@ VP_INLINE void dot_tile(const typename Dot<T>::Query* q, int q_stride, const T* 
     for (int h = 0; h < HT; ++h) query[h] = Dot<T>::query(q + h * q_stride + d);
     for (int n = 0; n < kKeys; ++n) {
       const auto key = Dot<T>::key(keys[n] + d);
+      if (ASKS) {
+        prefetch_columns<kColumns>(ahead[n], d);
+        prefetch_columns<kColumns>(soon[n], d);
+      }
       for (int h = 0; h < HT; ++h) acc[n * HT + h] = Dot<T>::add(acc[n * HT + h], query[h], key);
     }
   }
   if (whole < dim) {
     for (int n = 0; n < kKeys; ++n) {
       const auto key = Dot<T>::key_tail(keys[n] + whole, dim - whole);
+      if (ASKS) {
+        prefetch_columns<kColumns>(ahead[n], whole);
+        prefetch_columns<kColumns>(soon[n], whole);
+      }
       for (int h = 0; h < HT; ++h) {
         const auto query = Dot<T>::query(q + h * q_stride + whole);
         acc[n * HT + h] = Dot<T>::add(acc[n * HT + h], query, key);
@@ -194,24 +204,35 @@ VP_INLINE Vec logit(Vec dot, const Scaling& s) {
   return s.capped == 0.0f ? z : vmul(vset(s.capped), tanh_full(z));
 }
 
+template <class T, int HT, bool ASKS>
+VP_INLINE void dot_tile_of(const Query<T>& q, int head, const T* const* keys, const T* const* ahead,
+                           const T* const* soon, int dim, Vec* out) {
+  const auto* heads = q.data + head * q.stride;
+  if (dim == 128) {
+    dot_tile<T, HT, 128, ASKS>(heads, q.stride, keys, ahead, soon, dim, out);
+  } else {
+    dot_tile<T, HT, 0, ASKS>(heads, q.stride, keys, ahead, soon, dim, out);
+  }
+}
+
 // Logits x [key tiles, head tiles, kLanes] of a block. Lanes without a key get -inf.
 template <class T, int HT>
 VP_INLINE void dot_block(const Query<T>& q, int first_head, BlockKeys<T>& keys, int dim,
-                         int tiles_of_heads, const Scaling& scaling, Prefetch<T>& prefetch,
+                         int tiles_of_heads, const Scaling& scaling, const Asked<T>& asked,
                          float* x) {
   constexpr int kTileKeys = kLanes / HT, kDotKeys = kDotLanes / HT;
   const int whole = (keys.count + kTileKeys - 1) / kTileKeys * kTileKeys;
   // a partial tile repeats its last key, so every logit comes from the same instructions
   for (int i = keys.count; i < whole; ++i) keys.k[i] = keys.k[keys.count - 1];
   for (int first = 0; first < whole; first += kDotKeys) {
-    Prefetch<T>::fetch(prefetch, kDotKeys);
+    const T* const* const soon = soon_keys(asked, keys, first);
     for (int t = 0; t < tiles_of_heads; ++t) {
       Vec out[kDotVecs];
-      const auto* heads = q.data + (first_head + t * HT) * q.stride;
-      if (dim == 128) {
-        dot_tile<T, HT, 128>(heads, q.stride, keys.k + first, dim, out);
+      if (t == 0) {
+        dot_tile_of<T, HT, true>(q, first_head, keys.k + first, asked.k + first, soon, dim, out);
       } else {
-        dot_tile<T, HT, 0>(heads, q.stride, keys.k + first, dim, out);
+        dot_tile_of<T, HT, false>(q, first_head + t * HT, keys.k + first, nullptr, nullptr, dim,
+                                  out);
       }
       float* to = x + (first / kTileKeys * tiles_of_heads + t) * kLanes + first % kTileKeys * HT;
       for (int i = 0; i < kDotVecs; ++i) vstore(to + i * kWidth, logit(out[i], scaling));

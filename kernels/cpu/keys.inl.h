@@ -75,12 +75,20 @@ VP_INLINE void locate_pages(const Call& c, const int32_t* list, int row, int kv_
   }
 }
 
+// Past its last key a block names vectors that are there: prefetches need no count.
+template <class T>
+VP_INLINE void pad(int block, BlockKeys<T>& keys) {
+  const T* zeros = reinterpret_cast<const T*>(kZeros);
+  for (int i = keys.count; i < block; ++i) keys.k[i] = keys.v[i] = zeros;
+}
+
 // The block of a cut that begins at its key `first`, but not beyond `end`.
 template <class T>
 VP_INLINE void locate(const Call& c, const Cut& cut, int row, int kv_head, int first, int end,
                       int block, BlockKeys<T>& keys) {
   keys.count = end - first < block ? (end > first ? end - first : 0) : block;
   keys.any_missing = false;
+  pad(block, keys);
   const int32_t* list = cut.attended != nullptr ? cut.attended + first : nullptr;
   if (list != nullptr)
     for (int i = 0; i < keys.count; ++i) keys.position[i] = list[i];
@@ -95,6 +103,19 @@ VP_INLINE void locate(const Call& c, const Cut& cut, int row, int kv_head, int f
   }
 }
 
+// The vectors that are due soon after key i of a block is multiplied: K, V, then what follows.
+template <class T>
+VP_INLINE const T* const* soon_values(const Asked<T>& asked, const T* const* v, int count, int i) {
+  const int at = i + kSoonValues<T>;
+  return at < count ? v + at : asked.after + (at - count);
+}
+template <class T>
+VP_INLINE const T* const* soon_keys(const Asked<T>& asked, const BlockKeys<T>& keys, int i) {
+  const int at = i + kSoonKeys<T>;
+  const T* const* const after = asked.v != nullptr ? keys.v : asked.after;
+  return at < keys.count ? keys.k + at : after + (at - keys.count);
+}
+
 // From a block's keys of one KV head to those of the next.
 template <class T>
 VP_INLINE void next_head(const KvHeads& heads, BlockKeys<T>& keys) {
@@ -102,6 +123,17 @@ VP_INLINE void next_head(const KvHeads& heads, BlockKeys<T>& keys) {
     if (keys.any_missing && keys.missing[i]) continue;
     keys.k[i] += heads.k_stride;
     keys.v[i] += heads.v_stride;
+  }
+}
+
+// The share of head `h` in the vectors of a block's tokens, in the order they lie in.
+template <class T>
+VP_INLINE void share_tokens(const KvHeads& heads, int h, int block, const BlockKeys<T>& keys,
+                            BlockKeys<T>& share) {
+  for (int i = 0; i < block; ++i) {
+    const int at = h * block + i, token = at / heads.count, head = at % heads.count;
+    share.k[i] = keys.k[token] + head * heads.k_stride;
+    share.v[i] = keys.v[token] + head * heads.v_stride;
   }
 }
 

@@ -7,7 +7,7 @@
 namespace visionpulse::cpu::VP_ISA {
 
 // 2^x, by a minimax polynomial of 2^f on [-1/2, 1/2]; relative error 7.5e-8. No x overflows here:
-// softmax exponents are at most 0, and tanh_full bounds its own.
+// softmax exponents are at most 80 (slack_of), and tanh_full bounds its own.
 VP_INLINE Vec exp2_full(Vec x) {
   const Vec n = vround(x), f = vsub(x, n);
   Vec p = vfma(vset(1.327647199e-3f), f, vset(9.675541334e-3f));

@@ -48,6 +48,38 @@ VP_INLINE void touch_pages(const T* const* vectors, int count, int64_t stride) {
   for (int i = 0; i < count; i += step) prefetch_lines<1>(vectors[i]);
 }
 
+// The lines of a vector that begin in its columns [column, column + COLUMNS), lines counted from
+// the vector's begin.
+template <int COLUMNS, class T>
+VP_INLINE void prefetch_columns(const T* vector, int column) {
+  constexpr int kBytes = COLUMNS * static_cast<int>(sizeof(T));
+  if (kBytes % kLine == 0) {
+    prefetch_lines<kBytes / kLine>(vector + column);
+  } else if (column * static_cast<int>(sizeof(T)) % kLine == 0) {
+    prefetch_lines<1>(vector + column);
+  }
+}
+
+// What is asked for while a block is multiplied, at the place of each of its keys: a vector of the
+// block to come, a few lines at a time, since a burst would fill the miss buffers; and the vector
+// that is due soon once more, since the CPU drops a prefetch where too many wait.
+template <class T>
+struct Asked {
+  const T* const* k;      // of the block to come
+  const T* const* v;      // nullptr: no values are summed
+  const T* const* after;  // what follows the block's last vectors
+  int lines;              // of a vector
+
+  VP_INLINE Asked make(const T* const* k, const T* const* v, int dim) {
+    return {k, v, k != nullptr ? k : v, lines_of<T>(dim)};
+  }
+};
+// Vectors from the second time to the use: 4 and 8 KiB of 128 columns.
+template <class T>
+constexpr int kSoonKeys = 32 / static_cast<int>(sizeof(T));
+template <class T>
+constexpr int kSoonValues = 64 / static_cast<int>(sizeof(T));
+
 // KV heads that are computed together, and the way from one to the next.
 struct KvHeads {
   int count;

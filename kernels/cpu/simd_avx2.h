@@ -35,6 +35,9 @@ VP_INLINE Vec vcopysign(Vec size, Vec sign) {
 VP_INLINE Vec vless(Vec a, Vec b, Vec then, Vec otherwise) {
   return _mm256_blendv_ps(otherwise, then, _mm256_cmp_ps(a, b, _CMP_LT_OQ));
 }
+VP_INLINE bool vany_greater(Vec a, Vec b) {
+  return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)) != 0;
+}
 VP_INLINE Vec vscale(Vec x, Vec p, Vec n) {
   const __m256i power = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
   const Vec scaled = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), power));

@@ -37,6 +37,8 @@ VP_INLINE Vec vcopysign(Vec size, Vec sign) {
 VP_INLINE Vec vless(Vec a, Vec b, Vec then, Vec otherwise) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), otherwise, then);
 }
+// Whether a > b in any lane.
+VP_INLINE bool vany_greater(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0; }
 // p * 2^n, or 0 where x < -126; a NaN stays NaN.
 VP_INLINE Vec vscale(Vec x, Vec p, Vec n) {
   return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ), p, n);

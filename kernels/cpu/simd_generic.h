@@ -42,6 +42,10 @@ VP_INLINE Vec vcopysign(Vec size, Vec sign) {
 VP_INLINE Vec vless(Vec a, Vec b, Vec then, Vec otherwise) {
   return blend((Bits)(a < b), then, otherwise);
 }
+VP_INLINE bool vany_greater(Vec a, Vec b) {
+  const Bits greater = (Bits)(a > b);
+  return (greater[0] | greater[1] | greater[2] | greater[3]) != 0;
+}
 VP_INLINE Vec vscale(Vec x, Vec p, Vec n) {
   const Vec magic = vset(12582912.0f);
   const Bits power = ((Bits)(n + magic) - (Bits)magic + 127u) << 23;

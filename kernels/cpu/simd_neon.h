@@ -32,6 +32,7 @@ VP_INLINE Vec vcopysign(Vec size, Vec sign) {
 VP_INLINE Vec vless(Vec a, Vec b, Vec then, Vec otherwise) {
   return vbslq_f32(vcltq_f32(a, b), then, otherwise);
 }
+VP_INLINE bool vany_greater(Vec a, Vec b) { return vmaxvq_u32(vcgtq_f32(a, b)) != 0; }
 VP_INLINE Vec vscale(Vec x, Vec p, Vec n) {
   const int32x4_t power = vshlq_n_s32(vcvtq_s32_f32(n), 23);
   const uint32x4_t scaled = vreinterpretq_u32_s32(vaddq_s32(vreinterpretq_s32_f32(p), power));

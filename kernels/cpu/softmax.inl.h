@@ -20,7 +20,8 @@ struct BlockVisual {
   alignas(64) uint32_t visual_lanes[kByteBlock * 4], text_lanes[kByteBlock * 4];
 };
 
-// Running statistics of one head tile. Each lane sums its own keys; all lanes of a head share m.
+// Running statistics of one head tile. Each lane sums its own keys; all lanes of a head share m, a
+// logit that none of the keys so far exceeds by more than slack_of.
 struct TileState {
   alignas(64) float m[kLanes], l[kLanes], text[kLanes], visual[kLanes];
 
@@ -68,7 +69,8 @@ VP_INLINE Lanes spread_max(const Lanes& x) {
 }
 
 // Adds exp2((x - m) / tau) of the block to the sums over text and over visual keys. `exponent` <= 0
-// rescales the sums so far to the new m.
+// rescales the sums so far to the new m; SAME: they are of this m.
+template <bool SAME>
 VP_INLINE void add_mass(const float* x, int stride, int tiles, const BlockVisual& block,
                         float inv_tau, TileState& s, const Lanes& m, const Lanes& exponent) {
   const Vec inverse = vset(inv_tau);
@@ -88,32 +90,44 @@ VP_INLINE void add_mass(const float* x, int stride, int tiles, const BlockVisual
       visual = text;
       text = vzero();
     }
-    const Vec scale = exp2_full(vmul(exponent.vec[j], inverse));
+    const Vec scale = SAME ? vset(1.0f) : exp2_full(vmul(exponent.vec[j], inverse));
     float* const lane[2] = {s.text + j * kWidth, s.visual + j * kWidth};
     vstore(lane[0], vfma(vload(lane[0]), scale, text));
     vstore(lane[1], vfma(vload(lane[1]), scale, visual));
   }
 }
 
-// Turns the logits x [key tiles, kLanes] of a head tile into weights in place. `rescale` [kLanes]
-// is the factor, one a head, by which the sums so far shrink.
-template <int HT>
-VP_INLINE void softmax_tile(float* x, int stride, int tiles, const BlockVisual* block,
-                            const SoftmaxArgs& a, TileState& s, float* rescale) {
-  const Lanes old = Lanes::load(s.m);
-  Lanes m = old, exponent;
+// How far, in powers of two, a logit may lie above the reference m before m follows it. Until then
+// no exponential waits for the largest logit of its block. Sums stay finite: 2^8 a key, and 2^80 at
+// a tau of 0.1; below that m is the maximum.
+VP_INLINE float slack_of(const SoftmaxArgs& a) {
+  return a.at_tau && a.inv_tau > 10.001f ? 0.0f : 8.0f;
+}
+
+// The larger of x [key tiles, kLanes] and m, lane by lane.
+VP_INLINE Lanes largest_of(const float* x, int stride, int tiles, Lanes m) {
   for (int i = 0; i < tiles; ++i)
     for (int j = 0; j < kTileVecs; ++j)
       m.vec[j] = vmax_number(vload(x + i * stride + j * kWidth), m.vec[j]);
-  m = spread_max<HT>(m);
-  Lanes::store(s.m, m);
+  return m;
+}
+
+// Whether no head's logits lie further above its reference than `slack`.
+VP_INLINE bool lies_below(const Lanes& most, const Lanes& m, float slack) {
+  for (int j = 0; j < kTileVecs; ++j)
+    if (vany_greater(most.vec[j], vadd(m.vec[j], vset(slack)))) return false;
+  return true;
+}
+
+// Adds exp2(x - m) to the sums, and leaves it in the place of x. SAME: the sums so far are of this
+// m.
+template <bool SAME>
+VP_INLINE void add_weights(float* x, int stride, int tiles, const BlockVisual* block,
+                           const SoftmaxArgs& a, TileState& s, const Lanes& m,
+                           const Lanes& exponent, float* rescale) {
+  if (a.at_tau) add_mass<SAME>(x, stride, tiles, *block, a.inv_tau, s, m, exponent);
   for (int j = 0; j < kTileVecs; ++j) {
-    m.vec[j] = vsafe_max(m.vec[j]);
-    exponent.vec[j] = vsub(old.vec[j], m.vec[j]);
-  }
-  if (a.at_tau) add_mass(x, stride, tiles, *block, a.inv_tau, s, m, exponent);
-  for (int j = 0; j < kTileVecs; ++j) {
-    const Vec scale = exp2_full(exponent.vec[j]);
+    const Vec scale = SAME ? vset(1.0f) : exp2_full(exponent.vec[j]);
     vstore(rescale + j * kWidth, scale);
     Vec sum = vzero();
     for (int i = 0; i < tiles; ++i) {
@@ -124,6 +138,26 @@ VP_INLINE void softmax_tile(float* x, int stride, int tiles, const BlockVisual* 
     }
     vstore(s.l + j * kWidth, vfma(vload(s.l + j * kWidth), scale, sum));
   }
+}
+
+// Turns the logits x [key tiles, kLanes] of a head tile into weights in place. `rescale` [kLanes]
+// is the factor, one a head, by which the sums so far shrink.
+template <int HT>
+VP_INLINE void softmax_tile(float* x, int stride, int tiles, const BlockVisual* block,
+                            const SoftmaxArgs& a, TileState& s, float* rescale) {
+  const Lanes old = Lanes::load(s.m), most = largest_of(x, stride, tiles, old);
+  Lanes m = old, exponent = old;
+  if (__builtin_expect(lies_below(most, old, slack_of(a)), 1)) {
+    for (int j = 0; j < kTileVecs; ++j) m.vec[j] = vsafe_max(m.vec[j]);
+    return add_weights<true>(x, stride, tiles, block, a, s, m, exponent, rescale);
+  }
+  m = spread_max<HT>(most);
+  Lanes::store(s.m, m);
+  for (int j = 0; j < kTileVecs; ++j) {
+    m.vec[j] = vsafe_max(m.vec[j]);
+    exponent.vec[j] = vsub(old.vec[j], m.vec[j]);
+  }
+  add_weights<false>(x, stride, tiles, block, a, s, m, exponent, rescale);
 }
 
 // The factors by which the sums so far shrink, for each head tile.

@@ -25,20 +25,15 @@ VP_INLINE void store_logits(const Call& c, const Row& row, int kv_head, int firs
   const int heads = padded_heads(c.H / c.G);
   float* to = row.stored_logits + (int64_t{kv_head} * row.padded_keys + first) * heads;
   for (int i = 0; i < floats; i += kWidth) vstore(to + i, vload(x + i));
+  // those of the next block: a store that misses waits for the line
+  for (int i = 0; i < floats; i += kLine / 4) __builtin_prefetch(to + floats + i, 1, 3);
 }
 
-// Keys of a block: whole tiles. Two small blocks ahead keep memory busier than one large one, whose
-// misses come less evenly. A pass over K of 16 bits alone waits for arithmetic, and a block costs
-// some; one over 8 bits always does.
-template <class T, int HT>
-VP_INLINE int block_keys(const Call& c, const Cut& cut) {
-  if (cut.attended != nullptr) return kListBlock;
-  constexpr int kTileKeys = kLanes / HT, kSmall = kBlock / static_cast<int>(sizeof(T));
-  if (sizeof(T) == 1) return kByteBlock;
-  if (!c.with_values && sizeof(T) == 2) return kBlock;
-  return kSmall < kTileKeys ? kTileKeys : kSmall;
+// Keys of a block. The sums of V go to memory and back once a block, so it is as long as L1 allows.
+template <class T>
+VP_INLINE int block_keys(const Cut& cut) {
+  return cut.attended != nullptr ? kListBlock : kByteBlock / static_cast<int>(sizeof(T));
 }
-constexpr int kStreamAhead = 2, kListAhead = 1;  // blocks from a prefetch to its use
 
 template <class T, int HT>
 static void stream_part(const Call& c, int row, int kv_head, int index, Run run) {
@@ -64,17 +59,16 @@ static void stream_part(const Call& c, int row, int kv_head, int index, Run run)
   int span = args.at_tau ? span_after(spans, c.visual.spans_per_row, cut.begin + range.begin) : 0;
   int span_of_stretch = span;
 
-  const int block = block_keys<T, HT>(c, cut), tiles_of_values = value_tiles(group, c.D);
-  const int ahead = cut.attended != nullptr ? kListAhead : kStreamAhead;
-  // in one piece 16 bits wait for memory, not for pages; more pages than a few are too many at once
-  constexpr int64_t kPieceBytes = 256;
+  const int block = block_keys<T>(cut);
+  // more pages of memory than a few are too many at once
+  constexpr int64_t kPieceBytes = 512;
   const int64_t key_bytes = c.cache.k_stride.token * static_cast<int64_t>(sizeof(T));
-  const bool touches = run.in_pages || (sizeof(T) == 1 && cut.attended == nullptr &&
-                                        key_bytes > 0 && key_bytes <= kPieceBytes);
+  const bool touches =
+      run.in_pages || (cut.attended == nullptr && key_bytes > 0 && key_bytes <= kPieceBytes);
   const bool one_row = c.cache.v == static_cast<const T*>(c.cache.k) + c.D;
   alignas(64) float x[kMostKeys * kMaxGroup];
   Rescales rescales;
-  BlockKeys<T> buffers[kStreamAhead + 1];
+  BlockKeys<T> buffers[2], tokens;
   Walk walk = Walk::of_part(c, cut, kv_head, index, block, run), next_walk = walk;
   const auto locate_next = [&](BlockKeys<T>& keys) {
     if (Walk::is_done(next_walk) && !run.is_last)
@@ -83,7 +77,7 @@ static void stream_part(const Call& c, int row, int kv_head, int index, Run run)
            next_walk.range.end, block, keys);
     Walk::step(c, cut, block, run, next_walk);
   };
-  for (int i = 0; i < ahead; ++i) locate_next(buffers[i]);
+  locate_next(buffers[0]);
   // the hardware's prefetcher finds the first keys of a stream, but not those of a list
   if (cut.attended != nullptr && run.is_first) {
     for (int h = 0; h < together.count; ++h) {
@@ -91,19 +85,15 @@ static void stream_part(const Call& c, int row, int kv_head, int index, Run run)
       if (c.with_values) prefetch_all(buffers[0].v, buffers[0].count, c.D, h * together.v_stride);
     }
   }
-  for (int turn = 0; !Walk::is_done(walk); Walk::step(c, cut, block, run, walk)) {
+  for (int turn = 0; !Walk::is_done(walk); Walk::step(c, cut, block, run, walk), turn ^= 1) {
     const int first = walk.first;
     BlockKeys<T>& keys = buffers[turn];
-    BlockKeys<T>& next = buffers[turn == 0 ? ahead : turn - 1];
-    turn = turn == ahead ? 0 : turn + 1;
+    BlockKeys<T>& next = buffers[turn ^ 1];
     locate_next(next);
     if (touches) {
       touch_pages(next.k, next.count, c.cache.k_stride.token);
       if (c.with_values && !one_row) touch_pages(next.v, next.count, c.cache.v_stride.token);
     }
-    Prefetch<T> prefetch =
-        Prefetch<T>::make(next.k, c.with_values ? next.v : nullptr, together, next.count, c.D,
-                          c.with_values ? 1 + tiles_of_values : 1);
     if (args.at_tau) {
       if (first == walk.begin) {  // each head begins where the stretch does
         if (walk.head == 0) span_of_stretch = span;
@@ -116,10 +106,13 @@ static void stream_part(const Call& c, int row, int kv_head, int index, Run run)
     for (int h = walk.head; h < walk.head + together.count; ++h) {
       const Scaling scaling = scaling_of(c.score, factor_of<T>(c.cache.k_scale, kv_head + h));
       const Part part = part_at(c, part_index(cut, kv_head + h, index));
-      dot_block<T, HT>(q, h * heads, keys, c.D, tiles, scaling, prefetch, x);
+      if (together.count > 1) share_tokens(together, h, block, next, tokens);
+      const BlockKeys<T>& wanted = together.count > 1 ? tokens : next;
+      const Asked<T> asked = Asked<T>::make(wanted.k, c.with_values ? wanted.v : nullptr, c.D);
+      dot_block<T, HT>(q, h * heads, keys, c.D, tiles, scaling, asked, x);
       if (stores) store_logits(c, c.rows[row], kv_head + h, first, x, floats);
       softmax_block<HT>(tiles, keys.count, &visual, args, x, states + h * tiles, rescales);
-      if (c.with_values) sum_block<T, HT>(c, keys, prefetch, x, rescales, part);
+      if (c.with_values) sum_block<T, HT>(c, keys, asked, x, rescales, part);
       if (h + 1 < together.count) next_head(together, keys);
     }
   }

@@ -62,20 +62,22 @@ struct Weigh<f8_as_bf16> : Weigh<bf16> {
 
 // acc[h] = acc[h] * rescale[h] + sum over keys of p[key, h] * v[key], for NH heads and UNITS units
 // of columns. A block is summed from zero and then added, which also keeps rounding errors small.
-// p [key tiles, steps, HT]. A tail is one unit.
+// p [key tiles, steps, HT]. A tail is one unit. The first head tile asks for vectors to come.
 template <class T, int HT, int NH, int UNITS, bool TAIL>
-VP_INLINE void value_tile(const T* const* values, int keys, Prefetch<T>& prefetch, const float* p,
+VP_INLINE void value_tile(const T* const* values, int keys, const Asked<T>* asked, const float* p,
                           int p_stride, int dim, int column, const float* rescale, float* acc,
                           int acc_stride) {
   using W = Weigh<T>;
   constexpr int kTileKeys = kLanes / HT;
-  Prefetch<T> local = prefetch;  // in registers
   Vec sum[NH][2 * UNITS];
   for (int h = 0; h < NH; ++h)
     for (int u = 0; u < 2 * UNITS; ++u) sum[h][u] = vzero();
   for (int first = 0; first < keys; first += kTileKeys, p += p_stride) {
     const int n = keys - first < kTileKeys ? keys - first : kTileKeys;
-    Prefetch<T>::fetch(local, n);
+    if (asked != nullptr && column == 0) {
+      const T* const* const soon = soon_values(*asked, values, keys, first);
+      for (int i = 0; i < n; ++i) prefetch_vector(soon[i], asked->lines);
+    }
     for (int i = 0; i < n; i += W::kKeys) {
       const T* const* v = values + first + i;
       typename W::Value x[2 * UNITS];
@@ -84,13 +86,15 @@ VP_INLINE void value_tile(const T* const* values, int keys, Prefetch<T>& prefetc
       } else {
         W::template load<UNITS>(v, column, x);
       }
+      if (asked != nullptr)
+        for (int j = 0; j < W::kKeys; ++j)
+          prefetch_columns<UNITS * kUnit>(asked->v[first + i + j], column);
       for (int h = 0; h < NH; ++h) {
         const auto weight = W::weight(p + i / W::kKeys * HT + h);
         for (int u = 0; u < 2 * UNITS; ++u) sum[h][u] = W::add(sum[h][u], weight, x[u]);
       }
     }
   }
-  prefetch = local;
   for (int h = 0; h < NH; ++h) {
     float* to = acc + h * acc_stride + column;
     const Vec scale = vset(rescale[h]);
@@ -99,51 +103,44 @@ VP_INLINE void value_tile(const T* const* values, int keys, Prefetch<T>& prefetc
   }
 }
 
-// Value tiles that pass over a block.
-VP_INLINE int value_tiles(int group, int dim) {
-  const int units = dim / kUnit;
-  const int across = units / kValueUnits + units % kValueUnits + (dim % kUnit != 0);
-  return (group + 3) / 4 * across;
-}
-
 template <class T, int HT, int NH>
-VP_INLINE void value_columns(const T* const* values, int keys, Prefetch<T>& prefetch,
+VP_INLINE void value_columns(const T* const* values, int keys, const Asked<T>* asked,
                              const float* p, int p_stride, int dim, const float* rescale,
                              float* acc, int acc_stride) {
   int d = 0;
   for (; d + kValueUnits * kUnit <= dim; d += kValueUnits * kUnit)
-    value_tile<T, HT, NH, kValueUnits, false>(values, keys, prefetch, p, p_stride, dim, d, rescale,
+    value_tile<T, HT, NH, kValueUnits, false>(values, keys, asked, p, p_stride, dim, d, rescale,
                                               acc, acc_stride);
   for (; kValueUnits > 1 && d + kUnit <= dim; d += kUnit)
-    value_tile<T, HT, NH, 1, false>(values, keys, prefetch, p, p_stride, dim, d, rescale, acc,
+    value_tile<T, HT, NH, 1, false>(values, keys, asked, p, p_stride, dim, d, rescale, acc,
                                     acc_stride);
   if (d < dim)
-    value_tile<T, HT, NH, 1, true>(values, keys, prefetch, p, p_stride, dim, d, rescale, acc,
+    value_tile<T, HT, NH, 1, true>(values, keys, asked, p, p_stride, dim, d, rescale, acc,
                                    acc_stride);
 }
 
 // One head tile with `heads` <= HT heads; the lanes of its padding are not read.
 template <class T, int HT>
-static void add_values(const T* const* values, int keys, Prefetch<T>& prefetch, const float* p,
+static void add_values(const T* const* values, int keys, const Asked<T>* asked, const float* p,
                        int p_stride, int dim, int heads, const float* rescale, float* acc,
                        int acc_stride) {
   if (heads == 1) {
-    value_columns<T, HT, 1>(values, keys, prefetch, p, p_stride, dim, rescale, acc, acc_stride);
+    value_columns<T, HT, 1>(values, keys, asked, p, p_stride, dim, rescale, acc, acc_stride);
   } else if (HT >= 2 && heads == 2) {
-    value_columns<T, HT, HT >= 2 ? 2 : 1>(values, keys, prefetch, p, p_stride, dim, rescale, acc,
+    value_columns<T, HT, HT >= 2 ? 2 : 1>(values, keys, asked, p, p_stride, dim, rescale, acc,
                                           acc_stride);
   } else if (HT == 4 && heads == 3) {
-    value_columns<T, HT, HT == 4 ? 3 : 1>(values, keys, prefetch, p, p_stride, dim, rescale, acc,
+    value_columns<T, HT, HT == 4 ? 3 : 1>(values, keys, asked, p, p_stride, dim, rescale, acc,
                                           acc_stride);
   } else {
-    value_columns<T, HT, HT == 4 ? 4 : 1>(values, keys, prefetch, p, p_stride, dim, rescale, acc,
+    value_columns<T, HT, HT == 4 ? 4 : 1>(values, keys, asked, p, p_stride, dim, rescale, acc,
                                           acc_stride);
   }
 }
 
 // All heads of a block, into the part's sums. Lanes of x without a key have weight 0.
 template <class T, int HT>
-VP_INLINE void sum_block(const Call& c, BlockKeys<T>& keys, Prefetch<T>& prefetch, const float* x,
+VP_INLINE void sum_block(const Call& c, BlockKeys<T>& keys, const Asked<T>& asked, const float* x,
                          const Rescales& rescales, const Part& part) {
   const int group = c.H / c.G, tiles = head_tiles(group), columns = padded_dim(c.D, kUnit);
   if (Weigh<T>::kKeys == 2 && keys.count % 2 != 0)
@@ -160,8 +157,8 @@ VP_INLINE void sum_block(const Call& c, BlockKeys<T>& keys, Prefetch<T>& prefetc
       p_stride = kLanes / 2;
     }
 #endif
-    add_values<T, HT>(keys.v, keys.count, prefetch, p, p_stride, c.D, heads, rescales.tile[t],
-                      part.acc + t * HT * columns, columns);
+    add_values<T, HT>(keys.v, keys.count, t == 0 ? &asked : nullptr, p, p_stride, c.D, heads,
+                      rescales.tile[t], part.acc + t * HT * columns, columns);
   }
 }
 

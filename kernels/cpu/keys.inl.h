@@ -103,17 +103,18 @@ VP_INLINE void locate(const Call& c, const Cut& cut, int row, int kv_head, int f
   }
 }
 
-// The vectors that are due soon after key i of a block is multiplied: K, V, then what follows.
-template <class T>
-VP_INLINE const T* const* soon_values(const Asked<T>& asked, const T* const* v, int count, int i) {
-  const int at = i + kSoonValues<T>;
-  return at < count ? v + at : asked.after + (at - count);
-}
+// The vectors to ask for once more beside key i of a block, and beside its value.
 template <class T>
 VP_INLINE const T* const* soon_keys(const Asked<T>& asked, const BlockKeys<T>& keys, int i) {
-  const int at = i + kSoonKeys<T>;
-  const T* const* const after = asked.v != nullptr ? keys.v : asked.after;
-  return at < keys.count ? keys.k + at : after + (at - keys.count);
+  if (asked.v != nullptr) return keys.v + i;
+  const int at = i + kSoon<T>;
+  return at < keys.count ? keys.k + at : asked.k + (at - keys.count);
+}
+template <class T>
+VP_INLINE const T* const* soon_values(const Asked<T>& asked, const T* const* v, int count, int i) {
+  if (asked.k != nullptr) return asked.k + i;
+  const int at = i + kSoon<T>;
+  return at < count ? v + at : asked.v + (at - count);
 }
 
 // From a block's keys of one KV head to those of the next.

@@ -61,24 +61,21 @@ VP_INLINE void prefetch_columns(const T* vector, int column) {
 }
 
 // What is asked for while a block is multiplied, at the place of each of its keys: a vector of the
-// block to come, a few lines at a time, since a burst would fill the miss buffers; and the vector
-// that is due soon once more, since the CPU drops a prefetch where too many wait.
+// block to come, a few lines at a time, since a burst would fill the miss buffers; and once more
+// what is due next, since the CPU drops a prefetch where too many wait. That is V beside K, and K
+// of the block to come beside V; in a pass over one of them a vector a little ahead.
 template <class T>
 struct Asked {
-  const T* const* k;      // of the block to come
-  const T* const* v;      // nullptr: no values are summed
-  const T* const* after;  // what follows the block's last vectors
-  int lines;              // of a vector
+  const T* const* k;  // of the block to come; nullptr: no logits are made
+  const T* const* v;  // nullptr: no values are summed
+  int lines;          // of a vector
 
   VP_INLINE Asked make(const T* const* k, const T* const* v, int dim) {
-    return {k, v, k != nullptr ? k : v, lines_of<T>(dim)};
+    return {k, v, lines_of<T>(dim)};
   }
 };
-// Vectors from the second time to the use: 4 and 8 KiB of 128 columns.
 template <class T>
-constexpr int kSoonKeys = 32 / static_cast<int>(sizeof(T));
-template <class T>
-constexpr int kSoonValues = 64 / static_cast<int>(sizeof(T));
+constexpr int kSoon = 32 / static_cast<int>(sizeof(T));  // a little: 4 KiB of 128 columns
 
 // KV heads that are computed together, and the way from one to the next.
 struct KvHeads {

@@ -1,6 +1,5 @@
 """The functional ops: check, make a `Call`, hand it to a backend. Tensors in, tensors out."""
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -245,7 +244,7 @@ def budget(
     device: torch.device,
 ) -> tuple[Params, Any]:
     """Put the config's numbers into `params`; also the policy, if it must run between stages."""
-    policy, bound = _policy(config, visual.max_count)
+    policy = budgets.policy_of(config.budget, config.ratio)
     low, high = config.ratio
     ratio = wanted = None
     between = policy
@@ -256,6 +255,7 @@ def budget(
             ratio = policy.draw(rows, device)
         if clamp is not None or wanted is not None:
             between = None
+    bound = checks.bound(policy.bound(visual.max_count), policy)
     params = Params(
         scale=params.scale,
         softcap=params.softcap,
@@ -275,22 +275,8 @@ def budget(
 
 def k_max(config: PulseConfig, visual: VisualTokens) -> int:
     """The width of a selection, checked."""
-    return _policy(config, visual.max_count)[1]
-
-
-def _policy(config: PulseConfig, n_visual: int) -> tuple[Any, int]:
-    """The policy of a config and its bound, checked."""
-    if config.budget == "dynamic" and is_eager():  # a graph is traced once, past any cache
-        return _dynamic(config.ratio, n_visual)
     policy = budgets.policy_of(config.budget, config.ratio)
-    return policy, checks.bound(policy.bound(n_visual), policy)
-
-
-@lru_cache(maxsize=256)
-def _dynamic(ratio: tuple[float, float], n_visual: int) -> tuple[budgets.Dynamic, int]:
-    """The usual policy, a function of host numbers that stay the same for a whole answer."""
-    policy = budgets.Dynamic(*ratio)
-    return policy, policy.bound(n_visual)
+    return checks.bound(policy.bound(visual.max_count), policy)
 
 
 def _buffers(

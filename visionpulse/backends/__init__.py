@@ -143,7 +143,6 @@ def _wanted(name: str) -> str:
     return name
 
 
-@cache
 def _order(queries: int | None) -> list[str]:
     """What `auto` tries in turn: first the backends whose kernels take all queries of a row.
 

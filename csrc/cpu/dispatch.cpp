@@ -39,10 +39,22 @@ bool multiplies_bf16_pairs() {
 }
 #endif
 
-// `with_amx`: asks the kernel for permission, which makes the signal frames of the process larger.
-std::vector<const Kernels*> sets(bool with_amx) {
+const Kernels& find(const std::string& name, const std::string& source) {
+  for (const Kernels* kernels : available())
+    if (name == kernels->name) return *kernels;
+  std::string names;
+  for (const Kernels* kernels : available())
+    names += (names.empty() ? "" : ", ") + std::string(kernels->name);
+  std::string why;
+  if (name == kAmx && amx_refusal() != nullptr) why = std::string("; ") + amx_refusal();
+  throw std::invalid_argument(source + " asks for the instruction set '" + name +
+                              "', but this build on this CPU has: " + names + why);
+}
+
+}  // namespace
+
+std::vector<const Kernels*> available() {
   std::vector<const Kernels*> found;
-  (void)with_amx;
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
@@ -58,7 +70,8 @@ std::vector<const Kernels*> sets(bool with_amx) {
       avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
   (void)bf16;
 #if defined(VP_HAVE_AVX512_AMX)
-  if (bf16 && with_amx && amx_refusal() == nullptr) found.push_back(&amx_kernels());
+  // this asks the kernel for permission, once, which makes the signal frames of the process larger
+  if (bf16 && amx_refusal() == nullptr) found.push_back(&amx_kernels());
 #endif
 #if defined(VP_HAVE_AVX512_BF16)
   if (bf16) found.push_back(&kAvx512Bf16);
@@ -79,26 +92,6 @@ std::vector<const Kernels*> sets(bool with_amx) {
   found.push_back(&kBaseline);
   return found;
 }
-
-const Kernels& find(const std::string& name, const std::string& source) {
-  for (const Kernels* kernels : sets(name == kAmx))
-    if (name == kernels->name) return *kernels;
-  std::string names;
-  for (const Kernels* kernels : available())
-    names += (names.empty() ? "" : ", ") + std::string(kernels->name);
-  std::string why;
-  if (name == kAmx && amx_refusal() != nullptr) why = std::string("; ") + amx_refusal();
-  throw std::invalid_argument(source + " asks for the instruction set '" + name +
-                              "', but this build on this CPU has: " + names + why);
-}
-
-}  // namespace
-
-// Without AMX, which is taken when named: its kernels ran over a model of the instructions alone.
-// What speaks for them are a prototype's times on an Intel Xeon with AMX, one thread, 32/8 heads,
-// D 128, 32k keys: the arithmetic of dense attention took 3.0 ms in tiles and 6.6 ms in pairs,
-// beside 7.9 ms of reading, and that of a follower 270 us and 430 us.
-std::vector<const Kernels*> available() { return sets(false); }
 
 const Kernels& current() {
   const Kernels* kernels = in_use.load(std::memory_order_acquire);

@@ -3,7 +3,7 @@
 // tile, and the layouts of shared_stream.inl.h are those of tiles already.
 #pragma once
 
-#include "kernels/cpu/amx.inl.h"
+#include "kernels/cpu/amx_values.inl.h"
 
 namespace visionpulse::cpu::VP_ISA {
 
@@ -40,9 +40,43 @@ VP_INLINE void amx_dot_heads(const bf16* q, const bf16* const* k, int keys, int 
   const AmxRows low = amx_rows(k, columns, space[0]);
   const AmxRows high = amx_rows(k + kAmxRows, columns, space[1]);
   // as many as dot_heads: the passes of stream_shared are counted in steps of kDepth pairs
-  const auto fetch = [&](int) { Prefetch<T>::fetch(prefetch, keys * kAmxColumns / (2 * kDepth)); };
+  const auto fetch = [&] { Prefetch<T>::fetch(prefetch, keys * kAmxColumns / (2 * kDepth)); };
   amx_dots(q, kLanes, columns / kAmxColumns, low, high, fetch, x, x + kAmxRows * kLanes);
   for (int n = 0; n < keys; ++n) vstore(x + n * kLanes, logit(vload(x + n * kLanes), scaling));
+}
+
+// V of 32 keys as pairs: a tile of 16 pairs and 16 columns at `first`, and the bytes from a pair to
+// the next and from a tile to the next.
+struct AmxValues {
+  const char* first;
+  int64_t to_pair, to_tile;
+};
+
+// acc [heads, columns] = acc * rescale + weights [heads, 32 keys] * V; an even number of tiles.
+VP_INLINE void amx_add_values(const bf16* weights, const AmxValues& v, int heads, int columns,
+                              const float* rescale, float* acc) {
+  alignas(64) float sums[2][kAmxHeads * kLanes];
+  amx_fence();
+  _tile_loadd(5, weights, kAmxRowBytes);
+#pragma GCC unroll 1
+  for (int d = 0; d < columns; d += 2 * kLanes) {
+    const char* const tile = v.first + d / kLanes * v.to_tile;
+    _tile_zero(6);
+    _tile_zero(7);
+    _tile_loadd(1, tile, v.to_pair);
+    _tile_dpbf16ps(6, 5, 1);
+    _tile_loadd(2, tile + v.to_tile, v.to_pair);
+    _tile_dpbf16ps(7, 5, 2);
+    _tile_stored(6, sums[0], kAmxRowBytes);
+    _tile_stored(7, sums[1], kAmxRowBytes);
+    amx_fence();
+    for (int h = 0; h < heads; ++h) {
+      float* to = acc + h * columns + d;
+      const Vec scale = vset(rescale[h]);
+      vstore(to, vfma(vload(to), scale, vload(sums[0] + h * kLanes)));
+      vstore(to + kLanes, vfma(vload(to + kLanes), scale, vload(sums[1] + h * kLanes)));
+    }
+  }
 }
 
 template <class T>

@@ -4,27 +4,28 @@
 #pragma once
 
 #include "kernels/cpu/amx_shared.inl.h"
-#include "kernels/cpu/attend.inl.h"
+#include "kernels/cpu/table.inl.h"
 
 namespace visionpulse::cpu::VP_ISA {
 
-// The places of kBFloat16 and of kFloat8 beside it, in the order of storage_of.
+// Places in the order of storage_of; the last is kFloat8 beside q in bfloat16.
 constexpr int kAmxBf16 = static_cast<int>(DType::kBFloat16), kAmxF8 = kStorages - 1;
+constexpr int kFloat = static_cast<int>(DType::kFloat32), kHalf = static_cast<int>(DType::kFloat16);
 
-template <class T, int TYPE>
+template <class T, class S>
 static void stream_amx(const Call& c, int row, int kv_head, int part, Run run) {
-  if (!takes_amx(c)) return kAvx512Bf16.stream[TYPE](c, row, kv_head, part, run);
+  if (!takes_amx(c)) return stream_any<S>(c, row, kv_head, part, run);
   AmxScope scope;
-  AmxScope::enter(scope, padded_heads(c.H / c.G));
+  AmxScope::enter(scope, padded_heads(c.H / c.G), amx_sum_rows(c.H / c.G));
   stream_part<T, 4>(c, row, kv_head, part, run);
   AmxScope::leave(scope);
 }
 
-template <class T, int TYPE>
+template <class T, class S>
 static void weigh_amx(const Call& c, int row, int kv_head, int part, Run run) {
-  if (!takes_amx(c)) return kAvx512Bf16.weigh[TYPE](c, row, kv_head, part, run);
+  if (!takes_amx(c)) return weigh_any<S>(c, row, kv_head, part, run);
   AmxScope scope;
-  AmxScope::enter(scope, padded_heads(c.H / c.G));
+  AmxScope::enter(scope, padded_heads(c.H / c.G), amx_sum_rows(c.H / c.G));
   weigh_part<T, 4>(c, row, kv_head, part, run);
   AmxScope::leave(scope);
 }
@@ -34,19 +35,22 @@ static void weigh_amx(const Call& c, int row, int kv_head, int part, Run run) {
 template <class T>
 static void stream_shared_amx(const Call& c, int cache_row, int kv_head, int part, Run run) {
   AmxScope scope;
-  AmxScope::enter(scope, kAmxHeads);
+  AmxScope::enter(scope, kAmxHeads, kAmxHeads);
   stream_shared<T>(c, cache_row, kv_head, part, run);
   AmxScope::leave(scope);
 }
 
-// Every other kernel, type and shape is that of avx512_bf16.
+// Streams of every type ask for K and V as this CPU likes it; every other kernel is that of
+// avx512_bf16.
 static Kernels with_amx(const char* name) {
   Kernels kernels = kAvx512Bf16;
   kernels.name = name;
-  kernels.stream[kAmxBf16] = stream_amx<amx_bf16, kAmxBf16>;
-  kernels.weigh[kAmxBf16] = weigh_amx<amx_bf16, kAmxBf16>;
-  kernels.stream[kAmxF8] = stream_amx<amx_f8, kAmxF8>;
-  kernels.weigh[kAmxF8] = weigh_amx<amx_f8, kAmxF8>;
+  kernels.stream[kFloat] = stream_any<float>;
+  kernels.stream[kHalf] = stream_any<f16>;
+  kernels.stream[kAmxBf16] = stream_amx<amx_bf16, bf16>;
+  kernels.stream[kAmxF8] = stream_amx<amx_f8, f8_as_bf16>;
+  kernels.weigh[kAmxBf16] = weigh_amx<amx_bf16, bf16>;
+  kernels.weigh[kAmxF8] = weigh_amx<amx_f8, f8_as_bf16>;
   kernels.stream_shared[kAmxBf16] = stream_shared_amx<amx_bf16>;
   kernels.stream_shared[kAmxF8] = stream_shared_amx<amx_f8>;
   return kernels;

@@ -163,7 +163,7 @@ VP_INLINE void dot_tile(const typename Dot<T>::Query* q, int q_stride, const T* 
       const auto key = Dot<T>::key(keys[n] + d);
       if (ASKS) {
         prefetch_columns<kColumns>(ahead[n], d);
-        prefetch_columns<kColumns>(soon[n], d);
+        if (!kAsksByPages) prefetch_columns<kColumns>(soon[n], d);
       }
       for (int h = 0; h < HT; ++h) acc[n * HT + h] = Dot<T>::add(acc[n * HT + h], query[h], key);
     }
@@ -173,7 +173,7 @@ VP_INLINE void dot_tile(const typename Dot<T>::Query* q, int q_stride, const T* 
       const auto key = Dot<T>::key_tail(keys[n] + whole, dim - whole);
       if (ASKS) {
         prefetch_columns<kColumns>(ahead[n], whole);
-        prefetch_columns<kColumns>(soon[n], whole);
+        if (!kAsksByPages) prefetch_columns<kColumns>(soon[n], whole);
       }
       for (int h = 0; h < HT; ++h) {
         const auto query = Dot<T>::query(q + h * q_stride + whole);
@@ -218,8 +218,7 @@ VP_INLINE void dot_tile_of(const Query<T>& q, int head, const T* const* keys, co
 // Logits x [key tiles, head tiles, kLanes] of a block. Lanes without a key get -inf.
 template <class T, int HT>
 VP_INLINE void dot_block(const Query<T>& q, int first_head, BlockKeys<T>& keys, int dim,
-                         int tiles_of_heads, const Scaling& scaling, const Asked<T>& asked,
-                         float* x) {
+                         int tiles_of_heads, const Scaling& scaling, Asked<T>& asked, float* x) {
   constexpr int kTileKeys = kLanes / HT, kDotKeys = kDotLanes / HT;
   const int whole = (keys.count + kTileKeys - 1) / kTileKeys * kTileKeys;
   // a partial tile repeats its last key, so every logit comes from the same instructions

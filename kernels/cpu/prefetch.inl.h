@@ -6,7 +6,8 @@
 
 namespace visionpulse::cpu::VP_ISA {
 
-constexpr int kLine = 64;  // bytes of a cache line
+constexpr int kLine = 64;    // bytes of a cache line
+constexpr int kPage = 4096;  // bytes of a page of memory
 
 // Into L2: a prefetch into L1 would hold one of its few miss buffers until memory answers.
 template <int LINES>
@@ -42,7 +43,6 @@ VP_INLINE void prefetch_all(const T* const* vectors, int count, int dim, int64_t
 // and several walks run side by side; and from there on the hardware's prefetcher runs ahead too.
 template <class T>
 VP_INLINE void touch_pages(const T* const* vectors, int count, int64_t stride) {
-  constexpr int kPage = 4096;  // bytes
   const int64_t bytes = stride * static_cast<int64_t>(sizeof(T));
   const int step = bytes <= 0 || bytes > kPage ? 1 : kPage / static_cast<int>(bytes);
   for (int i = 0; i < count; i += step) prefetch_lines<1>(vectors[i]);
@@ -60,20 +60,86 @@ VP_INLINE void prefetch_columns(const T* vector, int column) {
   }
 }
 
+// How a CPU is asked for more than its own prefetcher brings.
+// - By pages: one vector of each page of memory in turn, in a file of isa/ that says so. The
+//   prefetcher of Intel's cores runs ahead in each page by itself, so several pages bring more than
+//   one after the other.
+// - Else each vector twice, since the CPU drops a prefetch where too many wait: a block ahead, and
+//   where the phase before reads. That is V beside K, and K of the block to come beside V; in a
+//   pass over one of them a vector a little ahead.
+#if defined(VP_ASKS_BY_PAGES)
+constexpr bool kAsksByPages = true;
+#else
+constexpr bool kAsksByPages = false;
+#endif
+// Vectors of a block in turn: one of each of the pages that they fill one after the other.
+struct Turns {
+  int log_pages, log_each;  // each: vectors of a page
+
+  // Of `count` keys; in their own order where they fill no pages.
+  VP_INLINE Turns make(int count, int64_t key_bytes) {
+    const int64_t pages = count * key_bytes / kPage;
+    if (pages < 2 || pages > count || (pages & (pages - 1)) != 0 || (count & (count - 1)) != 0)
+      return {0, 0};
+    const int log_pages = __builtin_ctz(static_cast<unsigned>(pages));
+    return {log_pages, __builtin_ctz(static_cast<unsigned>(count)) - log_pages};
+  }
+  // The vector that is asked for as number i.
+  VP_INLINE int at(const Turns& t, int i) {
+    return ((i & ((1 << t.log_pages) - 1)) << t.log_each) | (i >> t.log_pages);
+  }
+  template <class T>
+  VP_INLINE const T* const* order(const Turns& t, const T* const* vectors, int count,
+                                  const T** to) {
+    if (t.log_pages == 0) return vectors;
+    for (int i = 0; i < count; ++i) to[i] = vectors[at(t, i)];
+    return to;
+  }
+};
+
 // What is asked for while a block is multiplied, at the place of each of its keys: a vector of the
-// block to come, a few lines at a time, since a burst would fill the miss buffers; and once more
-// what is due next, since the CPU drops a prefetch where too many wait. That is V beside K, and K
-// of the block to come beside V; in a pass over one of them a vector a little ahead.
+// block to come, a few lines at a time, since a burst would fill the miss buffers.
 template <class T>
 struct Asked {
   const T* const* k;  // of the block to come; nullptr: no logits are made
   const T* const* v;  // nullptr: no values are summed
-  int lines;          // of a vector
+  int count, lines;   // vectors of each, and lines of a vector
+  Turns turns;        // that `some` takes them in
+  int next;           // of K and V that `some` asks for
 
-  VP_INLINE Asked make(const T* const* k, const T* const* v, int dim) {
-    return {k, v, lines_of<T>(dim)};
+  // Without a place for each key: `n` more vectors, first of K, then of V.
+  VP_INLINE void some(Asked& a, int n) {
+    const int keys = a.k != nullptr ? a.count : 0, all = keys + (a.v != nullptr ? a.count : 0);
+    for (const int end = a.next + n < all ? a.next + n : all; a.next < end; ++a.next) {
+      const bool is_key = a.next < keys;
+      const int i = Turns::at(a.turns, is_key ? a.next : a.next - keys);
+      prefetch_vector(is_key ? a.k[i] : a.v[i], a.lines);
+    }
   }
 };
+
+// Whether a type's products have no place for each key.
+template <class T>
+constexpr bool kAsksBySteps = false;
+
+// The vectors that are then asked for at each of `steps` steps of a phase: memory should have as
+// much to do in all of them.
+enum class Phase { kProducts, kLogits, kSoftmax, kSums, kOutput };
+template <class T>
+VP_INLINE int asked_beside(const Asked<T>& asked, Phase phase, int steps) {
+  constexpr int kParts[5] = {2, 1, 2, 2, 1};  // of 8 with K and V, else of 5
+  const bool both = asked.k != nullptr && asked.v != nullptr;
+  const int vectors = both ? 2 * asked.count : asked.count, parts = (both ? 8 : 5) * steps;
+  return (vectors * kParts[static_cast<int>(phase)] + parts - 1) / parts;
+}
+template <class T>
+VP_INLINE auto ask_beside_softmax(Asked<T>& asked, int tiles) {
+  const int n = kAsksBySteps<T> ? asked_beside(asked, Phase::kSoftmax, tiles) : 0;
+  return [&asked, n] {
+    if (kAsksBySteps<T>) Asked<T>::some(asked, n);
+  };
+}
+
 template <class T>
 constexpr int kSoon = 32 / static_cast<int>(sizeof(T));  // a little: 4 KiB of 128 columns
 

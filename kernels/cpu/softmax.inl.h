@@ -121,10 +121,10 @@ VP_INLINE bool lies_below(const Lanes& most, const Lanes& m, float slack) {
 
 // Adds exp2(x - m) to the sums, and leaves it in the place of x. SAME: the sums so far are of this
 // m.
-template <bool SAME>
+template <bool SAME, class F>
 VP_INLINE void add_weights(float* x, int stride, int tiles, const BlockVisual* block,
                            const SoftmaxArgs& a, TileState& s, const Lanes& m,
-                           const Lanes& exponent, float* rescale) {
+                           const Lanes& exponent, float* rescale, const F& beside) {
   if (a.at_tau) add_mass<SAME>(x, stride, tiles, *block, a.inv_tau, s, m, exponent);
   for (int j = 0; j < kTileVecs; ++j) {
     const Vec scale = SAME ? vset(1.0f) : exp2_full(exponent.vec[j]);
@@ -132,6 +132,7 @@ VP_INLINE void add_weights(float* x, int stride, int tiles, const BlockVisual* b
     Vec sum = vzero();
     for (int i = 0; i < tiles; ++i) {
       float* at = x + i * stride + j * kWidth;
+      beside();
       const Vec e = exp2_full(vsub(vload(at), m.vec[j]));
       vstore(at, e);
       sum = vadd(sum, e);
@@ -142,14 +143,14 @@ VP_INLINE void add_weights(float* x, int stride, int tiles, const BlockVisual* b
 
 // Turns the logits x [key tiles, kLanes] of a head tile into weights in place. `rescale` [kLanes]
 // is the factor, one a head, by which the sums so far shrink.
-template <int HT>
+template <int HT, class F>
 VP_INLINE void softmax_tile(float* x, int stride, int tiles, const BlockVisual* block,
-                            const SoftmaxArgs& a, TileState& s, float* rescale) {
+                            const SoftmaxArgs& a, TileState& s, float* rescale, const F& beside) {
   const Lanes old = Lanes::load(s.m), most = largest_of(x, stride, tiles, old);
   Lanes m = old, exponent = old;
   if (__builtin_expect(lies_below(most, old, slack_of(a)), 1)) {
     for (int j = 0; j < kTileVecs; ++j) m.vec[j] = vsafe_max(m.vec[j]);
-    return add_weights<true>(x, stride, tiles, block, a, s, m, exponent, rescale);
+    return add_weights<true>(x, stride, tiles, block, a, s, m, exponent, rescale, beside);
   }
   m = spread_max<HT>(most);
   Lanes::store(s.m, m);
@@ -157,7 +158,7 @@ VP_INLINE void softmax_tile(float* x, int stride, int tiles, const BlockVisual* 
     m.vec[j] = vsafe_max(m.vec[j]);
     exponent.vec[j] = vsub(old.vec[j], m.vec[j]);
   }
-  add_weights<false>(x, stride, tiles, block, a, s, m, exponent, rescale);
+  add_weights<false>(x, stride, tiles, block, a, s, m, exponent, rescale, beside);
 }
 
 // The factors by which the sums so far shrink, for each head tile.
@@ -165,15 +166,16 @@ struct Rescales {
   alignas(64) float tile[kMaxGroup / 4][kLanes];
 };
 
-// Turns the logits x of a block into weights, and adds them to the statistics.
-template <int HT>
+// Turns the logits x of a block into weights, and adds them to the statistics. `beside` is called
+// at each tile of weights.
+template <int HT, class F>
 VP_INLINE void softmax_block(int tiles, int keys, const BlockVisual* block, const SoftmaxArgs& a,
-                             float* x, TileState* states, Rescales& rescales) {
+                             float* x, TileState* states, Rescales& rescales, const F& beside) {
   constexpr int kTileKeys = kLanes / HT;
   const int key_tiles = (keys + kTileKeys - 1) / kTileKeys;
   for (int t = 0; t < tiles; ++t)
     softmax_tile<HT>(x + t * kLanes, tiles * kLanes, key_tiles, block, a, states[t],
-                     rescales.tile[t]);
+                     rescales.tile[t], beside);
 }
 
 // Finds the visual tokens among the keys [from, from + keys). `span`, the first that can hold one,

@@ -30,10 +30,12 @@ VP_INLINE void store_logits(const Call& c, const Row& row, int kv_head, int firs
 }
 
 // Keys of a block. The sums of V go to memory and back once a block, so it is as long as L1 allows;
-// in 32 bits, which wait for memory, half as long, and prefetches are half as early.
+// in 32 bits, which wait for memory, half as long, and prefetches are half as early; asked for by
+// pages it has eight of K and eight of V.
 template <class T>
 VP_INLINE int block_keys(const Call& c, const Cut& cut) {
   if (cut.attended != nullptr) return kListBlock;
+  if (kAsksByPages && sizeof(T) > 1) return kListBlock;
   const int most = kByteBlock / static_cast<int>(sizeof(T));
   return sizeof(T) == 4 && c.with_values ? most / 2 : most;
 }
@@ -67,10 +69,14 @@ static void stream_part(const Call& c, int row, int kv_head, int index, Run run)
   constexpr int64_t kPieceBytes = 512;
   const int64_t key_bytes = c.cache.k_stride.token * static_cast<int64_t>(sizeof(T));
   const bool touches =
-      run.in_pages || (cut.attended == nullptr && key_bytes > 0 && key_bytes <= kPieceBytes);
+      !kAsksByPages &&
+      (run.in_pages || (cut.attended == nullptr && key_bytes > 0 && key_bytes <= kPieceBytes));
   const bool one_row = c.cache.v == static_cast<const T*>(c.cache.k) + c.D;
   alignas(64) float x[kMostKeys * kMaxGroup];
+  const bool in_turn = kAsksByPages && cut.attended == nullptr && together.count == 1;
+  const Turns turns = in_turn ? Turns::make(block, key_bytes) : Turns{0, 0};
   Rescales rescales;
+  const T *k_in_turn[kMostKeys], *v_in_turn[kMostKeys];
   BlockKeys<T> buffers[2], tokens;
   Walk walk = Walk::of_part(c, cut, kv_head, index, block, run), next_walk = walk;
   const auto locate_next = [&](BlockKeys<T>& keys) {
@@ -111,10 +117,16 @@ static void stream_part(const Call& c, int row, int kv_head, int index, Run run)
       const Part part = part_at(c, part_index(cut, kv_head + h, index));
       if (together.count > 1) share_tokens(together, h, block, next, tokens);
       const BlockKeys<T>& wanted = together.count > 1 ? tokens : next;
-      const Asked<T> asked = Asked<T>::make(wanted.k, c.with_values ? wanted.v : nullptr, c.D);
+      Asked<T> asked = {
+          wanted.k, c.with_values ? wanted.v : nullptr, block, lines_of<T>(c.D), turns, 0};
+      if (!kAsksBySteps<T>) {
+        asked.k = Turns::order(turns, asked.k, block, k_in_turn);
+        if (c.with_values) asked.v = Turns::order(turns, asked.v, block, v_in_turn);
+      }
       dot_block<T, HT>(q, h * heads, keys, c.D, tiles, scaling, asked, x);
       if (stores) store_logits(c, c.rows[row], kv_head + h, first, x, floats);
-      softmax_block<HT>(tiles, keys.count, &visual, args, x, states + h * tiles, rescales);
+      softmax_block<HT>(tiles, keys.count, &visual, args, x, states + h * tiles, rescales,
+                        ask_beside_softmax(asked, floats / kLanes));
       if (c.with_values) sum_block<T, HT>(c, keys, asked, x, rescales, part);
       if (h + 1 < together.count) next_head(together, keys);
     }

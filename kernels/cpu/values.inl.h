@@ -74,7 +74,7 @@ VP_INLINE void value_tile(const T* const* values, int keys, const Asked<T>* aske
     for (int u = 0; u < 2 * UNITS; ++u) sum[h][u] = vzero();
   for (int first = 0; first < keys; first += kTileKeys, p += p_stride) {
     const int n = keys - first < kTileKeys ? keys - first : kTileKeys;
-    if (asked != nullptr && column == 0) {
+    if (!kAsksByPages && asked != nullptr && column == 0) {
       const T* const* const soon = soon_values(*asked, values, keys, first);
       for (int i = 0; i < n; ++i) prefetch_vector(soon[i], asked->lines);
     }
@@ -140,7 +140,7 @@ static void add_values(const T* const* values, int keys, const Asked<T>* asked, 
 
 // All heads of a block, into the part's sums. Lanes of x without a key have weight 0.
 template <class T, int HT>
-VP_INLINE void sum_block(const Call& c, BlockKeys<T>& keys, const Asked<T>& asked, const float* x,
+VP_INLINE void sum_block(const Call& c, BlockKeys<T>& keys, Asked<T>& asked, const float* x,
                          const Rescales& rescales, const Part& part) {
   const int group = c.H / c.G, tiles = head_tiles(group), columns = padded_dim(c.D, kUnit);
   if (Weigh<T>::kKeys == 2 && keys.count % 2 != 0)

@@ -36,10 +36,18 @@ void a_refusal_names_what_is_missing() {
   CHECK(says({true, true, saved, EPERM}, "ARCH_REQ_XCOMP_PERM"));
 }
 
-// On a CPU with AMX too it is taken when named, and only then.
-void asked_for_it_is_used_or_refused_with_the_reason() {
-  for (const cpu::Kernels* kernels : cpu::available())
-    CHECK(std::strcmp(kernels->name, "avx512_amx") != 0);
+// A CPU that has it and may use it takes it unasked.
+void it_comes_first_or_is_refused_with_the_reason() {
+  bool first = true;
+  for (const cpu::Kernels* kernels : cpu::available()) {
+    if (std::strcmp(kernels->name, "avx512_amx") == 0)
+      CHECK(first && cpu::amx_refusal() == nullptr);
+    first = false;
+  }
+#if defined(VP_HAVE_AVX512_AMX)
+  if (cpu::amx_refusal() == nullptr)
+    CHECK(std::strcmp(cpu::available().front()->name, "avx512_amx") == 0);
+#endif
   std::string error;
   try {
     cpu::use("avx512_amx");
@@ -204,6 +212,6 @@ int main() {
   }
 #endif
   a_refusal_names_what_is_missing();
-  asked_for_it_is_used_or_refused_with_the_reason();
+  it_comes_first_or_is_refused_with_the_reason();
   return check::report("amx");
 }

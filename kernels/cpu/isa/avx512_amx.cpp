@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #define VP_ISA avx512_amx
 #define VP_NATIVE_BF16 1
+#define VP_ASKS_BY_PAGES 1  // every CPU with AMX is Intel's
 #include "kernels/cpu/simd_avx512.h"
 #include "kernels/cpu/amx_table.inl.h"
 

@@ -245,9 +245,11 @@ def run(bench: Bench, shape: Shape, dtype: torch.dtype, options: argparse.Namesp
         theirs, missing = single_layers(bench, layers, forms, selection)
         singles |= theirs
     positions = attended_positions(layers.kv[0], layers.visual, selection)[0]
+    every = [tensor for kv in layers.kv for tensor in (kv.k, kv.v)]
     times, ceilings = bench.time(
-        {**steps, **singles}, dtype, shape.head_dim * dtype.itemsize, layers, positions
-    )
+        {**steps, **singles}, dtype, shape.head_dim * dtype.itemsize, layers, positions,
+        reads=dict.fromkeys(steps, every),
+    )  # fmt: skip
     made = {
         name: parts
         for name, parts in recipes(ours, forms, count).items()

@@ -12,7 +12,7 @@ it ours (`cpu:wide`) and the baselines read the same numbers in the dtype of q.
 import argparse
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import baselines
 import torch
@@ -31,6 +31,7 @@ import visionpulse as vp
 from visionpulse._native import module
 from visionpulse.backends import get, names
 from visionpulse.bench import cost
+from visionpulse.bench.ceilings import PAGES_AHEAD
 from visionpulse.bench.check import check_output, check_selection
 from visionpulse.bench.paged import in_pages
 from visionpulse.bench.timing import Times
@@ -57,14 +58,15 @@ def paged_attend(q: Tensor, kv: vp.PagedKVCache, contiguous: Tensor) -> Callable
     return run
 
 
-def stream_read(layers: Layers) -> Callable[[int], object]:
-    """K and V of the turn's layer read once by the widest loads there are."""
+def stream_read(layers: Layers, pages: int) -> Callable[[int], object]:
+    """K and V of the turn's layer read once by the widest loads there are, `pages` asked ahead."""
     read = module().cpu.read_stream
 
     def run(turn: int) -> None:
         kv = layers.at(turn)[1]
         for tensor in (kv.k, kv.v):
-            read(tensor.data_ptr(), tensor.numel() * tensor.itemsize, torch.get_num_threads())
+            size = tensor.numel() * tensor.itemsize
+            read(tensor.data_ptr(), size, pages, torch.get_num_threads())
 
     return run
 
@@ -209,25 +211,30 @@ def run(bench: Bench, shape: Shape, dtype: torch.dtype) -> Mapping[str, Times]:
         return {}
     for stage, variants in theirs(bench, wide, forms, peers).items() if forms else ():
         stages[stage] |= variants
-    pages, has_goals = [], bench.options.goals is not None and "cpu" in stages["dense"]
+    pages: dict[str, list[Tensor]] = {}
+    reads: Variants = {}
+    has_goals = bench.options.goals is not None and "cpu" in stages["dense"]
     if has_goals:
-        stages["dense"][READ] = stream_read(layers)
+        reads = {f"dense/{READ}:{ahead}": stream_read(layers, ahead) for ahead in PAGES_AHEAD}
     if has_goals and shape.keys % max(PAGES) == 0:
         q, kv = layers.at(0)
-        pages = [in_pages(kv, n) for n in PAGES]
-        for n, paged in zip(PAGES, pages, strict=True):
+        for n in PAGES:
+            paged = in_pages(kv, n)
             stages["dense"][f"cpu:pages-{n}"] = paged_attend(q, paged, stages["dense"]["cpu"](0))
+            pages[f"dense/cpu:pages-{n}"] = [paged.k_data]
     flat = {f"{stage}/{name}": v for stage, made in stages.items() for name, v in made.items()}
     positions = attended_positions(layers.kv[0], layers.visual, ours.selection)[0]
     several = has_goals and bench.options.threads > 1
     times, ceilings = bench.time(
-        flat, dtype, shape.head_dim * layers.kv[0].k.itemsize, layers, positions,
-        also=[paged.k_data for paged in pages], on_one_thread=SCALE if several else (),
+        flat | reads, dtype, shape.head_dim * layers.kv[0].k.itemsize, layers, positions,
+        reads=pages, on_one_thread=SCALE if several else (),
     )  # fmt: skip
     for which in ("", ONE_THREAD) if several else ("",):
-        gathers = [name for name in times if name.startswith("ceiling:gather")]
-        gathers = [name for name in gathers if name.endswith(ONE_THREAD) == bool(which)]
-        times[FOLLOWER_GATHER + which] = min((times[name] for name in gathers), key=lambda t: t.p20)
+        fastest = partial(_fastest, times, which)
+        times[FOLLOWER_GATHER + which] = fastest("ceiling:gather", lambda t: t.p20)
+        if reads:
+            times[f"dense/{READ}{which}"] = fastest(f"dense/{READ}:", lambda t: t.best)
+    times = {name: of for name, of in times.items() if not name.startswith(tuple(reads))}
     for key in times:  # the ceilings and what ran on one thread, timed among the others
         stage, _, name = key.partition("/")
         if stage in stages and name not in stages[stage]:
@@ -256,6 +263,14 @@ def run(bench: Bench, shape: Shape, dtype: torch.dtype) -> Mapping[str, Times]:
             work=of,
         )  # fmt: skip
     return times
+
+
+def _fastest(
+    times: Mapping[str, Times], which: str, prefix: str, by: Callable[[Times], float]
+) -> Times:
+    """The best of the forms of a probe, on one thread of several where `which` says so."""
+    names = [name for name in times if name.startswith(prefix)]
+    return min((times[n] for n in names if n.endswith(ONE_THREAD) == bool(which)), key=by)
 
 
 def _reads_8_bits(name: str) -> bool:

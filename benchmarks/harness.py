@@ -195,14 +195,14 @@ class Bench:
         row_bytes: int,
         layers: Layers | None = None,
         positions: Tensor | None = None,
-        also: Sequence[Tensor] = (),
+        reads: Mapping[str, Sequence[Tensor]] | None = None,
         on_one_thread: Sequence[str] = (),
     ) -> tuple[dict[str, Times], Limits]:
         """Time all variants in one interleaved run, the ceilings among them.
 
-        With `layers` their tensors are cold and those of `also`, and the gather reads `positions`
-        [n] of them, as a follower does. Variants whose names begin as one of `on_one_thread` run on
-        one thread too, by the same clock.
+        With `layers` the tensors of a turn's layer are cold, or those that `reads` gives a variant,
+        and the gather reads `positions` [n] of them, as a follower does. Variants whose names begin
+        as one of `on_one_thread` run on one thread too, by the same clock.
         """
         self.machine = Machine.here(self.device)  # with the load of now
         kv = None if layers is None else layers.kv[0]
@@ -210,14 +210,14 @@ class Bench:
         rounds = self.options.rounds
 
         def memory(name: str, turn: int) -> Sequence[Tensor]:
-            own = ceilings.memory(name.removesuffix(ONE_THREAD))
-            if own is not None:
-                return own
-            return (
-                []
-                if layers is None
-                else [*layers.memory(turn), *also, *VLLM.memory(layers.wide_at(turn)[1])]
-            )
+            name = name.removesuffix(ONE_THREAD)
+            own = ceilings.memory(name)
+            if own is None and reads is not None:
+                own = reads.get(name)
+            if own is not None or layers is None:
+                return own or []
+            copy = VLLM.memory(layers.wide_at(turn)[1]) if name.endswith("vllm-cpu") else []
+            return copy or layers.memory(turn)
 
         tick = progress_bar(not self.options.quiet)
         single = {f"{name}{SINGLE}": v.one for name, v in variants.items() if isinstance(v, Graphs)}

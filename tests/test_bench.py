@@ -222,7 +222,8 @@ def test_a_table_is_a_view_of_its_rows():
 
 def test_ceilings_are_positive_and_named():
     read, gather, compute = measure("cpu", torch.float32, row_bytes=512, rounds=1)
-    assert read.gb_s > gather.gb_s > 0 and compute > 0
+    # which read is the faster depends on the CPU and on its neighbours
+    assert read.gb_s > 0 and gather.gb_s > 0 and compute > 0
     assert read.name == "read of 256 MiB" and "512-byte" in gather.name
 
 

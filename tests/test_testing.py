@@ -134,6 +134,16 @@ def test_timing_interleaves_and_tells_the_turn():
     assert all(len(t.seconds) == 5 for t in times.values())
 
 
+def test_a_timed_call_finds_its_tensors_cold_and_its_code_warm(monkeypatch):
+    layers, shared, seen = [torch.zeros(1), torch.zeros(1)], torch.zeros(1), []
+    monkeypatch.setattr(timing, "evict", lambda tensors: seen.extend(map(id, tensors)))
+    timing.interleaved(
+        {"a": lambda turn: seen.append(turn)}, rounds=1, warmup=0,
+        cold=lambda name, turn: [layers[turn % 2], shared],
+    )  # fmt: skip
+    assert seen == [id(layers[0]), 1, id(shared), 0]
+
+
 def test_quantiles_are_times_that_were_taken():
     times = timing.Times(tuple(float(i) for i in range(1, 12)))
     assert (times.best, times.p20, times.p50, times.p80) == (1.0, 3.0, 6.0, 9.0)

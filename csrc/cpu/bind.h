@@ -109,9 +109,10 @@ inline std::vector<std::string> instruction_sets() {
   return names;
 }
 
-inline uint64_t bound_read(uintptr_t address, int64_t count, int threads) {
+inline uint64_t bound_read(uintptr_t address, int64_t count, int pages_ahead, int threads) {
   py::gil_scoped_release released;
-  return read_stream(current(), reinterpret_cast<const char*>(address), count, threads);
+  return read_stream(current(), reinterpret_cast<const char*>(address), count, pages_ahead,
+                     threads);
 }
 
 // keys: addresses of K, V and the positions, then what GatherProbe holds.

@@ -61,9 +61,10 @@ bool evict(const char* bytes, int64_t count) {
 #endif
 }
 
-uint64_t read_stream(const Kernels& kernels, const char* bytes, int64_t count, int threads) {
+uint64_t read_stream(const Kernels& kernels, const char* bytes, int64_t count, int pages_ahead,
+                     int threads) {
   return in_chunks(count, kChunk, threads, [&](int64_t begin, int64_t end) {
-    return kernels.read(bytes + begin, end - begin);
+    return kernels.read(bytes + begin, end - begin, pages_ahead);
   });
 }
 

@@ -9,7 +9,8 @@
 namespace visionpulse::cpu {
 
 // Reads a buffer once. The result only keeps the loads alive.
-uint64_t read_stream(const Kernels& kernels, const char* bytes, int64_t count, int threads);
+uint64_t read_stream(const Kernels& kernels, const char* bytes, int64_t count, int pages_ahead,
+                     int threads);
 
 // Reads the vectors of a list once, for every head.
 uint64_t read_gathered(const Kernels& kernels, const GatherProbe& probe, int threads);

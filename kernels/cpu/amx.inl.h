@@ -126,14 +126,15 @@ struct AmxQuery {
     const int64_t first = c.rows[row].cache_row * c.q_stride.row +
                           c.rows[row].query * c.queries.q_stride +
                           int64_t{kv_head} * group * c.q_stride.head;
-    bf16* to = into.data + to_head * columns;
+    char* to = reinterpret_cast<char*>(into.data + to_head * columns);
     alignas(64) bf16 head[kMaxHeadDim];
-    for (int h = 0; h < heads; ++h) {
+    for (int h = 0; h < heads; ++h, to += sizeof(uint32_t)) {
       for (int d = 0; d < columns; d += kColumns) {
         const int left = c.D - d < kColumns ? c.D - d : kColumns, n = h < group ? left : 0;
         QueryUnit<T>::load(c, n > 0 ? first + h * c.q_stride.head + d : first, n, head + d);
       }
-      for (int d = 0; d < columns; ++d) to[(d / 2 * heads + h) * 2 + d % 2] = head[d];
+      for (int p = 0; p < columns / 2; ++p)
+        __builtin_memcpy(to + p * heads * sizeof(uint32_t), head + 2 * p, sizeof(uint32_t));
     }
   }
 };

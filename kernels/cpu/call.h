@@ -152,7 +152,7 @@ struct Kernels {
   void (*select)(const Call&, int32_t row);
   // The fastest reads there are, of a buffer and of scattered vectors: the ceilings that benchmarks
   // compare with. `key`: head * count + index in the list.
-  uint64_t (*read)(const void* bytes, int64_t count);
+  uint64_t (*read)(const void* bytes, int64_t count, int pages_ahead);
   uint64_t (*gather)(const GatherProbe&, int64_t first_key, int64_t end_key);
 };
 

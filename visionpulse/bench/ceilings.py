@@ -2,9 +2,9 @@
 
 `read` streams bytes, `gather` reads K and V of text and kept tokens where they lie, as a follower
 must, `compute` multiplies large matrices. On a CPU both reads are native loops of the widest loads
-on torch's count of threads, over cold memory; the gather takes the fastest of a few orders and
-prefetch distances. All are bests: a ceiling lowered by a busy neighbour would flatter what runs
-below it.
+on torch's count of threads, over cold memory; each takes the fastest of a few orders and prefetch
+distances, since CPUs differ. All are bests: a ceiling lowered by a busy neighbour would flatter
+what runs below it.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,6 +23,8 @@ _READ_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
 _SIDE = {"cpu": 1024, "cuda": 8192}
 # Keys ahead; below 0 K and V are read in blocks of so many.
 _AHEAD = (16, 64, 256, -64, -128)
+# Pages of memory that a read in order asks for ahead; 0 leaves it to the hardware.
+PAGES_AHEAD = (0, 4, 8)
 _PREFIX = "ceiling:"
 
 
@@ -94,11 +96,17 @@ class Ceilings:
         def gather(ahead: int) -> Callable[[int], object]:
             return lambda _: self._gather(ahead)
 
+        def read(pages: int) -> Callable[[int], object]:
+            return lambda _: self._read(pages)
+
         gathers = {f"gather:{ahead}": gather(ahead) for ahead in _AHEAD}
         if not self._native:
             gathers = {"gather": lambda _: self._rows.index_select(0, self._places)}
+        reads = {f"read:{pages}": read(pages) for pages in PAGES_AHEAD}
+        if not self._native:
+            reads = {"read": read(0)}
         all_ = {
-            "read": lambda _: self._read(),
+            **reads,
             **gathers,
             "compute": lambda _: self._matrix @ self._matrix,
         }
@@ -108,15 +116,15 @@ class Ceilings:
         """What a variant of ours reads; None for another's."""
         if not name.startswith(_PREFIX):
             return None
-        return [self._data] if name == _PREFIX + "read" else [self._kv.k, self._kv.v]
+        return [self._data] if name.startswith(_PREFIX + "read") else [self._kv.k, self._kv.v]
 
-    def _read(self) -> object:
+    def _read(self, pages: int) -> object:
         if self.device.type == "cuda":  # a copy: reads and writes at the rate of the memory
             half = len(self._data) // 2
             return self._data[:half].copy_(self._data[half:])
         if self._native:
             return _native.module().cpu.read_stream(
-                self._data.data_ptr(), self._bytes, torch.get_num_threads()
+                self._data.data_ptr(), self._bytes, pages, torch.get_num_threads()
             )
         return self._data.sum()
 
@@ -141,10 +149,11 @@ class Ceilings:
         kind = "copy" if self.device.type == "cuda" else "read"
         # not the best of all rounds: one round in a hundred finds rows that a neighbour warmed
         gather = min(t.p20 for name, t in times.items() if name.startswith(_PREFIX + "gather"))
+        read = min(t.best for name, t in times.items() if name.startswith(_PREFIX + "read"))
         return Limits(
             Ceiling(
                 f"{kind} of {self._bytes >> 20} MiB",
-                self._bytes / times[_PREFIX + "read"].best / 1e9,
+                self._bytes / read / 1e9,
             ),
             Ceiling(f"gather of {self.row_bytes}-byte rows", self._gathered / gather / 1e9),
             2 * self._matrix.shape[0] ** 3 / times[_PREFIX + "compute"].best,

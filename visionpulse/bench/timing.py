@@ -2,8 +2,9 @@
 
 Two numbers taken minutes apart on a shared machine cannot be compared. Here every round runs every
 variant once, in a new random order, and each call gets the number of its turn, to rotate buffers.
-On a CPU the same call runs just before, untimed, and then its tensors are evicted: so the data are
-cold in caches of any size, and the code is not.
+On a CPU a call's tensors are evicted, and just before it the same call runs on the next turn's,
+untimed: so the data are cold in caches of any size, and the code is what a layer of a decode step
+finds behind another one.
 Where torch has one thread the clock is that thread's CPU time, so that a neighbour who takes the
 core for a while is not counted; with more threads it is the wall clock.
 """
@@ -12,7 +13,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ def interleaved(
     """Time every variant once a round, in random order; `variant(turn)` may rotate its buffers.
 
     On a GPU the L2 cache is emptied before each call and the time is the device's own. On a CPU
-    `cold(name, turn)` names the tensors that must not lie in a cache.
+    `cold(name, turn)` names the tensors that a turn reads and must not find in a cache.
     """
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
@@ -82,8 +83,7 @@ def interleaved(
         shuffle.shuffle(order)
         for name in order:
             if cold is not None:
-                variants[name](turn)
-                evict(cold(name, turn))
+                _run_behind(variants[name], turn, partial(cold, name))
             taken = clock(variants[name], turn)
             turn += 1
             if played >= warmup:
@@ -91,6 +91,16 @@ def interleaved(
         if on_round is not None:
             on_round(played)
     return {name: Times(tuple(sorted(taken))) for name, taken in seconds.items()}
+
+
+def _run_behind(variant: Variant, turn: int, reads: Callable[[int], Iterable[Tensor]]) -> None:
+    """Run the next turn, and leave this one's tensors cold, those too that both read."""
+    mine = list(reads(turn))
+    others = {tensor.untyped_storage().data_ptr() for tensor in reads(turn + 1)}
+    shared = [tensor for tensor in mine if tensor.untyped_storage().data_ptr() in others]
+    evict(tensor for tensor in mine if tensor.untyped_storage().data_ptr() not in others)
+    variant(turn + 1)
+    evict(shared)
 
 
 def per_layer(one: Times, many: Times, layers: int) -> Times:

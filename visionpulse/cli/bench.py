@@ -156,8 +156,9 @@ def _measure(
     def memory(name: str, turn: int) -> Sequence[Tensor]:
         """What a variant must not find in a cache."""
         own = ceilings.memory(name)
-        copies = [] if vllm is None else vllm.memory(layers.wide_at(turn)[1])
-        return [*layers.memory(turn), *copies] if own is None else own
+        if own is None and name == VLLM and vllm is not None:
+            own = vllm.memory(layers.wide_at(turn)[1])
+        return own or layers.memory(turn)
 
     cold = memory if can_evict(device) else None
     once = time.perf_counter()

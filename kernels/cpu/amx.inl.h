@@ -115,6 +115,30 @@ struct Lanewise<amx_bf16> : Lanewise<bf16> {
 template <>
 struct Lanewise<amx_f8> : Lanewise<amx_bf16> {};
 
+// The pairs of 16 pairs' columns of four heads, from [4 heads, 16] to [16, 4 heads] with `stride`
+// pairs from one row to the next.
+VP_INLINE void amx_by_pairs(const bf16 (*heads)[kMaxHeadDim], int column, int stride, bf16* to) {
+  __m512i a[4], two[4];
+  for (int h = 0; h < 4; ++h) a[h] = _mm512_load_si512(heads[h] + column);
+  for (int h = 0; h < 4; h += 2) {
+    two[h] = _mm512_unpacklo_epi32(a[h], a[h + 1]);
+    two[h + 1] = _mm512_unpackhi_epi32(a[h], a[h + 1]);
+  }
+  // of each four pairs the first, the second, ...
+  const __m512i row[4] = {
+      _mm512_unpacklo_epi64(two[0], two[2]), _mm512_unpackhi_epi64(two[0], two[2]),
+      _mm512_unpacklo_epi64(two[1], two[3]), _mm512_unpackhi_epi64(two[1], two[3])};
+  for (int i = 0; i < 4; ++i) {
+    const auto store = [&](int pair, __m128i four) {
+      _mm_store_si128(reinterpret_cast<__m128i*>(to + pair * 2 * stride), four);
+    };
+    store(i, _mm512_castsi512_si128(row[i]));
+    store(i + 4, _mm512_extracti32x4_epi32(row[i], 1));
+    store(i + 8, _mm512_extracti32x4_epi32(row[i], 2));
+    store(i + 12, _mm512_extracti32x4_epi32(row[i], 3));
+  }
+}
+
 // Of each KV head [padded D / 2, heads, 2]: the pairs of columns that a tile of q holds.
 template <class T>
 struct AmxQuery {
@@ -126,15 +150,18 @@ struct AmxQuery {
     const int64_t first = c.rows[row].cache_row * c.q_stride.row +
                           c.rows[row].query * c.queries.q_stride +
                           int64_t{kv_head} * group * c.q_stride.head;
-    char* to = reinterpret_cast<char*>(into.data + to_head * columns);
-    alignas(64) bf16 head[kMaxHeadDim];
-    for (int h = 0; h < heads; ++h, to += sizeof(uint32_t)) {
-      for (int d = 0; d < columns; d += kColumns) {
-        const int left = c.D - d < kColumns ? c.D - d : kColumns, n = h < group ? left : 0;
-        QueryUnit<T>::load(c, n > 0 ? first + h * c.q_stride.head + d : first, n, head + d);
+    bf16* to = into.data + to_head * columns;
+    alignas(64) bf16 four[4][kMaxHeadDim];
+    for (int h = 0; h < heads; h += 4, to += 8) {
+      for (int i = h; i < h + 4; ++i) {
+        for (int d = 0; d < columns; d += kColumns) {
+          const int left = c.D - d < kColumns ? c.D - d : kColumns, n = i < group ? left : 0;
+          const int64_t at = n > 0 ? first + i * c.q_stride.head + d : first;
+          QueryUnit<T>::load(c, at, n, four[i - h] + d);
+        }
       }
-      for (int p = 0; p < columns / 2; ++p)
-        __builtin_memcpy(to + p * heads * sizeof(uint32_t), head + 2 * p, sizeof(uint32_t));
+      for (int d = 0; d < columns; d += kUnit)
+        amx_by_pairs(four, d, heads, to + int64_t{d} * heads);
     }
   }
 };

@@ -78,7 +78,9 @@ static void merge_parts(const Call& c, int row, int kv_head) {
     const float inverse =
         m == minus_infinity() && l == 0.0f ? 0.0f : factor_of<K>(c.cache.v_scale, kv_head) / l;
     const K* const stored = nullptr;
-    for (int d = 0; d < c.D; ++d) store_as(out + d, sum[column_of(stored, d, c.D)] * inverse);
+    float in_order[kMaxHeadDim];
+    for (int d = 0; d < c.D; ++d) in_order[d] = sum[column_of(stored, d, c.D)] * inverse;
+    for (int d = 0; d < c.D; ++d) store_as(out + d, in_order[d]);
   }
 }
 

@@ -123,14 +123,16 @@ template <class T>
 constexpr bool kAsksBySteps = false;
 
 // The vectors that are then asked for at each of `steps` steps of a phase: memory should have as
-// much to do in all of them.
+// much to do in all of them. The shares of the phases are measured (docs/internals/cpu-bounds.md).
 enum class Phase { kProducts, kLogits, kSoftmax, kSums, kOutput };
 template <class T>
 VP_INLINE int asked_beside(const Asked<T>& asked, Phase phase, int steps) {
-  constexpr int kParts[5] = {2, 1, 2, 2, 1};  // of 8 with K and V, else of 5
+  constexpr int kShares[5] = {3, 2, 2, 6, 3};
+  constexpr int kOfK = 7, kOfV = 11, kOfBoth = 16;  // of the phases that a pass has
   const bool both = asked.k != nullptr && asked.v != nullptr;
-  const int vectors = both ? 2 * asked.count : asked.count, parts = (both ? 8 : 5) * steps;
-  return (vectors * kParts[static_cast<int>(phase)] + parts - 1) / parts;
+  const int vectors = both ? 2 * asked.count : asked.count;
+  const int of = steps * (both ? kOfBoth : asked.k != nullptr ? kOfK : kOfV);
+  return (vectors * kShares[static_cast<int>(phase)] + of - 1) / of;
 }
 template <class T>
 VP_INLINE auto ask_beside_softmax(Asked<T>& asked, int tiles) {

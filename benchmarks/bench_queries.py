@@ -37,7 +37,9 @@ def ours(layers: Layers, q: Tensor, backend: str) -> Callable[[int], Tensor]:
 
     if q.dim() == 4:
         alone = vp.attend(q[:, -1].contiguous(), layers.kv[0], **common)
-        torch.testing.assert_close(call(0)[:, -1], alone)
+        several, share = call(0)[:, -1], 2e-2 if alone.dtype != torch.float32 else 1e-4
+        largest = float(alone.abs().max())  # a number near zero is as exact as its neighbours
+        torch.testing.assert_close(several, alone, rtol=share, atol=share * largest)
     return call
 
 

@@ -198,9 +198,11 @@ struct Walk {
 template <class T>
 VP_INLINE void locate_next_part(const Call& c, const Cut& cut, int row, int kv_head, int index,
                                 int block, BlockKeys<T>& keys) {
-  keys.count = 0;
   const bool same_head = index + 1 < cut.n_parts;
-  if (!same_head && kv_head + 1 == c.G) return;
+  if (!same_head && kv_head + 1 == c.G) {
+    keys.count = 0;
+    return pad(block, keys);
+  }
   const PartRange range = range_of_part(cut, same_head ? index + 1 : 0);
   locate(c, cut, row, kv_head + (same_head ? 0 : 1), range.begin, range.end, block, keys);
 }

@@ -181,6 +181,8 @@ def _vllm(layers: Layers, device: torch.device) -> VllmForm | None:
     form, (q, kv) = VllmForm(), layers.wide_at(0)
     tolerance = 1e-4 if q.dtype == torch.float32 else 2e-2
     torch.testing.assert_close(form(q, kv), attend(q, kv), rtol=tolerance, atol=tolerance)
+    for turn in range(len(layers)):  # it copies a cache at its first call
+        form(*layers.wide_at(turn))
     return form
 
 

@@ -10,6 +10,7 @@ whole steps would show that neighbour. `--whole` times the steps as well and put
 import argparse
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cache
 from types import ModuleType
 
@@ -25,6 +26,7 @@ from visionpulse.backends import get
 from visionpulse.bench import cost, torch_forms
 from visionpulse.bench.check import check_output, check_selection
 from visionpulse.bench.timing import Times
+from visionpulse.layer_ops import LayerOps
 from visionpulse.schedule import Role, roles
 
 SCHEDULES: dict[str, dict[str, object] | None] = {
@@ -40,7 +42,7 @@ IN_TORCH = "torch-visionpulse"  # the same method in plain torch
 
 
 class Step:
-    """One step of ours: the ops of all layers, in order, under one schedule."""
+    """One step of ours: the ops of all layers in order, called as a patched model does."""
 
     def __init__(self, layers: Layers, count: int, changes: dict[str, object] | None, backend: str):
         self.layers, self.backend = layers, backend
@@ -49,6 +51,8 @@ class Step:
         dense = (Role.DENSE,) * count
         self.roles = dense if self.config is None else roles(self.config, full, 1)
         self.workspace = vp.Workspace()
+        unchanged = layers.shape.config() if self.config is None else self.config
+        self.ops = LayerOps(*layers.at(0), layers.visual, replace(unchanged, backend=backend))
         self.outs = [torch.empty_like(q) for q in layers.q]
         self.kept: vp.Selection | None = None
         if Role.FOLLOWER in self.roles[:1]:  # "lookback" starts from the step before
@@ -56,17 +60,12 @@ class Step:
 
     def decode(self, layer: int) -> vp.Selection:
         (q, kv), out = self.layers.at(layer), self.outs[layer % len(self.layers)]
-        return vp.decode(
-            q, kv, self.layers.visual, self.config, out=out, workspace=self.workspace,
-            backend=self.backend,
-        )[1]  # fmt: skip
+        return self.ops.decode(q, kv, self.layers.visual, self.workspace, out)[1]
 
     def attend(self, layer: int, selection: vp.Selection | None) -> torch.Tensor:
         (q, kv), out = self.layers.at(layer), self.outs[layer % len(self.layers)]
         visual = None if selection is None else self.layers.visual
-        return vp.attend(
-            q, kv, visual, selection, out=out, workspace=self.workspace, backend=self.backend
-        )
+        return self.ops.attend(q, kv, visual, selection, self.workspace, out)
 
     def __call__(self, turn: int = 0) -> None:
         selection = self.kept

@@ -4,7 +4,8 @@
     python benchmarks/bench_layers.py --goals --dtypes bf16,fp32     # exit 1 where a ratio is short
 
 `follower` is the stage attend over text and kept tokens; `anchor` is the fused score, select and
-attend. Every stage has its own baseline, the best plain torch form of the same work, and all
+attend. Both, and `dense`, are called as a patched model's layers do: arguments were checked once.
+Every stage has its own baseline, the best plain torch form of the same work, and all
 stages of a shape are one interleaved run. A shape that ends in `-fp8` has a cache of 8 bits; beside
 it ours (`cpu:wide`) and the baselines read the same numbers in the dtype of q.
 """
@@ -35,6 +36,7 @@ from visionpulse.bench.ceilings import PAGES_AHEAD
 from visionpulse.bench.check import check_output, check_selection
 from visionpulse.bench.paged import in_pages
 from visionpulse.bench.timing import Times
+from visionpulse.layer_ops import LayerOps
 
 # stage: (its baseline, what that is)
 BASELINES = {
@@ -49,10 +51,10 @@ Variants = dict[str, Callable[[int], object]]
 
 def paged_attend(q: Tensor, kv: vp.PagedKVCache, contiguous: Tensor) -> Callable[[int], object]:
     """Ours over pages, checked: the bits are those of the contiguous cache."""
-    workspace = vp.Workspace()
+    ops, workspace = LayerOps(q, kv, None, vp.PulseConfig(backend="cpu")), vp.Workspace()
 
     def run(turn: int) -> Tensor:
-        return vp.attend(q, kv, workspace=workspace, backend="cpu")
+        return ops.attend(q, kv, None, None, workspace)
 
     assert torch.equal(run(0), contiguous), f"pages of {kv.page_size} give other bits"
     return run
@@ -72,13 +74,18 @@ def stream_read(layers: Layers, pages: int) -> Callable[[int], object]:
 
 
 class Ours:
-    """One backend's stages on the layers, checked when made."""
+    """One backend's stages on the layers, called as a patched model does; checked when made."""
 
     def __init__(self, layers: Layers, backend: str) -> None:
-        self.layers, self.config = layers, layers.shape.config()
+        self.layers, self.config = layers, layers.shape.config(backend=backend)
         self.common = {"workspace": vp.Workspace(), "backend": backend}
+        self.workspace = self.common["workspace"]
+        self.ops, self.ops_of_dense_output = (
+            LayerOps(*layers.at(0), layers.visual, config)
+            for config in (self.config, replace(self.config, anchor_output="dense"))
+        )
         self.scored = [self.score(turn) for turn in range(len(layers))]
-        out, self.selection = vp.decode(*layers.at(0), layers.visual, self.config, **self.common)
+        out, self.selection = self.anchor(0)
         check_selection(layers, self.selection, self.config, backend)
         check_output(layers, 0, out, self.selection, backend)
         check_output(layers, 1, self.follower(1), self.selection, backend)
@@ -87,7 +94,7 @@ class Ours:
         assert torch.equal(staged.indices, self.selection.indices), "the stages select otherwise"
 
     def dense(self, turn: int) -> Tensor:
-        return vp.attend(*self.layers.at(turn), **self.common)
+        return self.ops.attend(*self.layers.at(turn), None, None, self.workspace)
 
     def score(self, turn: int) -> tuple[Tensor, Tensor, Tensor]:
         return vp.score(*self.layers.at(turn), self.layers.visual, self.config, **self.common)
@@ -97,15 +104,16 @@ class Ours:
         visual = self.layers.visual
         return vp.select(scores, mass, visual, self.config, mass_mean=mean, **self.common)
 
-    def anchor(self, turn: int) -> object:
-        return vp.decode(*self.layers.at(turn), self.layers.visual, self.config, **self.common)
+    def anchor(self, turn: int) -> tuple[Tensor, vp.Selection]:
+        return self.ops.decode(*self.layers.at(turn), self.layers.visual, self.workspace)
 
-    def anchor_dense(self, turn: int) -> object:
-        config = self.layers.shape.config(anchor_output="dense")
-        return vp.decode(*self.layers.at(turn), self.layers.visual, config, **self.common)
+    def anchor_dense(self, turn: int) -> tuple[Tensor, vp.Selection]:
+        ops = self.ops_of_dense_output
+        return ops.decode(*self.layers.at(turn), self.layers.visual, self.workspace)
 
     def follower(self, turn: int) -> Tensor:
-        return vp.attend(*self.layers.at(turn), self.layers.visual, self.selection, **self.common)
+        visual = self.layers.visual
+        return self.ops.attend(*self.layers.at(turn), visual, self.selection, self.workspace)
 
 
 def torch_score(layers: Layers, ours: Ours) -> Callable[[int], object]:

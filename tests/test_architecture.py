@@ -29,6 +29,7 @@ ALLOWED = {
     "visual": {"tensor_checks"},
     "call": {"workspace", *RECORDS},
     "checks": {"float8", "tensor_checks", *RECORDS},
+    "usual": {"cache", "float8", "selection", "tensor_checks", "visual"},
     "config": {"budgets", "files"},
     "schedule": {"config"},
     "queries": {"call", "cache", "visual"},
@@ -51,7 +52,7 @@ ALLOWED = {
     "torch_ops": {"backends", "call", "queries", "workspace", *RECORDS},
     "ops": {
         "backends", "budgets", "call", "checks", "config", "queries", "tensor_checks", "torch_ops",
-        "workspace", *RECORDS,
+        "usual", "workspace", *RECORDS,
     },
     "layer_ops": {"backends", "call", "config", "ops", "queries", "workspace", *RECORDS},
     "trace": {"figures", "files", "selection", "visual"},
@@ -64,8 +65,8 @@ ALLOWED = {
     },
     "testing": {"budgets", "call", "config", "float8", "reference", *RECORDS},
     "bench": {
-        "_native", "backends", "call", "config", "figures", "files", "float8", "ops", "schedule",
-        "testing", *RECORDS,
+        "_native", "backends", "call", "config", "figures", "files", "float8", "layer_ops", "ops",
+        "schedule", "testing", "workspace", *RECORDS,
     },
     "integrations": {"__init__", "models"},
     "serving": {
@@ -77,8 +78,8 @@ ALLOWED = {
         *RECORDS,
     },
     "cli": {
-        "__init__", "backends", "bench", "calibration", "config", "data", "files", "models", "ops",
-        "selection", "serving.vllm", "trace",
+        "__init__", "backends", "bench", "calibration", "config", "data", "files", "layer_ops",
+        "models", "ops", "selection", "serving.vllm", "trace", "workspace",
     },
     "__main__": {"cli"},
 }  # fmt: skip

@@ -71,10 +71,8 @@ def query(q: Tensor, kv: Cache) -> None:
     unit_stride("q", q)
 
 
-def query_counts(q_counts: Tensor | None, q: Tensor) -> None:
+def query_counts(q_counts: Tensor, q: Tensor) -> None:
     """Check how many queries of each row are real."""
-    if q_counts is None:
-        return
     if q.dim() != 4:
         raise ValueError(
             f"q_counts counts the queries of q [B, Q, H, D], got q {tuple(q.shape)}; leave it out"
@@ -201,10 +199,8 @@ def _selection_values(indices: Tensor, counts: Tensor, size: int) -> None:
         raise ValueError("selection.indices must be strictly ascending in each row; sort them")
 
 
-def buffer(name: str, value: Tensor | None, shape: tuple[int, ...], like: Tensor) -> None:
+def buffer(name: str, value: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
     """Check a tensor that the caller gives to be written."""
-    if value is None:
-        return
     if not isinstance(value, Tensor) or tuple(value.shape) != shape:
         got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"{name} must be a tensor of shape {shape}, got {got}")
@@ -215,16 +211,11 @@ def buffer(name: str, value: Tensor | None, shape: tuple[int, ...], like: Tensor
     has_storage((name, value))
 
 
-def scores_buffer(value: Tensor | None, size: int, q: Tensor) -> None:
+def scores_buffer(value: Tensor, size: int, q: Tensor) -> None:
     """Check the buffer that `decode` fills with the scores it ranked."""
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    buffer(
-        "scores",
-        value,
-        (*q.shape[:-2], size),
-        q.new_empty(0, dtype=dtype) if value is not None else q,
-    )
-    if value is not None and not value.is_contiguous():
+    buffer("scores", value, (*q.shape[:-2], size), q.new_empty(0, dtype=dtype))
+    if not value.is_contiguous():
         raise ValueError("scores must be contiguous; pass torch.empty(B, N), or (B, Q, N)")
 
 
@@ -253,11 +244,10 @@ def ranked(scores: Tensor, mass: Tensor, mass_mean: Tensor | None) -> None:
         same_device(name, value, scores.device, "scores")
 
 
-def row_cut(name: str, value: Tensor | None, scores: Tensor) -> None:
+def row_cut(name: str, value: Tensor, scores: Tensor) -> None:
     """Check the starts or lengths that cut the candidates of `select`."""
-    if value is not None:
-        per_row(name, value, scores.shape[0], scores.device)
-        has_storage((name, value))
+    per_row(name, value, scores.shape[0], scores.device)
+    has_storage((name, value))
 
 
 def number(name: str, value: Any) -> float:

@@ -1,11 +1,12 @@
 """The functional ops: check, make a `Call`, hand it to a backend. Tensors in, tensors out."""
 
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import budgets, checks
+from . import budgets, checks, usual
 from .backends import Against, Backend, Choice, choice, resolve
 from .backends.by_query import fitted
 from .cache import Cache
@@ -57,9 +58,12 @@ def decode(
     """
     config = resolve_config(config)
     check(q, kv, visual, needs_visual=True)
-    checks.buffer("out", out, tuple(q.shape), q)
-    checks.query_counts(q_counts, q)
-    checks.scores_buffer(scores, kv.capacity, q)
+    if out is not None:
+        checks.buffer("out", out, tuple(q.shape), q)
+    if q_counts is not None:
+        checks.query_counts(q_counts, q)
+    if scores is not None:
+        checks.scores_buffer(scores, kv.capacity, q)
     params = numbers(q, scale, softcap, window)
     rows = q.shape[:-2].numel()
     selected = _buffers(selection, config, visual, rows, score_dtype(q))
@@ -96,7 +100,8 @@ def score(
     """
     config = resolve_config(config)
     check(q, kv, visual, needs_visual=True)
-    checks.query_counts(q_counts, q)
+    if q_counts is not None:
+        checks.query_counts(q_counts, q)
     params = numbers(q, scale, softcap, window)
     params = params._replace(tau=config.tau, mass_of=config.mass, score=config.score)
     call = Call(q, kv, params, visual, workspace=workspace, q_counts=q_counts)
@@ -132,13 +137,15 @@ def select(
     selection has B * Q rows. `selection` is filled as by `decode`.
     """
     config = resolve_config(config)
-    checks.ranked(scores, mass, mass_mean)
+    if not usual.ranked(scores, mass, mass_mean, visual):
+        checks.ranked(scores, mass, mass_mean)
+        checks.visual_set(visual, scores.shape[0], scores.shape[-1], scores.device)
+        checks.visual_tables(visual)
     device = scores.device
-    checks.visual_set(visual, scores.shape[0], scores.shape[-1], device)
-    checks.visual_tables(visual)
     selected = _buffers(selection, config, visual, mass.numel(), mass.dtype)
-    checks.row_cut("starts", starts, scores)
-    checks.row_cut("lengths", lengths, scores)
+    for name, cut in (("starts", starts), ("lengths", lengths)):
+        if cut is not None:
+            checks.row_cut(name, cut, scores)
     queries = scores.shape[1] if scores.dim() == 3 else None
     if q_counts is not None:
         checks.real_queries(q_counts, scores.shape[0], queries or 1, device)
@@ -184,9 +191,13 @@ def attend(
     checks.both_or_neither(visual, selection)
     check(q, kv, visual)
     if selection is not None:
-        checks.selection(selection, q.shape[:-2].numel(), kv.capacity, kv.device)
-    checks.query_counts(q_counts, q)
-    checks.buffer("out", out, tuple(q.shape), q)
+        rows = q.shape[:-2].numel()
+        if not usual.selection(selection, rows, kv.device):
+            checks.selection(selection, rows, kv.capacity, kv.device)
+    if q_counts is not None:
+        checks.query_counts(q_counts, q)
+    if out is not None:
+        checks.buffer("out", out, tuple(q.shape), q)
     params = numbers(q, scale, softcap, window)
     call = Call(q, kv, params, visual, selection, out, workspace=workspace, q_counts=q_counts)
     return _backend_of(call, backend or "auto").attend(call)
@@ -212,6 +223,8 @@ def explain(
 
 def check(q: Tensor, kv: Cache, visual: VisualTokens | None, *, needs_visual: bool = False) -> None:
     """Check one call against its cache; values too where they lie on the CPU."""
+    if usual.attention(q, kv, visual) and (visual is not None or not needs_visual):
+        return
     checks.cache(kv)
     checks.query(q, kv)
     checks.no_grad(q, kv.k_data, kv.v_data)
@@ -229,6 +242,8 @@ def numbers(
     window: int | None = None,
 ) -> Params:
     """Check the arguments of the logits; no budget yet."""
+    if scale is softcap is window is None:
+        return Params(q.shape[-1] ** -0.5)
     return Params(
         scale=q.shape[-1] ** -0.5 if scale is None else checks.number("scale", scale),
         softcap=0.0 if softcap is None else checks.positive("softcap", softcap),
@@ -244,6 +259,8 @@ def budget(
     device: torch.device,
 ) -> tuple[Params, Any]:
     """Put the config's numbers into `params`; also the policy, if it must run between stages."""
+    if config.budget == "dynamic" and is_eager():
+        return _dynamic(params, config, visual.max_count), None
     policy = budgets.policy_of(config.budget, config.ratio)
     low, high = config.ratio
     ratio = wanted = None
@@ -271,6 +288,21 @@ def budget(
         wanted=wanted,
     )
     return params, between
+
+
+@lru_cache
+def _dynamic(params: Params, config: PulseConfig, max_count: int) -> Params:
+    """The numbers of the paper's budget, the clamped mass: the same in every step."""
+    low, high = config.ratio
+    return params._replace(
+        tau=config.tau,
+        r_min=low,
+        r_max=high,
+        mass_of=config.mass,
+        score=config.score,
+        anchor_output=config.anchor_output,
+        k_max=budgets.bound_count(high, max_count),
+    )
 
 
 def k_max(config: PulseConfig, visual: VisualTokens) -> int:

@@ -34,23 +34,34 @@ def unit_stride(name: str, value: Tensor) -> None:
         )
 
 
+def have_memory(*tensors: Tensor) -> bool:
+    """Whether each tensor's storage still reaches to its last element; reads host data only."""
+    for value in tensors:
+        reach = value.numel() if value.is_contiguous() else _reach(value)
+        needed = (value.storage_offset() + reach) * value.itemsize
+        if value.untyped_storage().nbytes() < needed and reach:
+            return False
+    return True
+
+
+def _reach(value: Tensor) -> int:
+    """Elements from the first to the last, both counted, of a tensor that has some."""
+    strides = value.stride()
+    last: int = sum(map(mul, value.shape, strides)) - sum(strides)
+    return 1 + last
+
+
 def has_storage(*tensors: tuple[str, Tensor | None]) -> None:
-    """Check that no named tensor's memory was freed or cut under it; reads host data only."""
+    """Check that no named tensor's memory was freed or cut under it."""
     if not is_eager():
         return
     for name, value in tensors:
-        if value is None:
-            continue
-        reach = value.numel()
-        if reach and not value.is_contiguous():  # the last element says how far it reaches
-            strides = value.stride()
-            reach = 1 + sum(map(mul, value.shape, strides)) - sum(strides)
-        needed = (value.storage_offset() + reach) * value.itemsize
-        held = value.untyped_storage().nbytes()
-        if held < needed and reach:
+        if value is not None and not have_memory(value):
+            needed = (value.storage_offset() + _reach(value)) * value.itemsize
             raise ValueError(
-                f"the storage of {name} holds {held} bytes, its shape and strides need {needed}; "
-                "it was freed or resized: pass a tensor that owns its memory"
+                f"the storage of {name} holds {value.untyped_storage().nbytes()} bytes, its shape "
+                f"and strides need {needed}; it was freed or resized: pass a tensor that owns its "
+                "memory"
             )
 
 

@@ -5,8 +5,9 @@ from collections.abc import Callable
 import torch
 
 from ..config import PulseConfig
-from ..ops import attend, decode
+from ..layer_ops import LayerOps
 from ..schedule import Role
+from ..workspace import Workspace
 from . import cost, torch_forms
 from .layers import Layers, Shape
 from .timing import interleaved
@@ -28,13 +29,15 @@ def step_seconds(config: PulseConfig, visual: int, rounds: int = 5) -> dict[str,
     )  # fmt: skip
     layers = Layers.make(shape, torch.bfloat16, layers=3, budget=1 << 29)
     exactly = config.updated(ratio=(shape.retention, shape.retention), anchor=None)
-    _, selection = decode(*layers.at(0), layers.visual, exactly)
+    tokens, workspace = layers.visual, Workspace()
+    ops = LayerOps(*layers.at(0), tokens, exactly)  # as the layers of a patched model
+    _, selection = ops.decode(*layers.at(0), tokens, workspace)
     variants: dict[str, Callable[[int], object]] = {
         AS_CALLED: lambda turn: torch_forms.per_head(*layers.at(turn)),
         BEST_FORM: lambda turn: torch_forms.grouped(*layers.at(turn)),
-        "dense": lambda turn: attend(*layers.at(turn)),
-        "anchor": lambda turn: decode(*layers.at(turn), layers.visual, exactly),
-        "follower": lambda turn: attend(*layers.at(turn), layers.visual, selection),
+        "dense": lambda turn: ops.attend(*layers.at(turn), None, None, workspace),
+        "anchor": lambda turn: ops.decode(*layers.at(turn), tokens, workspace),
+        "follower": lambda turn: ops.attend(*layers.at(turn), tokens, selection, workspace),
     }
     taken = {name: times.best for name, times in interleaved(variants, rounds).items()}
     counts = cost.role_counts(config, decoder.is_full)

@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,8 +27,10 @@ from ..bench.timing import interleaved
 from ..bench.vllm_form import PAGE, VllmForm, missing
 from ..config import PulseConfig
 from ..files import check_writable, write_text
-from ..ops import attend, decode, explain
+from ..layer_ops import LayerOps
+from ..ops import attend, explain
 from ..selection import Selection
+from ..workspace import Workspace
 from .parser import PRUNING, add_cache, add_preset, at_least, failure, parser_of, pruning
 
 MOST_ROUNDS, LEAST_ROUNDS = 15, 3
@@ -189,25 +192,32 @@ def _vllm(layers: Layers, device: torch.device) -> VllmForm | None:
 def _variants(
     layers: Layers, config: PulseConfig
 ) -> tuple[dict[str, Callable[[int], object]], Selection]:
-    visual = layers.visual
-    _, selection = decode(*layers.at(0), visual, config)
+    visual, workspace = layers.visual, Workspace()
+    ops = LayerOps(*layers.at(0), visual, config)  # as the layers of a patched model
+    _, selection = ops.decode(*layers.at(0), visual, workspace)
+
+    def dense(of: LayerOps, q: Tensor, kv: Any) -> Tensor:
+        return of.attend(q, kv, None, None, workspace)
+
     shape, is_wide = layers.shape, layers.kv is layers.wide
     several = [  # a check of drafted tokens
         torch.randn(shape.rows, CHECKED, shape.heads, shape.head_dim).to(q.device, q.dtype)
         for q in [layers.at(0)[0]] * 2
     ]
     # lossless decoding, for which a check is timed, refuses a cache of 8 bits
-    more = (
-        {CHECK: lambda turn: attend(several[turn % len(several)], layers.at(turn)[1])}
+    q, kv = (several[0], layers.kv[0]) if is_wide else layers.wide_at(0)
+    beside = LayerOps(q, kv, None, config)
+    more: dict[str, Callable[[int], object]] = (
+        {CHECK: lambda turn: dense(beside, several[turn % len(several)], layers.at(turn)[1])}
         if is_wide
-        else {WIDE: lambda turn: attend(*layers.wide_at(turn))}
+        else {WIDE: lambda turn: dense(beside, *layers.wide_at(turn))}
     )
     return {
         TODAY: lambda turn: torch_forms.per_head(*layers.wide_at(turn)),
         PLAIN: lambda turn: torch_forms.grouped(*layers.wide_at(turn)),
-        "dense": lambda turn: attend(*layers.at(turn)),
-        "anchor": lambda turn: decode(*layers.at(turn), visual, config),
-        "follower": lambda turn: attend(*layers.at(turn), visual, selection),
+        "dense": lambda turn: dense(ops, *layers.at(turn)),
+        "anchor": lambda turn: ops.decode(*layers.at(turn), visual, workspace),
+        "follower": lambda turn: ops.attend(*layers.at(turn), visual, selection, workspace),
         **more,
     }, selection
 

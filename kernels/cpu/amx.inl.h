@@ -242,8 +242,8 @@ VP_INLINE void amx_dot_block(const AmxQuery<T>& q, int first_head, BlockKeys<T>&
   const int whole = (keys.count + kAmxKeys - 1) / kAmxKeys * kAmxKeys;
   // any key will do
   for (int i = keys.count; i < whole; ++i) keys.k[i] = keys.k[keys.count - 1];
-  const int each = asked_beside(asked, Phase::kProducts, whole / kAmxKeys * steps);
-  const int more = asked_beside(asked, Phase::kLogits, whole * heads / kLanes);
+  const int each = Asked<T>::beside(asked, Phase::kProducts, whole / kAmxKeys * steps);
+  const int more = Asked<T>::beside(asked, Phase::kLogits, whole * heads / kLanes);
   float* const to = tiles_of_heads == 1 ? x : dots;
   for (int first = 0; first < whole; first += kAmxKeys) {
     const AmxRows low = amx_rows(keys.k + first, dim, space[0]);

@@ -131,9 +131,9 @@ VP_INLINE void amx_sum_block(const Call& c, BlockKeys<T>& keys, Asked<T>& asked,
   for (int i = keys.count; i < whole; ++i) keys.v[i] = reinterpret_cast<const T*>(kZeros);
   const int of_columns = (c.D + 2 * kUnit - 1) / (2 * kUnit);
   const int of_heads = (group + kHeads - 1) / kHeads;
-  const int each = asked_beside(asked, Phase::kSums, whole / kAmxRows * of_columns * of_heads);
+  const int each = Asked<T>::beside(asked, Phase::kSums, whole / kAmxRows * of_columns * of_heads);
   const int more =
-      asked_beside(asked, Phase::kOutput, (whole + kKeys - 1) / kKeys * of_columns * group);
+      Asked<T>::beside(asked, Phase::kOutput, (whole + kKeys - 1) / kKeys * of_columns * group);
   for (int first = 0; first < whole; first += kKeys) {
     const int tiles = (whole - first < kKeys ? whole - first : kKeys) / kAmxRows;
     AmxRows rows[kTiles];

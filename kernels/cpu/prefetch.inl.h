@@ -97,48 +97,60 @@ struct Turns {
   }
 };
 
+// What is computed of a block, one after the other, and the passes that have some of it.
+enum class Phase { kProducts, kLogits, kMass, kSoftmax, kSums, kOutput };
+constexpr int kPhases = 6;
+struct Pass {
+  int percent[kPhases];  // of the vectors to ask for in each phase
+};
+// Memory should have as much to do in all phases: measured (docs/internals/cpu-bounds.md).
+constexpr Pass kPassOverK = {{40, 10, 30, 20, 0, 0}};
+constexpr Pass kPassOverV = {{0, 0, 0, 20, 55, 25}};
+constexpr Pass kPassOverBoth = {{20, 12, 0, 12, 38, 18}};
+constexpr Pass kPassWithMass = {{12, 6, 16, 8, 34, 24}};
+
 // What is asked for while a block is multiplied, at the place of each of its keys: a vector of the
 // block to come, a few lines at a time, since a burst would fill the miss buffers.
 template <class T>
 struct Asked {
   const T* const* k;  // of the block to come; nullptr: no logits are made
-  const T* const* v;  // nullptr: no values are summed
+  const T* const* v;  // nullptr: no values are summed, or they are asked for with K
   int count, lines;   // vectors of each, and lines of a vector
   Turns turns;        // that `some` takes them in
+  const Pass* pass;   // that sets how many at a time
   int next;           // of K and V that `some` asks for
+  int due;            // parts of a vector that `some` has not asked for yet
 
-  // Without a place for each key: `n` more vectors, first of K, then of V.
-  VP_INLINE void some(Asked& a, int n) {
+  // Without a place for each key: `parts` of a vector more, first of K, then of V.
+  VP_INLINE void some(Asked& a, int parts) {
     const int keys = a.k != nullptr ? a.count : 0, all = keys + (a.v != nullptr ? a.count : 0);
-    for (const int end = a.next + n < all ? a.next + n : all; a.next < end; ++a.next) {
+    for (a.due += parts; a.due >= kParts && a.next < all; a.due -= kParts, ++a.next) {
       const bool is_key = a.next < keys;
       const int i = Turns::at(a.turns, is_key ? a.next : a.next - keys);
       prefetch_vector(is_key ? a.k[i] : a.v[i], a.lines);
     }
   }
+  // The parts for each of `steps` steps of a phase.
+  VP_INLINE int beside(const Asked& a, Phase phase, int steps) {
+    const int vectors = (a.k != nullptr && a.v != nullptr ? 2 : 1) * a.count;
+    const int percent = a.pass->percent[static_cast<int>(phase)];
+    return (kParts * vectors * percent + 100 * steps - 1) / (100 * steps);
+  }
+
+  static constexpr int kParts = 64;  // of a vector
 };
 
 // Whether a type's products have no place for each key.
 template <class T>
 constexpr bool kAsksBySteps = false;
 
-// The vectors that are then asked for at each of `steps` steps of a phase: memory should have as
-// much to do in all of them. The shares of the phases are measured (docs/internals/cpu-bounds.md).
-enum class Phase { kProducts, kLogits, kSoftmax, kSums, kOutput };
-template <class T>
-VP_INLINE int asked_beside(const Asked<T>& asked, Phase phase, int steps) {
-  constexpr int kShares[5] = {3, 2, 2, 6, 3};
-  constexpr int kOfK = 7, kOfV = 11, kOfBoth = 16;  // of the phases that a pass has
-  const bool both = asked.k != nullptr && asked.v != nullptr;
-  const int vectors = both ? 2 * asked.count : asked.count;
-  const int of = steps * (both ? kOfBoth : asked.k != nullptr ? kOfK : kOfV);
-  return (vectors * kShares[static_cast<int>(phase)] + of - 1) / of;
-}
+// What goes with each tile of a softmax, given its phase.
 template <class T>
 VP_INLINE auto ask_beside_softmax(Asked<T>& asked, int tiles) {
-  const int n = kAsksBySteps<T> ? asked_beside(asked, Phase::kSoftmax, tiles) : 0;
-  return [&asked, n] {
-    if (kAsksBySteps<T>) Asked<T>::some(asked, n);
+  const int mass = kAsksBySteps<T> ? Asked<T>::beside(asked, Phase::kMass, tiles) : 0;
+  const int weights = kAsksBySteps<T> ? Asked<T>::beside(asked, Phase::kSoftmax, tiles) : 0;
+  return [&asked, mass, weights](Phase phase) {
+    if (kAsksBySteps<T>) Asked<T>::some(asked, phase == Phase::kMass ? mass : weights);
   };
 }
 

@@ -5,6 +5,7 @@
 
 #include "kernels/cpu/call.h"
 #include "kernels/cpu/math.inl.h"
+#include "kernels/cpu/prefetch.inl.h"
 
 namespace visionpulse::cpu::VP_ISA {
 
@@ -70,13 +71,15 @@ VP_INLINE Lanes spread_max(const Lanes& x) {
 
 // Adds exp2((x - m) / tau) of the block to the sums over text and over visual keys. `exponent` <= 0
 // rescales the sums so far to the new m; SAME: they are of this m.
-template <bool SAME>
+template <bool SAME, class F>
 VP_INLINE void add_mass(const float* x, int stride, int tiles, const BlockVisual& block,
-                        float inv_tau, TileState& s, const Lanes& m, const Lanes& exponent) {
+                        float inv_tau, TileState& s, const Lanes& m, const Lanes& exponent,
+                        const F& beside) {
   const Vec inverse = vset(inv_tau);
   for (int j = 0; j < kTileVecs; ++j) {
     Vec text = vzero(), visual = vzero();
     for (int i = 0; i < tiles; ++i) {
+      beside(Phase::kMass);
       const Vec e = exp2_mass(vmul(vsub(vload(x + i * stride + j * kWidth), m.vec[j]), inverse));
       if (block.content == Content::kMixed) {
         const int lane = i * kLanes + j * kWidth;
@@ -125,14 +128,14 @@ template <bool SAME, class F>
 VP_INLINE void add_weights(float* x, int stride, int tiles, const BlockVisual* block,
                            const SoftmaxArgs& a, TileState& s, const Lanes& m,
                            const Lanes& exponent, float* rescale, const F& beside) {
-  if (a.at_tau) add_mass<SAME>(x, stride, tiles, *block, a.inv_tau, s, m, exponent);
+  if (a.at_tau) add_mass<SAME>(x, stride, tiles, *block, a.inv_tau, s, m, exponent, beside);
   for (int j = 0; j < kTileVecs; ++j) {
     const Vec scale = SAME ? vset(1.0f) : exp2_full(exponent.vec[j]);
     vstore(rescale + j * kWidth, scale);
     Vec sum = vzero();
     for (int i = 0; i < tiles; ++i) {
       float* at = x + i * stride + j * kWidth;
-      beside();
+      beside(Phase::kSoftmax);
       const Vec e = exp2_full(vsub(vload(at), m.vec[j]));
       vstore(at, e);
       sum = vadd(sum, e);
@@ -167,7 +170,7 @@ struct Rescales {
 };
 
 // Turns the logits x of a block into weights, and adds them to the statistics. `beside` is called
-// at each tile of weights.
+// with the phase at each of its tiles.
 template <int HT, class F>
 VP_INLINE void softmax_block(int tiles, int keys, const BlockVisual* block, const SoftmaxArgs& a,
                              float* x, TileState* states, Rescales& rescales, const F& beside) {

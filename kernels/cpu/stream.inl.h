@@ -72,7 +72,10 @@ static void stream_part(const Call& c, int row, int kv_head, int index, Run run)
       !kAsksByPages &&
       (run.in_pages || (cut.attended == nullptr && key_bytes > 0 && key_bytes <= kPieceBytes));
   const bool one_row = c.cache.v == static_cast<const T*>(c.cache.k) + c.D;
+  // V beside its K comes with it: asked for later it would be there, and memory idle meanwhile
+  const bool asks_rows = kAsksBySteps<T> && one_row && c.with_values;
   alignas(64) float x[kMostKeys * kMaxGroup];
+  const Pass& pass = !c.with_values ? kPassOverK : args.at_tau ? kPassWithMass : kPassOverBoth;
   const bool in_turn = kAsksByPages && cut.attended == nullptr && together.count == 1;
   const Turns turns = in_turn ? Turns::make(block, key_bytes) : Turns{0, 0};
   Rescales rescales;
@@ -118,7 +121,12 @@ static void stream_part(const Call& c, int row, int kv_head, int index, Run run)
       if (together.count > 1) share_tokens(together, h, block, next, tokens);
       const BlockKeys<T>& wanted = together.count > 1 ? tokens : next;
       Asked<T> asked = {
-          wanted.k, c.with_values ? wanted.v : nullptr, block, lines_of<T>(c.D), turns, 0};
+          wanted.k, c.with_values ? wanted.v : nullptr, block, lines_of<T>(c.D), turns, &pass, 0,
+          0};
+      if (asks_rows) {
+        asked.v = nullptr;
+        asked.lines = lines_of<T>(2 * c.D);
+      }
       if (!kAsksBySteps<T>) {
         asked.k = Turns::order(turns, asked.k, block, k_in_turn);
         if (c.with_values) asked.v = Turns::order(turns, asked.v, block, v_in_turn);

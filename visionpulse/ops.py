@@ -301,12 +301,17 @@ def _dynamic(params: Params, config: PulseConfig, max_count: int) -> Params:
         mass_of=config.mass,
         score=config.score,
         anchor_output=config.anchor_output,
-        k_max=budgets.bound_count(high, max_count),
+        k_max=_dynamic_bound(high, max_count),
     )
+
+
+_dynamic_bound = lru_cache(budgets.bound_count)
 
 
 def k_max(config: PulseConfig, visual: VisualTokens) -> int:
     """The width of a selection, checked."""
+    if config.budget == "dynamic" and is_eager():
+        return _dynamic_bound(config.ratio[1], visual.max_count)
     policy = budgets.policy_of(config.budget, config.ratio)
     return checks.bound(policy.bound(visual.max_count), policy)
 

@@ -107,7 +107,7 @@ struct Pass {
 constexpr Pass kPassOverK = {{40, 10, 30, 20, 0, 0}};
 constexpr Pass kPassOverV = {{0, 0, 0, 20, 55, 25}};
 constexpr Pass kPassOverBoth = {{20, 12, 0, 12, 38, 18}};
-constexpr Pass kPassWithMass = {{12, 6, 16, 8, 34, 24}};
+constexpr Pass kPassWithMass = {{12, 6, 12, 8, 36, 26}};
 
 // What is asked for while a block is multiplied, at the place of each of its keys: a vector of the
 // block to come, a few lines at a time, since a burst would fill the miss buffers.

@@ -74,7 +74,7 @@ static void row_statistics(const Call& c, int row) {
 template <int HT, ScoreKind KIND>
 VP_INLINE void score_tiles(const Call& c, const Row& row, int row_index, int first_tile, int count,
                            float* acc) {
-  constexpr int kTiles = 4, kTileKeys = kLanes / HT;
+  constexpr int kTiles = 4, kTileKeys = kLanes / HT, kAhead = 256;
   const int tiles = head_tiles(c.H / c.G);
   const Vec inv_tau = vset(1.0f / c.score.tau);
   Vec sum[kTiles * kTileVecs];
@@ -86,7 +86,9 @@ VP_INLINE void score_tiles(const Call& c, const Row& row, int row_index, int fir
     for (int t = 0; t < tiles; ++t) {
       for (int i = 0; i < count * kTileVecs; ++i) {
         const int lane = i % kTileVecs * kWidth;
-        const Vec z = vload(x + (i / kTileVecs * tiles + t) * kLanes + lane);
+        const float* at_tile = x + (i / kTileVecs * tiles + t) * kLanes + lane;
+        __builtin_prefetch(at_tile + kAhead, 0, 3);  // each KV head is a stream of its own
+        const Vec z = vload(at_tile);
         if (KIND == ScoreKind::kLogit) {
           sum[i] = vadd(sum[i], z);
           continue;

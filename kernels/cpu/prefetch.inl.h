@@ -163,8 +163,8 @@ struct KvHeads {
   int64_t k_stride, v_stride;
 };
 
-// Prefetches the vectors of the next block while one is computed. Spread out, because a burst would
-// fill the miss buffers and stall.
+// Prefetches the vectors of the next block while several queries share the one before. Spread out,
+// because a burst would fill the miss buffers and stall.
 template <class T>
 struct Prefetch {
   const T* const* at;    // of the list being fetched: K, then V
@@ -173,47 +173,25 @@ struct Prefetch {
   int lines;             // of a vector
   int passes;            // calls of `fetch` for each key of the block being computed
   int lists;             // 2 of K and V, 1 of K alone or of K and V in one row
-  int head, heads;
-  int64_t stride, stride_then;  // from a head to the next
   int due;
 
   // Without V: v is nullptr.
-  VP_INLINE Prefetch make(const T* const* k, const T* const* v, const KvHeads& heads, int keys,
-                          int dim, int passes) {
+  VP_INLINE Prefetch make(const T* const* k, const T* const* v, int keys, int dim, int passes) {
     const bool one_row = v != nullptr && keys > 0 && v[0] == k[0] + dim;
-    const int lists = v != nullptr && !one_row ? 2 : 1;
-    return {k,
-            v,
-            keys,
-            lists == 2 ? keys : 0,
-            lines_of<T>(one_row ? 2 * dim : dim),
-            passes,
-            lists,
-            0,
-            heads.count,
-            heads.k_stride,
-            heads.v_stride,
-            0};
+    const int lists = v != nullptr && !one_row ? 2 : 1,
+              lines = lines_of<T>(one_row ? 2 * dim : dim);
+    return {k, v, keys, lists == 2 ? keys : 0, lines, passes, lists, 0};
   }
 
   VP_INLINE void fetch(Prefetch& p, int keys) {
-    constexpr int kUsual = 128 * sizeof(T) / kLine;  // lines of D = 128
     for (p.due += p.lists * keys; p.due >= p.passes; p.due -= p.passes) {
       if (p.left == 0) {
         if (p.left_then == 0) return;
         p.at = p.then;
         p.left = p.left_then;
-        p.stride = p.stride_then;
         p.left_then = 0;
       }
-      const T* vector = *p.at + p.head * p.stride;
-      if (p.lines == kUsual) {
-        prefetch_lines<kUsual>(vector);
-      } else {
-        prefetch_vector(vector, p.lines);
-      }
-      if (++p.head < p.heads) continue;
-      p.head = 0;
+      prefetch_vector(*p.at, p.lines);
       ++p.at;
       --p.left;
     }

@@ -344,8 +344,8 @@ static void stream_shared(const Call& c, int cache_row, int kv_head, int index, 
     }
     // a few lines at each step along D: a burst would fill the miss buffers
     const int passes = tiles * (key_columns<T>(c.D) / (kDepth * Lanewise<T>::kStep));
-    Prefetch<T> prefetch = Prefetch<T>::make(next.k, c.with_values ? next.v : nullptr, {1, 0, 0},
-                                             next.count, c.D, passes);
+    Prefetch<T> prefetch =
+        Prefetch<T>::make(next.k, c.with_values ? next.v : nullptr, next.count, c.D, passes);
     stage_keys(keys, c.D, staged);
     if (c.with_values) stage_values(keys, c.D, staged);
     if (args.at_tau)

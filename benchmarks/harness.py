@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from baselines import PLAIN, VLLM, Form, check
+from baselines import PLAIN, VLLM, VLLM_NAME, Form, check
 from torch import Tensor
 
 import visionpulse as vp

@@ -178,8 +178,8 @@ struct Prefetch {
   // Without V: v is nullptr.
   VP_INLINE Prefetch make(const T* const* k, const T* const* v, int keys, int dim, int passes) {
     const bool one_row = v != nullptr && keys > 0 && v[0] == k[0] + dim;
-    const int lists = v != nullptr && !one_row ? 2 : 1,
-              lines = lines_of<T>(one_row ? 2 * dim : dim);
+    const int lists = v != nullptr && !one_row ? 2 : 1;
+    const int lines = lines_of<T>(one_row ? 2 * dim : dim);
     return {k, v, keys, lists == 2 ? keys : 0, lines, passes, lists, 0};
   }
 

@@ -273,10 +273,26 @@ def budget(
         if clamp is not None or wanted is not None:
             between = None
     bound = checks.bound(policy.bound(visual.max_count), policy)
-    params = Params(
-        scale=params.scale,
-        softcap=params.softcap,
-        window=params.window,
+    return _chosen_by(config, params, low, high, bound, ratio, wanted), between
+
+
+@lru_cache
+def _dynamic(params: Params, config: PulseConfig, max_count: int) -> Params:
+    """The numbers of the paper's budget, the clamped mass: the same in every step."""
+    low, high = config.ratio
+    return _chosen_by(config, params, low, high, _dynamic_bound(high, max_count))
+
+
+def _chosen_by(
+    config: PulseConfig,
+    params: Params,
+    low: float,
+    high: float,
+    bound: int,
+    ratio: Tensor | None = None,
+    wanted: Tensor | None = None,
+) -> Params:
+    return params._replace(
         tau=config.tau,
         r_min=low,
         r_max=high,
@@ -286,22 +302,6 @@ def budget(
         k_max=bound,
         ratio=ratio,
         wanted=wanted,
-    )
-    return params, between
-
-
-@lru_cache
-def _dynamic(params: Params, config: PulseConfig, max_count: int) -> Params:
-    """The numbers of the paper's budget, the clamped mass: the same in every step."""
-    low, high = config.ratio
-    return params._replace(
-        tau=config.tau,
-        r_min=low,
-        r_max=high,
-        mass_of=config.mass,
-        score=config.score,
-        anchor_output=config.anchor_output,
-        k_max=_dynamic_bound(high, max_count),
     )
 
 

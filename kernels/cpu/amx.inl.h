@@ -93,9 +93,9 @@ struct AmxWeigh : Weigh<S> {
   }
 };
 template <>
-constexpr bool kAsksBySteps<amx_bf16> = true;
+constexpr bool kHasNoPlaces<amx_bf16> = true;
 template <>
-constexpr bool kAsksBySteps<amx_f8> = true;
+constexpr bool kHasNoPlaces<amx_f8> = true;
 template <>
 struct Dot<amx_bf16> : Dot<bf16> {};
 template <>

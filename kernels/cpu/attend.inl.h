@@ -85,7 +85,8 @@ static void weigh_part(const Call& c, int row, int kv_head, int index, Run run) 
       locate_next_part(c, cut, cache_row, kv_head, index, block, next);
     }
     gather_logits<T, HT>(stored, keys, tiles, x);
-    Asked<T> asked = {nullptr, next.v, block, lines_of<T>(c.D), {0, 0}, &kPassOverV, 0, 0};
+    const Pass* const pass = kHasNoPlaces<T> ? &kPassOverV : nullptr;
+    Asked<T> asked = {nullptr, next.v, block, lines_of<T>(c.D), pass};
     softmax_block<HT>(tiles, keys.count, nullptr, {1.0f, false}, x, states, rescales,
                       ask_beside_softmax(asked, (keys.count * HT + kLanes - 1) / kLanes * tiles));
     sum_block<T, HT>(c, keys, asked, x, rescales, part);

@@ -144,11 +144,11 @@ struct Query {
 };
 
 // Dot products of kDotLanes / HT keys with HT heads; lane = key * HT + head. DIM is the head dim
-// where it is common enough to unroll for, else 0. The first head tile asks for the vectors of
-// `ahead` and `soon`.
-template <class T, int HT, int DIM, bool ASKS>
+// where it is common enough to unroll for, else 0. The first head tile asks: by places for the
+// vectors of `ahead` and `soon`, else as `asked` says.
+template <class T, int HT, int DIM, bool PLACES>
 VP_INLINE void dot_tile(const typename Dot<T>::Query* q, int q_stride, const T* const* keys,
-                        const T* const* ahead, const T* const* soon, int any_dim,
+                        const T* const* ahead, const T* const* soon, Asked<T>& asked, int any_dim,
                         Vec* out /* [kDotVecs] */) {
   constexpr int kKeys = kDotLanes / HT, kColumns = Dot<T>::kColumns;
   const int dim = DIM > 0 ? DIM : any_dim;
@@ -159,9 +159,10 @@ VP_INLINE void dot_tile(const typename Dot<T>::Query* q, int q_stride, const T* 
   for (int d = 0; d < whole; d += kColumns) {
     typename Dot<T>::Unit query[HT];
     for (int h = 0; h < HT; ++h) query[h] = Dot<T>::query(q + h * q_stride + d);
+    if (kAsksByPages && !PLACES) Asked<T>::some(asked, asked.each);
     for (int n = 0; n < kKeys; ++n) {
       const auto key = Dot<T>::key(keys[n] + d);
-      if (ASKS) {
+      if (PLACES) {
         prefetch_columns<kColumns>(ahead[n], d);
         if (!kAsksByPages) prefetch_columns<kColumns>(soon[n], d);
       }
@@ -171,7 +172,7 @@ VP_INLINE void dot_tile(const typename Dot<T>::Query* q, int q_stride, const T* 
   if (whole < dim) {
     for (int n = 0; n < kKeys; ++n) {
       const auto key = Dot<T>::key_tail(keys[n] + whole, dim - whole);
-      if (ASKS) {
+      if (PLACES) {
         prefetch_columns<kColumns>(ahead[n], whole);
         if (!kAsksByPages) prefetch_columns<kColumns>(soon[n], whole);
       }
@@ -204,14 +205,14 @@ VP_INLINE Vec logit(Vec dot, const Scaling& s) {
   return s.capped == 0.0f ? z : vmul(vset(s.capped), tanh_full(z));
 }
 
-template <class T, int HT, bool ASKS>
+template <class T, int HT, bool PLACES>
 VP_INLINE void dot_tile_of(const Query<T>& q, int head, const T* const* keys, const T* const* ahead,
-                           const T* const* soon, int dim, Vec* out) {
+                           const T* const* soon, Asked<T>& asked, int dim, Vec* out) {
   const auto* heads = q.data + head * q.stride;
   if (dim == 128) {
-    dot_tile<T, HT, 128, ASKS>(heads, q.stride, keys, ahead, soon, dim, out);
+    dot_tile<T, HT, 128, PLACES>(heads, q.stride, keys, ahead, soon, asked, dim, out);
   } else {
-    dot_tile<T, HT, 0, ASKS>(heads, q.stride, keys, ahead, soon, dim, out);
+    dot_tile<T, HT, 0, PLACES>(heads, q.stride, keys, ahead, soon, asked, dim, out);
   }
 }
 
@@ -223,15 +224,22 @@ VP_INLINE void dot_block(const Query<T>& q, int first_head, BlockKeys<T>& keys, 
   const int whole = (keys.count + kTileKeys - 1) / kTileKeys * kTileKeys;
   // a partial tile repeats its last key, so every logit comes from the same instructions
   for (int i = keys.count; i < whole; ++i) keys.k[i] = keys.k[keys.count - 1];
+  constexpr int kColumns = Dot<T>::kColumns;
+  const bool places = asked.pass == nullptr;
+  const int steps = (whole + kDotKeys - 1) / kDotKeys * ((dim + kColumns - 1) / kColumns);
+  const int each = Asked<T>::beside(asked, Phase::kProducts, steps) +
+                   Asked<T>::beside(asked, Phase::kLogits, steps);
   for (int first = 0; first < whole; first += kDotKeys) {
     const T* const* const soon = soon_keys(asked, keys, first);
     for (int t = 0; t < tiles_of_heads; ++t) {
       Vec out[kDotVecs];
-      if (t == 0) {
-        dot_tile_of<T, HT, true>(q, first_head, keys.k + first, asked.k + first, soon, dim, out);
+      asked.each = t == 0 ? each : 0;
+      if (t == 0 && places) {
+        dot_tile_of<T, HT, true>(q, first_head, keys.k + first, asked.k + first, soon, asked, dim,
+                                 out);
       } else {
-        dot_tile_of<T, HT, false>(q, first_head + t * HT, keys.k + first, nullptr, nullptr, dim,
-                                  out);
+        dot_tile_of<T, HT, false>(q, first_head + t * HT, keys.k + first, nullptr, nullptr, asked,
+                                  dim, out);
       }
       float* to = x + (first / kTileKeys * tiles_of_heads + t) * kLanes + first % kTileKeys * HT;
       for (int i = 0; i < kDotVecs; ++i) vstore(to + i * kWidth, logit(out[i], scaling));

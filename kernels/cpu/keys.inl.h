@@ -103,6 +103,12 @@ VP_INLINE void locate(const Call& c, const Cut& cut, int row, int kv_head, int f
   }
 }
 
+// Whether the keys of a list's block follow each other, as text does.
+template <class T>
+VP_INLINE bool follow(const BlockKeys<T>& keys, int block) {
+  return keys.count == block && keys.position[block - 1] - keys.position[0] == block - 1;
+}
+
 // The vectors to ask for once more beside key i of a block, and beside its value.
 template <class T>
 VP_INLINE const T* const* soon_keys(const Asked<T>& asked, const BlockKeys<T>& keys, int i) {

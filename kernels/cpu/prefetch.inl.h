@@ -61,9 +61,9 @@ VP_INLINE void prefetch_columns(const T* vector, int column) {
 }
 
 // How a CPU is asked for more than its own prefetcher brings.
-// - By pages: one vector of each page of memory in turn, in a file of isa/ that says so. The
-//   prefetcher of Intel's cores runs ahead in each page by itself, so several pages bring more than
-//   one after the other.
+// - By pages: one vector of each page of memory in turn, in a file of isa/ that says so, at an even
+//   pace through all that is computed of a block. The prefetcher of Intel's cores runs ahead in
+//   each page by itself, so several pages bring more than one after the other.
 // - Else each vector twice, since the CPU drops a prefetch where too many wait: a block ahead, and
 //   where the phase before reads. That is V beside K, and K of the block to come beside V; in a
 //   pass over one of them a vector a little ahead.
@@ -88,13 +88,6 @@ struct Turns {
   VP_INLINE int at(const Turns& t, int i) {
     return ((i & ((1 << t.log_pages) - 1)) << t.log_each) | (i >> t.log_pages);
   }
-  template <class T>
-  VP_INLINE const T* const* order(const Turns& t, const T* const* vectors, int count,
-                                  const T** to) {
-    if (t.log_pages == 0) return vectors;
-    for (int i = 0; i < count; ++i) to[i] = vectors[at(t, i)];
-    return to;
-  }
 };
 
 // What is computed of a block, one after the other, and the passes that have some of it.
@@ -109,19 +102,20 @@ constexpr Pass kPassOverV = {{0, 0, 0, 20, 55, 25}};
 constexpr Pass kPassOverBoth = {{20, 12, 0, 12, 38, 18}};
 constexpr Pass kPassWithMass = {{12, 6, 12, 8, 36, 26}};
 
-// What is asked for while a block is multiplied, at the place of each of its keys: a vector of the
-// block to come, a few lines at a time, since a burst would fill the miss buffers.
+// What is asked for while a block is computed, a few lines at a time, since a burst would fill the
+// miss buffers: at the place of each of its keys, or at each step of its phases.
 template <class T>
 struct Asked {
   const T* const* k;  // of the block to come; nullptr: no logits are made
   const T* const* v;  // nullptr: no values are summed, or they are asked for with K
   int count, lines;   // vectors of each, and lines of a vector
-  Turns turns;        // that `some` takes them in
-  const Pass* pass;   // that sets how many at a time
-  int next;           // of K and V that `some` asks for
-  int due;            // parts of a vector that `some` has not asked for yet
+  const Pass* pass;   // how many go with the steps; nullptr: each has its place
+  Turns turns;        // that the steps take them in
+  int each;           // parts of a vector at each step of the phase at hand
+  int next;           // of K and V that the steps ask for
+  int due;            // parts of a vector that they have not asked for yet
 
-  // Without a place for each key: `parts` of a vector more, first of K, then of V.
+  // `parts` of a vector more, first of K, then of V.
   VP_INLINE void some(Asked& a, int parts) {
     const int keys = a.k != nullptr ? a.count : 0, all = keys + (a.v != nullptr ? a.count : 0);
     for (a.due += parts; a.due >= kParts && a.next < all; a.due -= kParts, ++a.next) {
@@ -132,6 +126,7 @@ struct Asked {
   }
   // The parts for each of `steps` steps of a phase.
   VP_INLINE int beside(const Asked& a, Phase phase, int steps) {
+    if (a.pass == nullptr) return 0;
     const int vectors = (a.k != nullptr && a.v != nullptr ? 2 : 1) * a.count;
     const int percent = a.pass->percent[static_cast<int>(phase)];
     return (kParts * vectors * percent + 100 * steps - 1) / (100 * steps);
@@ -140,17 +135,17 @@ struct Asked {
   static constexpr int kParts = 64;  // of a vector
 };
 
-// Whether a type's products have no place for each key.
+// Whether the products of a type have no place for each key.
 template <class T>
-constexpr bool kAsksBySteps = false;
+constexpr bool kHasNoPlaces = false;
 
 // What goes with each tile of a softmax, given its phase.
 template <class T>
 VP_INLINE auto ask_beside_softmax(Asked<T>& asked, int tiles) {
-  const int mass = kAsksBySteps<T> ? Asked<T>::beside(asked, Phase::kMass, tiles) : 0;
-  const int weights = kAsksBySteps<T> ? Asked<T>::beside(asked, Phase::kSoftmax, tiles) : 0;
+  const int mass = Asked<T>::beside(asked, Phase::kMass, tiles);
+  const int weights = Asked<T>::beside(asked, Phase::kSoftmax, tiles);
   return [&asked, mass, weights](Phase phase) {
-    if (kAsksBySteps<T>) Asked<T>::some(asked, phase == Phase::kMass ? mass : weights);
+    if (kAsksByPages) Asked<T>::some(asked, phase == Phase::kMass ? mass : weights);
   };
 }
 

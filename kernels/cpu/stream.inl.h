@@ -72,14 +72,11 @@ static void stream_part(const Call& c, int row, int kv_head, int index, Run run)
       !kAsksByPages &&
       (run.in_pages || (cut.attended == nullptr && key_bytes > 0 && key_bytes <= kPieceBytes));
   const bool one_row = c.cache.v == static_cast<const T*>(c.cache.k) + c.D;
-  // V beside its K comes with it: asked for later it would be there, and memory idle meanwhile
-  const bool asks_rows = kAsksBySteps<T> && one_row && c.with_values;
   alignas(64) float x[kMostKeys * kMaxGroup];
   const Pass& pass = !c.with_values ? kPassOverK : args.at_tau ? kPassWithMass : kPassOverBoth;
-  const bool in_turn = kAsksByPages && cut.attended == nullptr && together.count == 1;
-  const Turns turns = in_turn ? Turns::make(block, key_bytes) : Turns{0, 0};
+  const Turns turns =
+      kAsksByPages && together.count == 1 ? Turns::make(block, key_bytes) : Turns{0, 0};
   Rescales rescales;
-  const T *k_in_turn[kMostKeys], *v_in_turn[kMostKeys];
   BlockKeys<T> buffers[2], tokens;
   Walk walk = Walk::of_part(c, cut, kv_head, index, block, run), next_walk = walk;
   const auto locate_next = [&](BlockKeys<T>& keys) {
@@ -120,17 +117,17 @@ static void stream_part(const Call& c, int row, int kv_head, int index, Run run)
       const Part part = part_at(c, part_index(cut, kv_head + h, index));
       if (together.count > 1) share_tokens(together, h, block, next, tokens);
       const BlockKeys<T>& wanted = together.count > 1 ? tokens : next;
-      Asked<T> asked = {
-          wanted.k, c.with_values ? wanted.v : nullptr, block, lines_of<T>(c.D), turns, &pass, 0,
-          0};
-      if (asks_rows) {
-        asked.v = nullptr;
-        asked.lines = lines_of<T>(2 * c.D);
-      }
-      if (!kAsksBySteps<T>) {
-        asked.k = Turns::order(turns, asked.k, block, k_in_turn);
-        if (c.with_values) asked.v = Turns::order(turns, asked.v, block, v_in_turn);
-      }
+      const bool in_turn = kAsksByPages && (cut.attended == nullptr || follow(next, block));
+      // scattered vectors come sooner from places, where a type has them
+      const bool by_steps = kHasNoPlaces<T> || in_turn;
+      // V beside its K comes with it: asked for later it would be there, and memory idle meanwhile
+      const bool asks_rows = by_steps && one_row && c.with_values;
+      Asked<T> asked = {wanted.k,
+                        c.with_values && !asks_rows ? wanted.v : nullptr,
+                        block,
+                        lines_of<T>(asks_rows ? 2 * c.D : c.D),
+                        by_steps ? &pass : nullptr,
+                        in_turn ? turns : Turns{0, 0}};
       dot_block<T, HT>(q, h * heads, keys, c.D, tiles, scaling, asked, x);
       if (stores) store_logits(c, c.rows[row], kv_head + h, first, x, floats);
       softmax_block<HT>(tiles, keys.count, &visual, args, x, states + h * tiles, rescales,

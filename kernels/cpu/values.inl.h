@@ -64,16 +64,18 @@ struct Weigh<f8_as_bf16> : Weigh<bf16> {
 // of columns. A block is summed from zero and then added, which also keeps rounding errors small.
 // p [key tiles, steps, HT]. A tail is one unit. The first head tile asks for vectors to come.
 template <class T, int HT, int NH, int UNITS, bool TAIL>
-VP_INLINE void value_tile(const T* const* values, int keys, const Asked<T>* asked, const float* p,
+VP_INLINE void value_tile(const T* const* values, int keys, Asked<T>* asked, const float* p,
                           int p_stride, int dim, int column, const float* rescale, float* acc,
                           int acc_stride) {
   using W = Weigh<T>;
   constexpr int kTileKeys = kLanes / HT;
+  const bool places = asked != nullptr && asked->pass == nullptr;
   Vec sum[NH][2 * UNITS];
   for (int h = 0; h < NH; ++h)
     for (int u = 0; u < 2 * UNITS; ++u) sum[h][u] = vzero();
   for (int first = 0; first < keys; first += kTileKeys, p += p_stride) {
     const int n = keys - first < kTileKeys ? keys - first : kTileKeys;
+    if (kAsksByPages && asked != nullptr) Asked<T>::some(*asked, asked->each);
     if (!kAsksByPages && asked != nullptr && column == 0) {
       const T* const* const soon = soon_values(*asked, values, keys, first);
       for (int i = 0; i < n; ++i) prefetch_vector(soon[i], asked->lines);
@@ -86,7 +88,7 @@ VP_INLINE void value_tile(const T* const* values, int keys, const Asked<T>* aske
       } else {
         W::template load<UNITS>(v, column, x);
       }
-      if (asked != nullptr)
+      if (places)
         for (int j = 0; j < W::kKeys; ++j)
           prefetch_columns<UNITS * kUnit>(asked->v[first + i + j], column);
       for (int h = 0; h < NH; ++h) {
@@ -104,9 +106,9 @@ VP_INLINE void value_tile(const T* const* values, int keys, const Asked<T>* aske
 }
 
 template <class T, int HT, int NH>
-VP_INLINE void value_columns(const T* const* values, int keys, const Asked<T>* asked,
-                             const float* p, int p_stride, int dim, const float* rescale,
-                             float* acc, int acc_stride) {
+VP_INLINE void value_columns(const T* const* values, int keys, Asked<T>* asked, const float* p,
+                             int p_stride, int dim, const float* rescale, float* acc,
+                             int acc_stride) {
   int d = 0;
   for (; d + kValueUnits * kUnit <= dim; d += kValueUnits * kUnit)
     value_tile<T, HT, NH, kValueUnits, false>(values, keys, asked, p, p_stride, dim, d, rescale,
@@ -121,7 +123,7 @@ VP_INLINE void value_columns(const T* const* values, int keys, const Asked<T>* a
 
 // One head tile with `heads` <= HT heads; the lanes of its padding are not read.
 template <class T, int HT>
-static void add_values(const T* const* values, int keys, const Asked<T>* asked, const float* p,
+static void add_values(const T* const* values, int keys, Asked<T>* asked, const float* p,
                        int p_stride, int dim, int heads, const float* rescale, float* acc,
                        int acc_stride) {
   if (heads == 1) {
@@ -143,6 +145,11 @@ template <class T, int HT>
 VP_INLINE void sum_block(const Call& c, BlockKeys<T>& keys, Asked<T>& asked, const float* x,
                          const Rescales& rescales, const Part& part) {
   const int group = c.H / c.G, tiles = head_tiles(group), columns = padded_dim(c.D, kUnit);
+  constexpr int kTileColumns = kValueUnits * kUnit;
+  const int steps =
+      (keys.count * HT + kLanes - 1) / kLanes * ((columns + kTileColumns - 1) / kTileColumns);
+  asked.each =
+      Asked<T>::beside(asked, Phase::kSums, steps) + Asked<T>::beside(asked, Phase::kOutput, steps);
   if (Weigh<T>::kKeys == 2 && keys.count % 2 != 0)
     keys.v[keys.count] = reinterpret_cast<const T*>(kZeros);
   for (int t = 0; t < tiles; ++t) {

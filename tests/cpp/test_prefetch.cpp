@@ -47,7 +47,7 @@ void a_pass_asks_for_all_at_an_even_pace(const Pass& pass, bool of_k, bool of_v)
   const std::vector<float> memory(kKeys);
   std::vector<const float*> vectors(kKeys, memory.data());
   const float* const* at = vectors.data();
-  Asked<float> asked = {of_k ? at : nullptr, of_v ? at : nullptr, kKeys, 1, {0, 0}, &pass, 0, 0};
+  Asked<float> asked = {of_k ? at : nullptr, of_v ? at : nullptr, kKeys, 1, &pass};
   const int all = kKeys * (of_k + of_v);
   double due = 0;
   for (const Step& of : kSteps) {
@@ -66,6 +66,16 @@ void a_pass_asks_for_all_at_an_even_pace(const Pass& pass, bool of_k, bool of_v)
   CHECK(asked.next == all);
 }
 
+void without_a_pass_no_step_asks() {
+  const float* vector = nullptr;
+  Asked<float> asked = {&vector, &vector, 1, 1, nullptr};
+  for (const Step& of : kSteps) {
+    CHECK(Asked<float>::beside(asked, of.phase, of.steps) == 0);
+    Asked<float>::some(asked, 0);
+  }
+  CHECK(asked.next == 0);
+}
+
 }  // namespace
 
 int main() {
@@ -74,5 +84,6 @@ int main() {
   a_pass_asks_for_all_at_an_even_pace(kPassOverV, false, true);
   a_pass_asks_for_all_at_an_even_pace(kPassOverBoth, true, true);
   a_pass_asks_for_all_at_an_even_pace(kPassWithMass, true, true);
+  without_a_pass_no_step_asks();
   return check::report("prefetch");
 }

@@ -8,6 +8,7 @@ namespace visionpulse::cpu::VP_ISA {
 
 constexpr int kLine = 64;    // bytes of a cache line
 constexpr int kPage = 4096;  // bytes of a page of memory
+constexpr int kBurst = 8;    // lines that may be asked for at once
 
 // Into L2: a prefetch into L1 would hold one of its few miss buffers until memory answers.
 template <int LINES>
@@ -111,16 +112,17 @@ struct Asked {
   int count, lines;   // vectors of each, and lines of a vector
   const Pass* pass;   // how many go with the steps; nullptr: each has its place
   Turns turns;        // that the steps take them in
+  bool paired;        // V of each key behind its K, as they lie; else V behind all of K
   int each;           // parts of a vector at each step of the phase at hand
   int next;           // of K and V that the steps ask for
   int due;            // parts of a vector that they have not asked for yet
 
-  // `parts` of a vector more, first of K, then of V.
+  // `parts` of a vector more.
   VP_INLINE void some(Asked& a, int parts) {
     const int keys = a.k != nullptr ? a.count : 0, all = keys + (a.v != nullptr ? a.count : 0);
     for (a.due += parts; a.due >= kParts && a.next < all; a.due -= kParts, ++a.next) {
-      const bool is_key = a.next < keys;
-      const int i = Turns::at(a.turns, is_key ? a.next : a.next - keys);
+      const bool is_key = a.paired ? a.next % 2 == 0 : a.next < keys;
+      const int i = Turns::at(a.turns, a.paired ? a.next / 2 : is_key ? a.next : a.next - keys);
       prefetch_vector(is_key ? a.k[i] : a.v[i], a.lines);
     }
   }

@@ -121,13 +121,15 @@ static void stream_part(const Call& c, int row, int kv_head, int index, Run run)
       // scattered vectors come sooner from places, where a type has them
       const bool by_steps = kHasNoPlaces<T> || in_turn;
       // V beside its K comes with it: asked for later it would be there, and memory idle meanwhile
-      const bool asks_rows = by_steps && one_row && c.with_values;
+      const bool in_rows = by_steps && one_row && c.with_values;
+      const bool asks_rows = in_rows && lines_of<T>(2 * c.D) <= kBurst;
       Asked<T> asked = {wanted.k,
                         c.with_values && !asks_rows ? wanted.v : nullptr,
                         block,
                         lines_of<T>(asks_rows ? 2 * c.D : c.D),
                         by_steps ? &pass : nullptr,
-                        in_turn ? turns : Turns{0, 0}};
+                        in_turn ? turns : Turns{0, 0},
+                        in_rows && !asks_rows};
       dot_block<T, HT>(q, h * heads, keys, c.D, tiles, scaling, asked, x);
       if (stores) store_logits(c, c.rows[row], kv_head + h, first, x, floats);
       softmax_block<HT>(tiles, keys.count, &visual, args, x, states + h * tiles, rescales,

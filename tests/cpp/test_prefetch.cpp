@@ -39,7 +39,8 @@ struct Step {
 constexpr Step kSteps[] = {{Phase::kProducts, 8}, {Phase::kLogits, 16}, {Phase::kMass, 16},
                            {Phase::kSoftmax, 16}, {Phase::kSums, 16},   {Phase::kOutput, 16}};
 
-void a_pass_asks_for_all_at_an_even_pace(const Pass& pass, bool of_k, bool of_v) {
+void a_pass_asks_for_all_at_an_even_pace(const Pass& pass, bool of_k, bool of_v,
+                                         bool paired = false) {
   int percent = 0;
   for (int share : pass.percent) percent += share;
   CHECK(percent == 100);
@@ -47,7 +48,7 @@ void a_pass_asks_for_all_at_an_even_pace(const Pass& pass, bool of_k, bool of_v)
   const std::vector<float> memory(kKeys);
   std::vector<const float*> vectors(kKeys, memory.data());
   const float* const* at = vectors.data();
-  Asked<float> asked = {of_k ? at : nullptr, of_v ? at : nullptr, kKeys, 1, &pass};
+  Asked<float> asked = {of_k ? at : nullptr, of_v ? at : nullptr, kKeys, 1, &pass, {0, 0}, paired};
   const int all = kKeys * (of_k + of_v);
   double due = 0;
   for (const Step& of : kSteps) {
@@ -84,6 +85,7 @@ int main() {
   a_pass_asks_for_all_at_an_even_pace(kPassOverV, false, true);
   a_pass_asks_for_all_at_an_even_pace(kPassOverBoth, true, true);
   a_pass_asks_for_all_at_an_even_pace(kPassWithMass, true, true);
+  a_pass_asks_for_all_at_an_even_pace(kPassWithMass, true, true, true);
   without_a_pass_no_step_asks();
   return check::report("prefetch");
 }

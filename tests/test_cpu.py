@@ -11,6 +11,8 @@ import torch
 
 import visionpulse as vp
 from visionpulse.backends import cpu, get
+from visionpulse.backends.native import NativeBackend
+from visionpulse.call import Call
 from visionpulse.testing.draw import Draws
 
 REASON = get("cpu").unavailable()
@@ -223,6 +225,31 @@ def test_scratch_memory_serves_calls_of_any_size():
     for size in (80, 2000, 90, 3000):
         q, kv, visual = problem(size=size)
         assert same_bits(decoded(q, kv, visual), decoded(q, kv, visual, workspace=workspace))
+
+
+def packings():
+    """Calls of attend whose numbers are packed in one frame."""
+    for dtype in DTYPES:
+        q, kv, visual = problem(dtype=dtype)
+        _, kept = vp.decode(q, kv, visual, backend="cpu")
+        lengths, starts = (torch.tensor(n, dtype=torch.int32) for n in ([700, 300], [0, 20]))
+        k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (kv.k, kv.v))
+        for cache in (kv, vp.KVCache(k, v), vp.KVCache(kv.k, kv.v, lengths, starts)):
+            yield Call(q, cache, vp.ops.numbers(q, window=64), visual)
+            yield Call(q, cache, vp.ops.numbers(q, softcap=20.0), visual, kept)
+
+
+def test_one_frame_packs_what_the_other_packs(monkeypatch):
+    calls, packed = list(packings()), []
+    out = torch.empty_like(calls[0].q)
+    monkeypatch.setattr(cpu.CpuBackend, "_run", lambda *given: packed.append(given))
+    monkeypatch.setattr(torch, "empty_like", lambda like: out)
+    backend = cpu.CpuBackend()
+    for call in calls:
+        packed.clear()
+        assert backend.attend(call) is NativeBackend.attend(backend, call) is out
+        assert backend.attend(call._replace(out=out)) is out
+        assert packed[0] == packed[1] == packed[2]
 
 
 PLACED = """

@@ -7,14 +7,15 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from ..cache import MAX_QUERIES
-from ..call import Call, Scored
+from ..cache import MAX_QUERIES, KVCache
+from ..call import Call, Params, Scored
 from ..visual import VisualTokens
 from ..workspace import Workspace
 from . import packing as pack
 from .native import NativeBackend
 
 _CPU = torch.device("cpu")
+_NO_CHOICE = pack.params(Params(scale=1.0))[3:]  # the numbers that attend does not read
 
 
 @cache
@@ -93,6 +94,43 @@ class CpuBackend(NativeBackend):
 
     def rounds_weights(self, dtype: torch.dtype) -> bool:
         return dtype == torch.bfloat16 and bool(_entries().rounds_bf16_weights())
+
+    def attend(self, call: Call) -> Tensor:
+        """Pack the call of a decode step in one frame.
+
+        Most layers of a step make it, and behind a layer that filled the caches each function
+        entered costs as much as a row of K. `NativeBackend` packs the same, and every other call.
+        """
+        q, kv, params, visual, selection, out, *_ = call
+        if (
+            type(kv) is not KVCache
+            or not (kv.k_scale is kv.v_scale is out is None)
+            or q.dim() != 3
+            or not q.is_contiguous()
+        ):
+            return super().attend(call)
+        k, v, starts, lengths = kv.k, kv.v, kv.starts, kv.lengths
+        out = torch.empty_like(q)
+        (rows, heads, dim), (q_row, q_head, _) = q.shape, q.stride()
+        (outer, kv_heads, capacity, _), k_strides, v_strides = k.shape, k.stride(), v.stride()
+        spans, kept = (0, 0, 0), (0, 0, 0)
+        if selection is not None:
+            spans, indices = pack.visual(visual), selection.indices
+            kept = indices.data_ptr(), selection.counts.data_ptr(), indices.shape[1]
+        packed = (
+            (1, 0, 0, 0),
+            (q.data_ptr(), q_row, q_head, pack.DTYPES[q.dtype], rows, heads, kv_heads, dim),
+            (
+                *(k.data_ptr(), v.data_ptr()),
+                0 if starts is None else starts.data_ptr(),
+                0 if lengths is None else lengths.data_ptr(),
+                *(0, 0, *k_strides[:3], *v_strides[:3]),
+                *(capacity, 0, outer, pack.STORAGES[k.dtype], 0, 0, 0, 0),
+            ),
+            *(spans, kept, (*params[:3], *_NO_CHOICE), (out.data_ptr(), heads * dim, dim)),
+        )
+        self._run("attend", q, call.scratch, None, packed)
+        return out
 
     def _queries(self, packed: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
         return (packed,)

@@ -48,11 +48,7 @@ VP_INLINE void amx_weights(const float* p, int p_stride, int count, bf16* even, 
   }
 }
 
-// A vector of V as a row of tiles: its columns in order, or in 8 bits first 8 of each 16, then the
-// others.
-VP_INLINE void stage_value(const bf16* from, int dim, bf16* to) {
-  for (int d = 0; d < dim; d += kUnit) _mm512_store_si512(to + d, _mm512_loadu_si512(from + d));
-}
+// A vector of V in 8 bits as a row of tiles: first 8 columns of each 16, then the others.
 VP_INLINE void stage_value(const f8_as_bf16* from, int dim, bf16* to) {
   int d = 0;
   Pairs a, b;
@@ -76,13 +72,25 @@ VP_INLINE void amx_columns(Vec even, Vec odd, Vec& a, Vec& b) {
   b = _mm512_permutex2var_ps(even, high, odd);
 }
 
+// Keys of a tile of V that lie anywhere, `columns` of them from column `from` on, side by side.
+template <class T>
+VP_INLINE void gather_columns(const T* const* v, int from, int columns, bf16* to) {
+  for (int i = 0; i < kAmxRows; ++i)
+    for (int d = 0; d < columns; d += kUnit)
+      _mm512_store_si512(to + i * columns + d, _mm512_loadu_si512(v[i] + from + d));
+}
+
 // acc [heads, columns] = acc * rescale + weights * V of up to 64 keys, at most 8 heads. A tile of V
 // is 16 keys as they lie: the weights of its even columns are beside zeros, and so are those of its
-// odd ones, so no keys have to be paired.
-template <class F, class G>
-VP_INLINE void amx_add_rows(const bf16 (*weights)[kAmxRows * kAmxKeys], const AmxRows* v, int tiles,
-                            int heads, int padded, int columns, const float* rescale,
-                            const F& beside_tile, const G& beside_head, float* acc) {
+// odd ones, so no keys have to be paired. Where keys are not evenly spaced (a stride of 0) the tile
+// is gathered just before its product, in as little of L1 as can be: the rows of a list stream
+// through L1, and what is reused there has to stay.
+template <class T, class F, class G>
+VP_INLINE void amx_add_rows(const bf16 (*weights)[kAmxRows * kAmxKeys], const AmxRows* v,
+                            const T* const* scattered, int tiles, int heads, int padded,
+                            int columns, const float* rescale, const F& beside_tile,
+                            const G& beside_head, float* acc) {
+  alignas(64) bf16 gathered[2][kAmxRows * 2 * kUnit];
   alignas(64) float sums[2][kAmxHeads * kLanes];
   for (int d = 0; d < columns; d += 2 * kUnit) {
     const bool two = d + kUnit < columns;
@@ -92,12 +100,20 @@ VP_INLINE void amx_add_rows(const bf16 (*weights)[kAmxRows * kAmxKeys], const Am
 #pragma GCC unroll 1
     for (int t = 0; t < tiles; ++t) {
       beside_tile();
-      const char* const from = v[t].first + d * static_cast<int64_t>(sizeof(bf16));
+      const char* from = v[t].first + d * static_cast<int64_t>(sizeof(bf16));
+      int64_t stride = v[t].stride;
+      if (stride == 0) {
+        const int part = two ? 2 * kUnit : kUnit;
+        gather_columns(scattered + t * kAmxRows, d, part, gathered[t % 2]);
+        from = reinterpret_cast<const char*>(gathered[t % 2]);
+        stride = part * static_cast<int64_t>(sizeof(bf16));
+        amx_fence();
+      }
       _tile_loadd(5, weights[t], kAmxRowBytes);
-      _tile_loadd(1, from, v[t].stride);
+      _tile_loadd(1, from, stride);
       _tile_dpbf16ps(6, 5, 1);
       if (!two) continue;
-      _tile_loadd(2, from + kAmxRowBytes, v[t].stride);
+      _tile_loadd(2, from + kAmxRowBytes, stride);
       _tile_dpbf16ps(7, 5, 2);
     }
     _tile_stored(6, sums[0], kAmxRowBytes);
@@ -122,9 +138,8 @@ VP_INLINE void amx_sum_block(const Call& c, BlockKeys<T>& keys, Asked<T>& asked,
                              const Rescales& rescales, const Part& part) {
   constexpr int kTiles = 4, kKeys = kTiles * kAmxRows, kHeads = kAmxSumHeads;
   const int group = c.H / c.G, head_tile = head_tiles(group);
-  const bool ready = sizeof(T) == sizeof(bf16);
   alignas(64) bf16 weights[kTiles][kAmxRows * kAmxKeys];
-  alignas(64) bf16 space[kKeys * kMaxHeadDim];
+  alignas(64) bf16 space[sizeof(T) == 1 ? kKeys * kMaxHeadDim : 1];
   float rescale[kAmxHeads];
   for (int h = 0; h < group; ++h) rescale[h] = rescales.tile[h / 4][h % 4];
   const int whole = (keys.count + kAmxRows - 1) / kAmxRows * kAmxRows;
@@ -138,13 +153,14 @@ VP_INLINE void amx_sum_block(const Call& c, BlockKeys<T>& keys, Asked<T>& asked,
     const int tiles = (whole - first < kKeys ? whole - first : kKeys) / kAmxRows;
     AmxRows rows[kTiles];
     for (int t = 0; t < tiles; ++t) {
-      const T* const* v = keys.v + first + t * kAmxRows;
-      const int64_t spacing = ready ? amx_spacing(v) : 0;
-      bf16* const to = space + t * kAmxRows * c.D;
-      rows[t] = {reinterpret_cast<const char*>(v[0]), spacing};
-      if (spacing != 0) continue;
-      rows[t] = {reinterpret_cast<const char*>(to), c.D * static_cast<int64_t>(sizeof(bf16))};
-      for (int i = 0; i < kAmxRows; ++i) stage_value(v[i], c.D, to + i * c.D);
+      const T* const* const v = keys.v + first + t * kAmxRows;
+      if constexpr (sizeof(T) == sizeof(bf16)) {
+        rows[t] = {reinterpret_cast<const char*>(v[0]), amx_spacing(v)};
+      } else {
+        bf16* const to = space + t * kAmxRows * c.D;
+        for (int i = 0; i < kAmxRows; ++i) stage_value(v[i], c.D, to + i * c.D);
+        rows[t] = {reinterpret_cast<const char*>(to), c.D * static_cast<int64_t>(sizeof(bf16))};
+      }
     }
     const int left = (keys.count - first + 3) / 4;
     for (int head = 0; head < group; head += kHeads) {
@@ -156,7 +172,7 @@ VP_INLINE void amx_sum_block(const Call& c, BlockKeys<T>& keys, Asked<T>& asked,
                       head_tile * kLanes, left - t * 4, weights[t] + j * 4 * kAmxKeys,
                       weights[t] + (padded + j * 4) * kAmxKeys);
       amx_add_rows(
-          weights, rows, tiles, heads, padded, c.D, rescale + head,
+          weights, rows, keys.v + first, tiles, heads, padded, c.D, rescale + head,
           [&] { Asked<T>::some(asked, each); }, [&] { Asked<T>::some(asked, more); },
           part.acc + head * c.D);
     }

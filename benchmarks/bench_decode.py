@@ -25,7 +25,7 @@ import visionpulse as vp
 from visionpulse.backends import get
 from visionpulse.bench import cost, torch_forms
 from visionpulse.bench.check import check_output, check_selection
-from visionpulse.bench.timing import Times
+from visionpulse.bench.timing import OncePerStep, Times
 from visionpulse.layer_ops import LayerOps
 from visionpulse.schedule import Role, roles
 
@@ -83,7 +83,7 @@ class Step:
     def single(self, role: Role) -> Callable[[int], object]:
         """One layer of this role, whichever inputs its turn brings."""
         if role is Role.ANCHOR:
-            return self.decode
+            return OncePerStep(self.decode, self.workspace)
         selection = self.decode(0) if role is Role.FOLLOWER else None
         return lambda turn: self.attend(turn, selection)
 

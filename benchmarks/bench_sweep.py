@@ -15,11 +15,13 @@ import torch
 from baselines import PLAIN
 from harness import Bench
 from shapes import BATCHES, CONTEXTS, SHAPES, Layers, Shape
+from torch import Tensor
 
 import visionpulse as vp
 from visionpulse.bench import cost, plots, torch_forms
 from visionpulse.bench.check import check_output
 from visionpulse.bench.rows import Row, dtype_name, read
+from visionpulse.bench.timing import OncePerStep
 
 RETENTIONS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
@@ -73,7 +75,10 @@ def dense(layers: Layers, common: dict):
 
 
 def anchor(layers: Layers, config: vp.PulseConfig, common: dict):
-    return lambda turn: vp.decode(*layers.at(turn), layers.visual, config, **common)
+    def decode(turn: int) -> tuple[Tensor, vp.Selection]:
+        return vp.decode(*layers.at(turn), layers.visual, config, **common)
+
+    return OncePerStep(decode, common["workspace"])
 
 
 def follower(layers: Layers, kept: vp.Selection, common: dict):

@@ -42,7 +42,8 @@ ALLOWED = {
         "backends", "backends.packing", "call", "selection", "visual", "workspace"
     },
     "backends.cpu": {
-        "_native", "backends.native", "backends.packing", "cache", "call", "visual", "workspace"
+        "_native", "backends.native", "backends.packing", "cache", "call", "selection", "visual",
+        "workspace",
     },
     "backends.cuda": {
         "_native", "backends.by_query", "backends.native", "backends.packing", "cache", "call",

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.skipif(REASON is not None, reason=f"backend cpu: {REASO
 ROOT = Path(__file__).parents[1]
 OTHER_SETS = [] if REASON else cpu.instruction_sets()[1:]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BACKEND = cpu.CpuBackend()
 
 
 def problem(rows=2, size=700, heads=8, kv_heads=2, dim=64, dtype=torch.float32, seed=0):
@@ -227,29 +228,74 @@ def test_scratch_memory_serves_calls_of_any_size():
         assert same_bits(decoded(q, kv, visual), decoded(q, kv, visual, workspace=workspace))
 
 
+def paged(kv, lengths, starts):
+    """The cache in pages of both layouts, in one tensor with V behind K and in two."""
+    pages = torch.stack((kv.k, kv.v)).view(2, 2, 2, 7, 100, 64).transpose(2, 3).flatten(1, 2)
+    table = torch.arange(14, dtype=torch.int32).view(2, 7)
+    k, v = (t.contiguous() for t in pages)
+    yield vp.PagedKVCache(k, v, table, lengths, layout="HND")
+    rows = torch.cat((k, v), dim=-1).transpose(1, 2).contiguous()
+    yield vp.PagedKVCache(rows[..., :64], rows[..., 64:], table, lengths, starts)
+
+
 def packings():
-    """Calls of attend whose numbers are packed in one frame."""
+    """Plain calls: attend, and decode with both outputs."""
     for dtype in DTYPES:
         q, kv, visual = problem(dtype=dtype)
         _, kept = vp.decode(q, kv, visual, backend="cpu")
         lengths, starts = (torch.tensor(n, dtype=torch.int32) for n in ([700, 300], [0, 20]))
         k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (kv.k, kv.v))
-        for cache in (kv, vp.KVCache(k, v), vp.KVCache(kv.k, kv.v, lengths, starts)):
+        caches = kv, vp.KVCache(k, v), vp.KVCache(kv.k, kv.v, lengths, starts)
+        for cache in (*caches, *paged(kv, lengths, starts)):
             yield Call(q, cache, vp.ops.numbers(q, window=64), visual)
             yield Call(q, cache, vp.ops.numbers(q, softcap=20.0), visual, kept)
 
 
+def handed_down(method, call, monkeypatch):
+    """What a method gives the engine, the names of its results in the place of their addresses."""
+    seen = []
+    monkeypatch.setattr(cpu.CpuBackend, "_run", lambda *given: seen.append(given))
+    result = method(BACKEND, call)
+    out, kept = result if isinstance(result, tuple) else (result, None)
+    of_selection = () if kept is None else ("indices", "counts", "mass", "mass_mean")
+    tensors = {"out": out} | {name: getattr(kept, name) for name in of_selection}
+    names = {tensor.data_ptr(): name for name, tensor in tensors.items()}
+
+    def named(value):
+        if isinstance(value, tuple):
+            return tuple(map(named, value))
+        return names.get(value, value) if type(value) is int else value
+
+    (given,) = seen
+    return *map(named, given), {n: (t.shape, t.dtype, t.stride()) for n, t in tensors.items()}
+
+
 def test_one_frame_packs_what_the_other_packs(monkeypatch):
-    calls, packed = list(packings()), []
-    out = torch.empty_like(calls[0].q)
-    monkeypatch.setattr(cpu.CpuBackend, "_run", lambda *given: packed.append(given))
-    monkeypatch.setattr(torch, "empty_like", lambda like: out)
-    backend = cpu.CpuBackend()
-    for call in calls:
-        packed.clear()
-        assert backend.attend(call) is NativeBackend.attend(backend, call) is out
-        assert backend.attend(call._replace(out=out)) is out
-        assert packed[0] == packed[1] == packed[2]
+    for call in packings():
+        one = handed_down(cpu.CpuBackend.attend, call, monkeypatch)
+        assert one == handed_down(NativeBackend.attend, call, monkeypatch)
+        buffered = call._replace(out=torch.empty_like(call.q))
+        assert one == handed_down(cpu.CpuBackend.attend, buffered, monkeypatch)
+
+
+@pytest.mark.parametrize("anchor_output", ["pruned", "dense"])
+def test_one_frame_packs_an_anchor_as_the_other_does(anchor_output, monkeypatch):
+    for call in packings():
+        rows, size = call.q.shape[0], call.kv.capacity
+        numbers = call.params._replace(
+            tau=0.3, r_min=0.1, r_max=0.2, mass_of="mean", score="logit", k_max=9,
+            anchor_output=anchor_output,
+        )  # fmt: skip
+        given = {"ratio": torch.ones(rows)}, {"wanted": torch.ones(rows, dtype=torch.int32)}
+        for more in ({}, *given):
+            for scores in (None, torch.empty(rows, size)):
+                anchor = call._replace(params=numbers._replace(**more), scores=scores)
+                one = handed_down(cpu.CpuBackend.decode, anchor, monkeypatch)
+                assert one == handed_down(NativeBackend.decode, anchor, monkeypatch)
+                buffered = anchor._replace(
+                    out=torch.empty_like(call.q), selected=vp.Selection.empty(rows, 9)
+                )
+                assert one == handed_down(cpu.CpuBackend.decode, buffered, monkeypatch)
 
 
 PLACED = """

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from visionpulse.testing import (
     assert_valid_selection,
 )
 from visionpulse.testing.compare import Exact, assert_counts
+from visionpulse.workspace import Workspace
 
 ROOT = Path(__file__).parents[1]
 SCORES = torch.tensor([[0.1, 0.9, 0.5, 0.5, 0.5, 0.2, torch.nan, 0.0]])
@@ -142,6 +144,17 @@ def test_a_timed_call_finds_its_tensors_cold_and_its_code_warm(monkeypatch):
         cold=lambda name, turn: [layers[turn % 2], shared],
     )  # fmt: skip
     assert seen == [id(layers[0]), 1, id(shared), 0]
+
+
+def test_what_a_step_calls_once_finds_its_scratch_cold(monkeypatch):
+    workspace, seen = Workspace(), []
+    monkeypatch.setattr(timing, "evict", lambda tensors: seen.extend(map(id, tensors)))
+    scratch = partial(workspace.take, "logits", 8, torch.float32, torch.device("cpu"))
+    timing.interleaved(
+        {"a": timing.OncePerStep(lambda turn: seen.append((turn, scratch())[0]), workspace)},
+        rounds=1, warmup=0, cold=lambda name, turn: [],
+    )  # fmt: skip
+    assert seen == [1, id(scratch()), 0]
 
 
 def test_quantiles_are_times_that_were_taken():

@@ -43,7 +43,8 @@ class LayerOps:
         queries = count(q)
         backend = resolve(config.backend, q.device, lambda b: b.against(call), queries)
         self.backend = fitted(backend, queries)
-        self._budgets: dict[tuple[int, bool], Params] = {}
+        # of a count of rows: the count of visual tokens that K_max was made of, and all the numbers
+        self._budgets: dict[tuple[int, bool], tuple[int, Params]] = {}
 
     def attend(
         self,
@@ -90,17 +91,19 @@ class LayerOps:
         What the count of rows decides is kept for good: a captured graph reads its memory. K_max
         may differ in every step.
         """
-        rows = q.shape[:-2].numel()
+        shape, tokens = q.shape, visual.max_count
+        rows = shape[0] if len(shape) == 3 else shape[0] * shape[1]
         key = rows, ratio is None
-        params = self._budgets.get(key)
+        made_of, params = self._budgets.get(key, (tokens, None))
         if params is None:
             params, between = ops.budget(self.params, self.config, visual, rows, q.device)
             if between is not None:
                 return None
             if params.ratio is None or ratio is not None:  # else drawn for this step alone
-                self._budgets[key] = params
-        elif params.k_max != (k_max := ops.k_max(self.config, visual)):
-            params = params._replace(k_max=k_max)
+                self._budgets[key] = tokens, params
+        elif made_of != tokens:
+            params = params._replace(k_max=ops.k_max(self.config, visual))
+            self._budgets[key] = tokens, params
         return params if ratio is None else params._replace(ratio=ratio)
 
 

@@ -19,6 +19,17 @@ VP_INLINE Vec vzero() { return _mm512_setzero_ps(); }
 VP_INLINE Vec vset(float x) { return _mm512_set1_ps(x); }
 VP_INLINE Vec vload(const float* p) { return _mm512_loadu_ps(p); }
 VP_INLINE void vstore(float* p, Vec x) { _mm512_storeu_ps(p, x); }
+// Where kStreams: past the caches, to a whole line of memory, which is not read before. Other
+// threads see it after vstream_end.
+#if defined(VP_ASKS_BY_PAGES)
+constexpr bool kStreams = true;
+VP_INLINE void vstream(float* p, Vec x) { _mm512_stream_ps(p, x); }
+VP_INLINE void vstream_end() { _mm_sfence(); }
+#else
+constexpr bool kStreams = false;
+VP_INLINE void vstream(float* p, Vec x) { vstore(p, x); }
+VP_INLINE void vstream_end() {}
+#endif
 VP_INLINE Vec vadd(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 VP_INLINE Vec vsub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
 VP_INLINE Vec vmul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }

@@ -5,6 +5,10 @@
 
 namespace visionpulse::cpu::VP_ISA {
 
+constexpr bool kStreams = false;
+VP_INLINE void vstream(float* p, Vec x) { vstore(p, x); }
+VP_INLINE void vstream_end() {}
+
 template <class T>
 VP_INLINE void load_tail(const T* p, int n, Vec& a, Vec& b) {
   T whole[2 * kWidth] = {};

@@ -19,12 +19,15 @@
 
 namespace visionpulse::cpu::VP_ISA {
 
-// Keeps the logits of a block for the scores, and for the weights of a second pass.
+// Keeps the logits of a block for the scores, and for the weights of a second pass. They are read
+// after more of K and V than a cache holds, so they go past the caches: else each line is read
+// before it is written.
 VP_INLINE void store_logits(const Call& c, const Row& row, int kv_head, int first, const float* x,
                             int floats) {
   const int heads = padded_heads(c.H / c.G);
   float* to = row.stored_logits + (int64_t{kv_head} * row.padded_keys + first) * heads;
-  for (int i = 0; i < floats; i += kWidth) vstore(to + i, vload(x + i));
+  for (int i = 0; i < floats; i += kWidth) vstream(to + i, vload(x + i));
+  if (kStreams) return;
   // those of the next block: a store that misses waits for the line
   for (int i = 0; i < floats; i += kLine / 4) __builtin_prefetch(to + floats + i, 1, 3);
 }
@@ -140,6 +143,7 @@ static void stream_part(const Call& c, int row, int kv_head, int index, Run run)
   }
   for (int h = 0; h < run.heads; ++h)
     store_part<HT>(states + h * tiles, tiles, part_at(c, part_index(cut, kv_head + h, index)));
+  if (c.store_logits) vstream_end();
 }
 
 }  // namespace visionpulse::cpu::VP_ISA

@@ -9,6 +9,7 @@ from torch import Tensor
 from .. import _native
 from ..cache import MAX_QUERIES, KVCache
 from ..call import Call, Params, Scored
+from ..selection import Selection
 from ..visual import VisualTokens
 from ..workspace import Workspace
 from . import packing as pack
@@ -67,6 +68,37 @@ def write_pages(
     )
 
 
+def _plain(call: Call) -> tuple[tuple[int, ...], ...] | None:
+    """The queries, q and the cache of a layer's call as one query makes it; None for another."""
+    q, kv, _, _, _, out, *_ = call
+    if not (kv.k_scale is kv.v_scale is out is None) or q.dim() != 3 or not q.is_contiguous():
+        return None
+    starts, lengths = kv.starts, kv.lengths
+    if isinstance(kv, KVCache):
+        k, v, table, page = kv.k, kv.v, (0, 0), 0
+        outer, kv_heads, capacity, _ = k.shape
+        k_strides, v_strides = k.stride()[:3], v.stride()[:3]
+    else:
+        k, v, ids = kv.k_pages, kv.v_pages, kv.block_table
+        head, slot = (1, 2) if kv.layout == "HND" else (2, 1)
+        sizes, of_k, of_v = k.shape, k.stride(), v.stride()
+        outer, kv_heads, page = sizes[0], sizes[head], sizes[slot]
+        table, capacity = (ids.data_ptr(), ids.stride(0)), ids.shape[1] * page
+        k_strides, v_strides = (of_k[0], of_k[head], of_k[slot]), (of_v[0], of_v[head], of_v[slot])
+    (rows, heads, dim), (q_row, q_head, _) = q.shape, q.stride()
+    return (
+        (1, 0, 0, 0),
+        (q.data_ptr(), q_row, q_head, pack.DTYPES[q.dtype], rows, heads, kv_heads, dim),
+        (
+            *(k.data_ptr(), v.data_ptr()),
+            0 if starts is None else starts.data_ptr(),
+            0 if lengths is None else lengths.data_ptr(),
+            *(*table, *k_strides, *v_strides),
+            *(capacity, page, outer, pack.STORAGES[k.dtype], 0, 0, 0, 0),
+        ),
+    )
+
+
 class CpuBackend(NativeBackend):
     """C++ kernels for float32, bfloat16 and float16 on the CPU; one instruction set per process."""
 
@@ -96,41 +128,43 @@ class CpuBackend(NativeBackend):
         return dtype == torch.bfloat16 and bool(_entries().rounds_bf16_weights())
 
     def attend(self, call: Call) -> Tensor:
-        """Pack the call of a decode step in one frame.
+        """Pack a plain call without a frame for each of its parts, as `decode` does.
 
-        Most layers of a step make it, and behind a layer that filled the caches each function
-        entered costs as much as a row of K. `NativeBackend` packs the same, and every other call.
+        Behind a layer that filled the caches each function entered costs as much as a row of K.
+        `NativeBackend` packs the same, and every other call.
         """
-        q, kv, params, visual, selection, out, *_ = call
-        if (
-            type(kv) is not KVCache
-            or not (kv.k_scale is kv.v_scale is out is None)
-            or q.dim() != 3
-            or not q.is_contiguous()
-        ):
+        plain = _plain(call)
+        if plain is None:
             return super().attend(call)
-        k, v, starts, lengths = kv.k, kv.v, kv.starts, kv.lengths
+        q, _, params, visual, selection, *_ = call
         out = torch.empty_like(q)
-        (rows, heads, dim), (q_row, q_head, _) = q.shape, q.stride()
-        (outer, kv_heads, capacity, _), k_strides, v_strides = k.shape, k.stride(), v.stride()
         spans, kept = (0, 0, 0), (0, 0, 0)
         if selection is not None:
             spans, indices = pack.visual(visual), selection.indices
             kept = indices.data_ptr(), selection.counts.data_ptr(), indices.shape[1]
-        packed = (
-            (1, 0, 0, 0),
-            (q.data_ptr(), q_row, q_head, pack.DTYPES[q.dtype], rows, heads, kv_heads, dim),
-            (
-                *(k.data_ptr(), v.data_ptr()),
-                0 if starts is None else starts.data_ptr(),
-                0 if lengths is None else lengths.data_ptr(),
-                *(0, 0, *k_strides[:3], *v_strides[:3]),
-                *(capacity, 0, outer, pack.STORAGES[k.dtype], 0, 0, 0, 0),
-            ),
-            *(spans, kept, (*params[:3], *_NO_CHOICE), (out.data_ptr(), heads * dim, dim)),
-        )
-        self._run("attend", q, call.scratch, None, packed)
+        numbers, to = (*params[:3], *_NO_CHOICE), (out.data_ptr(), *out.stride()[:2])
+        self._run("attend", q, call.scratch, None, (*plain, spans, kept, numbers, to))
         return out
+
+    def decode(self, call: Call) -> tuple[Tensor, Selection]:
+        plain = _plain(call)
+        if plain is None or call.selected is not None:
+            return super().decode(call)
+        q, _, params, visual, *_ = call
+        rows, scores = q.shape[0], call.scores
+        out = torch.empty_like(q)
+        indices = torch.empty(rows, params.k_max, dtype=torch.int32, device=_CPU)
+        counts = torch.empty(rows, dtype=torch.int32, device=_CPU)
+        mass = torch.empty(rows, dtype=torch.float32, device=_CPU)
+        mean = torch.empty_like(mass)
+        packed = (
+            *(*plain, pack.visual(visual), pack.params(params)),
+            (indices.data_ptr(), counts.data_ptr(), mass.data_ptr(), mean.data_ptr()),
+            (out.data_ptr(), *out.stride()[:2]),
+            *(params.anchor_output == "dense", 0 if scores is None else scores.data_ptr()),
+        )
+        self._run("decode", q, call.scratch, visual, packed)
+        return out, Selection(indices, counts, mass, mean, trusted=True)
 
     def _queries(self, packed: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
         return (packed,)

@@ -11,8 +11,8 @@ from .. import _native
 def evict(tensors: Iterable[Tensor]) -> None:
     """Evict the memory of CPU tensors, line by line; other tensors stay as they are.
 
-    Their code stays in the caches, and so do results and scratch, as far as they fit: what is cold
-    is what a layer of a decode step finds cold. A CPU without an instruction for it is an error.
+    Their code stays in the caches, as it does for a layer of a decode step, and so do results and
+    scratch that are not named. A CPU without an instruction for it is an error.
     """
     storages = {
         storage.data_ptr(): storage.nbytes()

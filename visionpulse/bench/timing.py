@@ -4,7 +4,7 @@ Two numbers taken minutes apart on a shared machine cannot be compared. Here eve
 variant once, in a new random order, and each call gets the number of its turn, to rotate buffers.
 On a CPU a call's tensors are evicted, and just before it the same call runs on the next turn's,
 untimed: so the data are cold in caches of any size, and the code is what a layer of a decode step
-finds behind another one.
+finds behind another one. What a step calls once, an anchor, finds its scratch memory cold too.
 Where torch has one thread the clock is that thread's CPU time, so that a neighbour who takes the
 core for a while is not counted; with more threads it is the wall clock.
 """
@@ -19,10 +19,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..workspace import Workspace
 from .cold import evict
 
 Variant = Callable[[int], object]
 FLUSH_BYTES = 256 << 20  # more than any L2 of today's GPUs
+
+
+@dataclass(frozen=True)
+class OncePerStep:
+    """A layer that a step has one of: its scratch was last used before all of the others."""
+
+    layer: Variant
+    workspace: Workspace
+
+    def __call__(self, turn: int) -> object:
+        """Run the layer of this turn."""
+        return self.layer(turn)
+
+    @property
+    def scratch(self) -> list[Tensor]:
+        """The buffers that it has by now."""
+        return list(self.workspace._buffers.values())
 
 
 @dataclass(frozen=True)
@@ -100,7 +118,7 @@ def _run_behind(variant: Variant, turn: int, reads: Callable[[int], Iterable[Ten
     shared = [tensor for tensor in mine if tensor.untyped_storage().data_ptr() in others]
     evict(tensor for tensor in mine if tensor.untyped_storage().data_ptr() not in others)
     variant(turn + 1)
-    evict(shared)
+    evict([*shared, *(variant.scratch if isinstance(variant, OncePerStep) else [])])
 
 
 def per_layer(one: Times, many: Times, layers: int) -> Times:

@@ -23,7 +23,7 @@ from ..bench.cold import can_evict
 from ..bench.layers import Layers, Shape
 from ..bench.progress import Tick, progress_bar
 from ..bench.report import CHECK, CHECKED, PLAIN, TODAY, VLLM, WIDE, GainReport, Measured
-from ..bench.timing import interleaved
+from ..bench.timing import OncePerStep, interleaved
 from ..bench.vllm_form import PAGE, VllmForm, missing
 from ..config import PulseConfig
 from ..files import check_writable, write_text
@@ -216,7 +216,9 @@ def _variants(
         TODAY: lambda turn: torch_forms.per_head(*layers.wide_at(turn)),
         PLAIN: lambda turn: torch_forms.grouped(*layers.wide_at(turn)),
         "dense": lambda turn: dense(ops, *layers.at(turn)),
-        "anchor": lambda turn: ops.decode(*layers.at(turn), visual, workspace),
+        "anchor": OncePerStep(
+            lambda turn: ops.decode(*layers.at(turn), visual, workspace), workspace
+        ),
         "follower": lambda turn: ops.attend(*layers.at(turn), visual, selection, workspace),
         **more,
     }, selection

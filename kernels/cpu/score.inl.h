@@ -25,13 +25,21 @@ VP_INLINE HeadSums sum_of_parts(const Call& c, const RowParts& parts, int kv_hea
     const float m = part_at(c, first + s).m[h];
     sums.m = m > sums.m ? m : sums.m;
   }
-  for (int s = 0; s < parts.count; ++s) {
-    const Part part = part_at(c, first + s);
-    const float exponent = rescale_exponent(part.m[h], sums.m);
-    const float w = exp2_scalar(exponent), w_tau = exp2_scalar(exponent * inv_tau);
-    sums.l += w * part.l[h];
-    sums.text += w_tau * part.text[h];
-    sums.visual += w_tau * part.visual[h];
+  for (int s = 0; s < parts.count; s += kLanes) {
+    const int count = parts.count - s < kLanes ? parts.count - s : kLanes;
+    alignas(64) float w[kLanes] = {}, w_tau[kLanes];
+    for (int k = 0; k < count; ++k) w[k] = rescale_exponent(part_at(c, first + s + k).m[h], sums.m);
+    for (int lane = 0; lane < kLanes; lane += kWidth) {
+      const Vec exponent = vload(w + lane);
+      vstore(w + lane, exp2_full(exponent));
+      vstore(w_tau + lane, exp2_full(vmul(exponent, vset(inv_tau))));
+    }
+    for (int k = 0; k < count; ++k) {
+      const Part part = part_at(c, first + s + k);
+      sums.l += w[k] * part.l[h];
+      sums.text += w_tau[k] * part.text[h];
+      sums.visual += w_tau[k] * part.visual[h];
+    }
   }
   return sums;
 }
@@ -70,15 +78,19 @@ static void row_statistics(const Call& c, int row) {
   c.mass_mean[row] = sum / static_cast<float>(c.G);
 }
 
-// Sums the scores over KV heads and head tiles, for up to 4 key tiles: acc [key tiles, kLanes].
+// Key tiles whose scores are summed in registers, and how many floats ahead logits are asked for.
+constexpr int kScoreTiles = kTileVecs == 1 ? 8 : 4, kLogitsAhead = kStreams ? 128 : 256;
+
+// Sums the scores over KV heads and head tiles, for up to kScoreTiles key tiles: acc [key tiles,
+// kLanes].
 template <int HT, ScoreKind KIND>
 VP_INLINE void score_tiles(const Call& c, const Row& row, int row_index, int first_tile, int count,
                            float* acc) {
-  constexpr int kTiles = 4, kTileKeys = kLanes / HT, kAhead = 256;
+  constexpr int kTileKeys = kLanes / HT;
   const int tiles = head_tiles(c.H / c.G);
   const Vec inv_tau = vset(1.0f / c.score.tau);
-  Vec sum[kTiles * kTileVecs];
-  for (int i = 0; i < kTiles * kTileVecs; ++i) sum[i] = vzero();
+  Vec sum[kScoreTiles * kTileVecs];
+  for (int i = 0; i < kScoreTiles * kTileVecs; ++i) sum[i] = vzero();
   for (int g = 0; g < c.G; ++g) {
     const float* x = row.stored_logits +
                      ((int64_t{g} * (row.padded_keys / kTileKeys) + first_tile) * tiles) * kLanes;
@@ -87,7 +99,7 @@ VP_INLINE void score_tiles(const Call& c, const Row& row, int row_index, int fir
       for (int i = 0; i < count * kTileVecs; ++i) {
         const int lane = i % kTileVecs * kWidth;
         const float* at_tile = x + (i / kTileVecs * tiles + t) * kLanes + lane;
-        __builtin_prefetch(at_tile + kAhead, 0, 3);  // each KV head is a stream of its own
+        __builtin_prefetch(at_tile + kLogitsAhead, 0, 3);  // each KV head is a stream of its own
         const Vec z = vload(at_tile);
         if (KIND == ScoreKind::kLogit) {
           sum[i] = vadd(sum[i], z);
@@ -109,10 +121,11 @@ VP_INLINE void score_block(const Call& c, const Row& row, int row_index, int fir
   constexpr int kTileKeys = kLanes / HT;
   alignas(64) float acc[kBlock * HT];
   const int tiles = (keys + kTileKeys - 1) / kTileKeys;
-  for (int i = 0; i < tiles; i += 4) {
+  for (int i = 0; i < tiles; i += kScoreTiles) {
     // a constant count unrolls; only the last block of a row has another
-    if (tiles - i >= 4) {
-      score_tiles<HT, KIND>(c, row, row_index, first / kTileKeys + i, 4, acc + i * kLanes);
+    if (tiles - i >= kScoreTiles) {
+      score_tiles<HT, KIND>(c, row, row_index, first / kTileKeys + i, kScoreTiles,
+                            acc + i * kLanes);
     } else {
       score_tiles<HT, KIND>(c, row, row_index, first / kTileKeys + i, tiles - i, acc + i * kLanes);
     }

@@ -247,7 +247,7 @@ def run(bench: Bench, shape: Shape, dtype: torch.dtype, options: argparse.Namesp
     every = [tensor for kv in layers.kv for tensor in (kv.k, kv.v)]
     times, ceilings = bench.time(
         {**steps, **singles}, dtype, shape.head_dim * dtype.itemsize, layers, positions,
-        reads=dict.fromkeys(steps, every),
+        reads=dict.fromkeys(steps, lambda turn: every),
     )  # fmt: skip
     made = {
         name: parts

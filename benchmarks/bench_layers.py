@@ -46,19 +46,28 @@ BASELINES = {
     "anchor": ("torch-visionpulse", "the three stages in torch"),
     "follower": (PLAIN, "copy the kept rows, then torch's attention"),
 }
+PAGED_LAYERS = 2  # one behind the other, as contiguous ones
 SCORING = ("score", "anchor", "anchor_dense")
 Variants = dict[str, Callable[[int], object]]
 
 
-def paged_attend(q: Tensor, kv: vp.PagedKVCache, contiguous: Tensor) -> Callable[[int], object]:
-    """Ours over pages, checked: the bits are those of the contiguous cache."""
-    ops, workspace = LayerOps(q, kv, None, vp.PulseConfig(backend="cpu")), vp.Workspace()
+class Paged:
+    """Ours over pages of the first layers, checked: the bits are those of contiguous caches."""
 
-    def run(turn: int) -> Tensor:
-        return ops.attend(q, kv, None, None, workspace)
+    def __init__(self, layers: Layers, page: int, contiguous: Callable[[int], Tensor]) -> None:
+        self.layers = [(q, in_pages(kv, page)) for q, kv in map(layers.at, range(PAGED_LAYERS))]
+        self.ops = LayerOps(*self.layers[0], None, vp.PulseConfig(backend="cpu"))
+        self.workspace = vp.Workspace()
+        for turn in range(PAGED_LAYERS):
+            assert torch.equal(self(turn), contiguous(turn)), f"pages of {page} give other bits"
 
-    assert torch.equal(run(0), contiguous), f"pages of {kv.page_size} give other bits"
-    return run
+    def __call__(self, turn: int) -> Tensor:
+        return self.ops.attend(*self.layers[turn % PAGED_LAYERS], None, None, self.workspace)
+
+    def memory(self, turn: int) -> list[Tensor]:
+        """What a turn reads."""
+        q, kv = self.layers[turn % PAGED_LAYERS]
+        return [q, kv.k_data]
 
 
 def stream_read(layers: Layers, pages: int) -> Callable[[int], object]:
@@ -225,23 +234,22 @@ def run(bench: Bench, shape: Shape, dtype: torch.dtype) -> Mapping[str, Times]:
         return {}
     for stage, variants in theirs(bench, wide, forms, peers).items() if forms else ():
         stages[stage] |= variants
-    pages: dict[str, list[Tensor]] = {}
+    pages: dict[str, Paged] = {}
     reads: Variants = {}
     has_goals = bench.options.goals is not None and "cpu" in stages["dense"]
     if has_goals:
         reads = {f"dense/{READ}:{ahead}": stream_read(layers, ahead) for ahead in PAGES_AHEAD}
     if has_goals and shape.keys % max(PAGES) == 0:
-        q, kv = layers.at(0)
         for n in PAGES:
-            paged = in_pages(kv, n)
-            stages["dense"][f"cpu:pages-{n}"] = paged_attend(q, paged, stages["dense"]["cpu"](0))
-            pages[f"dense/cpu:pages-{n}"] = [paged.k_data]
+            paged = Paged(layers, n, stages["dense"]["cpu"])
+            stages["dense"][f"cpu:pages-{n}"] = pages[f"dense/cpu:pages-{n}"] = paged
     flat = {f"{stage}/{name}": v for stage, made in stages.items() for name, v in made.items()}
     positions = attended_positions(layers.kv[0], layers.visual, ours.selection)[0]
     several = has_goals and bench.options.threads > 1
     times, ceilings = bench.time(
         flat | reads, dtype, shape.head_dim * layers.kv[0].k.itemsize, layers, positions,
-        reads=pages, on_one_thread=SCALE if several else (),
+        reads={name: paged.memory for name, paged in pages.items()},
+        on_one_thread=SCALE if several else (),
     )  # fmt: skip
     for which in ("", ONE_THREAD) if several else ("",):
         fastest = partial(_fastest, times, which)

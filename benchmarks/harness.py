@@ -195,7 +195,7 @@ class Bench:
         row_bytes: int,
         layers: Layers | None = None,
         positions: Tensor | None = None,
-        reads: Mapping[str, Sequence[Tensor]] | None = None,
+        reads: Mapping[str, Callable[[int], Sequence[Tensor]]] | None = None,
         on_one_thread: Sequence[str] = (),
     ) -> tuple[dict[str, Times], Limits]:
         """Time all variants in one interleaved run, the ceilings among them.
@@ -212,8 +212,8 @@ class Bench:
         def memory(name: str, turn: int) -> Sequence[Tensor]:
             name = name.removesuffix(ONE_THREAD)
             own = ceilings.memory(name)
-            if own is None and reads is not None:
-                own = reads.get(name)
+            if own is None and reads is not None and name in reads:
+                own = reads[name](turn)
             if own is not None or layers is None:
                 return own or []
             copy = VLLM.memory(layers.wide_at(turn)[1]) if VLLM_NAME in name else []

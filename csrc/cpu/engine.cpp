@@ -302,8 +302,8 @@ int64_t score(const Kernels& kernels, Call c, float* scores, const Scratch& scra
   c.store_logits = true;
   c.with_values = c.out != nullptr;
   stream(kernels, c, plan, scratch.threads);
-  score_rows(kernels, c, plan, scores, scratch.threads);
   if (c.with_values) merge(kernels, c, scratch.threads);
+  score_rows(kernels, c, plan, scores, scratch.threads);
   return 0;
 }
 
@@ -332,8 +332,8 @@ int64_t decode(const Kernels& kernels, Call c, bool dense, float* scores, const 
   c.store_all_logits = !dense;
   c.with_values = dense;
   stream(kernels, c, plan, scratch.threads);
+  if (dense) merge(kernels, c, scratch.threads);  // its parts are still in a cache
   score_rows(kernels, c, plan, scores, scratch.threads);
-  if (dense) merge(kernels, c, scratch.threads);
   parallel(rows_of(c), scratch.threads, [&](int b) { kernels.select(c, b); });
   if (dense) return 0;
   c.selection = {c.indices, c.counts, c.score.k_max};

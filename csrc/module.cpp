@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The Python module _C: addresses and host numbers in, no tensor type of any framework.
+// The Python module _C: tensors as DLPack shows them, or their addresses; no header of any
+// framework.
 #include <pybind11/pybind11.h>
 
 #include "csrc/cpu/bind.h"

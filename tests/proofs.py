@@ -65,14 +65,15 @@ SHARED_TESTS = (
 )  # fmt: skip
 CPU = (*COMMON, "kernels/cpu/", "csrc/cpu/", "csrc/*.h", "CMakeLists.txt")
 CPU_BACKEND = (
-    *CPU, "csrc/module.cpp", "visionpulse/backends/cpu.py", "visionpulse/backends/packing.py",
+    *CPU, "csrc/module.cpp", "visionpulse/backends/cpu.py", "visionpulse/backends/native.py",
     *CONTRACT, *SHARED_TESTS,
 )  # fmt: skip
 CPP_TESTS = (*CPU, "tests/cpp/", "tests/test_cpp.py")
 CUDA = (*COMMON, "kernels/cuda/")
 CUDA_BACKEND = (
     *CUDA, "csrc/cuda/", "csrc/*.h", "tests/cusim/", "tests/test_cusim.py",
-    "visionpulse/backends/cuda.py", "visionpulse/backends/packing.py", *CONTRACT,
+    "visionpulse/backends/cuda.py", "visionpulse/backends/native.py",
+    "visionpulse/backends/packing.py", *CONTRACT,
 )  # fmt: skip
 TRITON = (
     "kernels/triton/", "tests/triton/", "tests/test_triton.py", "tests/test_float8.py",

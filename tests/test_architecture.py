@@ -37,17 +37,14 @@ ALLOWED = {
     "backends": {"call", "config", "float8", "selection"},
     "backends.reference": {"backends", "call", "reference", "selection"},
     "backends.by_query": {"backends", "call", "queries", "selection"},
+    "backends.native": {"cache"},
     "backends.packing": {"call", "float8", *RECORDS},
-    "backends.native": {
-        "backends", "backends.packing", "call", "selection", "visual", "workspace"
-    },
     "backends.cpu": {
-        "_native", "backends.native", "backends.packing", "cache", "call", "selection", "visual",
-        "workspace",
+        "_native", "backends", "backends.native", "cache", "call", "selection", "workspace"
     },
     "backends.cuda": {
-        "_native", "backends.by_query", "backends.native", "backends.packing", "cache", "call",
-        "queries", "selection", "visual", "workspace",
+        "_native", "backends", "backends.by_query", "backends.native", "backends.packing", "cache",
+        "call", "queries", "selection", "visual", "workspace",
     },
     "backends.triton": {"backends", "cache", "call", "selection"},
     "torch_ops": {"backends", "call", "queries", "workspace", *RECORDS},

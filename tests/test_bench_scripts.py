@@ -213,7 +213,7 @@ def test_two_threads_are_timed_beside_one_and_beside_the_reads(run, tmp_path, mo
 def test_a_cpu_backend_that_cannot_run_is_why_no_goal_is_judged(run, monkeypatch):
     from visionpulse.backends import get
 
-    why = "the compiled module was built with another csrc/reader.h"
+    why = "the compiled module was built with another csrc/cpu/bind.h"
     monkeypatch.setattr(type(get("cpu")), "unavailable", lambda self: why)
     small = ("--device", "cpu", "--rounds", "1", "--budget", "32", "--quiet", "--goals")
     assert f"backend cpu cannot run here: {why}" in run(

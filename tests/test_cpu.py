@@ -11,8 +11,6 @@ import torch
 
 import visionpulse as vp
 from visionpulse.backends import cpu, get
-from visionpulse.backends.native import NativeBackend
-from visionpulse.call import Call
 from visionpulse.testing.draw import Draws
 
 REASON = get("cpu").unavailable()
@@ -228,74 +226,76 @@ def test_scratch_memory_serves_calls_of_any_size():
         assert same_bits(decoded(q, kv, visual), decoded(q, kv, visual, workspace=workspace))
 
 
-def paged(kv, lengths, starts):
-    """The cache in pages of both layouts, in one tensor with V behind K and in two."""
-    pages = torch.stack((kv.k, kv.v)).view(2, 2, 2, 7, 100, 64).transpose(2, 3).flatten(1, 2)
-    table = torch.arange(14, dtype=torch.int32).view(2, 7)
-    k, v = (t.contiguous() for t in pages)
-    yield vp.PagedKVCache(k, v, table, lengths, layout="HND")
-    rows = torch.cat((k, v), dim=-1).transpose(1, 2).contiguous()
-    yield vp.PagedKVCache(rows[..., :64], rows[..., 64:], table, lengths, starts)
+def given(**changes):
+    """What the engine's `attend` takes, by name and in its order."""
+    q, kv, visual = problem()
+    _, kept = vp.decode(q, kv, visual, backend="cpu")
+    return {
+        "q": q, "out": torch.zeros_like(q), "q_counts": None,
+        "k": kv.k, "v": kv.v, "starts": None, "lengths": None, "k_scale": None, "v_scale": None,
+        "table": None, "heads_first": True, "spans": visual.spans, "offsets": visual.offsets,
+        "indices": kept.indices, "counts": kept.counts, "params": vp.ops.numbers(q),
+        "scratch": torch.empty(1 << 22, dtype=torch.uint8), "threads": 1,
+    } | changes  # fmt: skip
 
 
-def packings():
-    """Plain calls: attend, and decode with both outputs."""
-    for dtype in DTYPES:
-        q, kv, visual = problem(dtype=dtype)
-        _, kept = vp.decode(q, kv, visual, backend="cpu")
-        lengths, starts = (torch.tensor(n, dtype=torch.int32) for n in ([700, 300], [0, 20]))
-        k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (kv.k, kv.v))
-        caches = kv, vp.KVCache(k, v), vp.KVCache(kv.k, kv.v, lengths, starts)
-        for cache in (*caches, *paged(kv, lengths, starts)):
-            yield Call(q, cache, vp.ops.numbers(q, window=64), visual)
-            yield Call(q, cache, vp.ops.numbers(q, softcap=20.0), visual, kept)
+def test_the_engine_takes_what_lies_on_the_cpu():
+    right = given()
+    assert cpu._entries().attend(*right.values()) == 0
+    q, kv = right["q"], vp.KVCache(right["k"], right["v"])
+    assert torch.equal(right["out"], vp.attend(q, kv, problem()[2], vp.decode(*problem())[1]))
 
 
-def handed_down(method, call, monkeypatch):
-    """What a method gives the engine, the names of its results in the place of their addresses."""
-    seen = []
-    monkeypatch.setattr(cpu.CpuBackend, "_run", lambda *given: seen.append(given))
-    result = method(BACKEND, call)
-    out, kept = result if isinstance(result, tuple) else (result, None)
-    of_selection = () if kept is None else ("indices", "counts", "mass", "mass_mean")
-    tensors = {"out": out} | {name: getattr(kept, name) for name in of_selection}
-    names = {tensor.data_ptr(): name for name, tensor in tensors.items()}
-
-    def named(value):
-        if isinstance(value, tuple):
-            return tuple(map(named, value))
-        return names.get(value, value) if type(value) is int else value
-
-    (given,) = seen
-    return *map(named, given), {n: (t.shape, t.dtype, t.stride()) for n, t in tensors.items()}
-
-
-def test_one_frame_packs_what_the_other_packs(monkeypatch):
-    for call in packings():
-        one = handed_down(cpu.CpuBackend.attend, call, monkeypatch)
-        assert one == handed_down(NativeBackend.attend, call, monkeypatch)
-        buffered = call._replace(out=torch.empty_like(call.q))
-        assert one == handed_down(cpu.CpuBackend.attend, buffered, monkeypatch)
+@pytest.mark.parametrize(
+    ("name", "value", "error", "what"),
+    [
+        ("q", None, ValueError, "expected a tensor, got NoneType"),
+        ("k", [[1.0]], ValueError, "expected a tensor, got list"),
+        ("lengths", 7, ValueError, "expected a tensor, got int"),
+        ("v", torch.empty(2, 2, 700, 64, device="meta"), Exception, "meta"),
+        ("k", torch.zeros(2, 700, 64), ValueError, "of 4 axes, got 3"),
+        ("q", torch.zeros(8, 64), ValueError, "3 or 4 axes"),
+        ("q", torch.zeros(2, 8, 64, dtype=torch.float64), ValueError, "dtype"),
+        ("k", torch.zeros(2, 2, 700, 64, dtype=torch.int32), ValueError, "dtype"),
+        ("q", torch.zeros(2, 7, 64), ValueError, "shape"),
+        ("params", (1.0, 2.0), ValueError, "12 numbers"),
+        ("threads", "two", TypeError, "integer"),
+    ],
+    ids=str,
+)
+def test_the_engine_refuses_what_it_cannot_read(name, value, error, what):
+    wrong = given(**{name: value})
+    with pytest.raises(error, match=what):
+        cpu._entries().attend(*wrong.values())
+    assert not wrong["out"].any()
 
 
-@pytest.mark.parametrize("anchor_output", ["pruned", "dense"])
-def test_one_frame_packs_an_anchor_as_the_other_does(anchor_output, monkeypatch):
-    for call in packings():
-        rows, size = call.q.shape[0], call.kv.capacity
-        numbers = call.params._replace(
-            tau=0.3, r_min=0.1, r_max=0.2, mass_of="mean", score="logit", k_max=9,
-            anchor_output=anchor_output,
-        )  # fmt: skip
-        given = {"ratio": torch.ones(rows)}, {"wanted": torch.ones(rows, dtype=torch.int32)}
-        for more in ({}, *given):
-            for scores in (None, torch.empty(rows, size)):
-                anchor = call._replace(params=numbers._replace(**more), scores=scores)
-                one = handed_down(cpu.CpuBackend.decode, anchor, monkeypatch)
-                assert one == handed_down(NativeBackend.decode, anchor, monkeypatch)
-                buffered = anchor._replace(
-                    out=torch.empty_like(call.q), selected=vp.Selection.empty(rows, 9)
-                )
-                assert one == handed_down(cpu.CpuBackend.decode, buffered, monkeypatch)
+def test_the_engine_refuses_a_number_of_arguments_that_is_not_its_own():
+    arguments = list(given().values())
+    for wrong, what in ((arguments[:-1], "too few"), ([*arguments, 1], "too many")):
+        with pytest.raises(ValueError, match=f"{what} arguments"):
+            cpu._entries().attend(*wrong)
+    assert not arguments[1].any()
+
+
+def test_tensors_of_all_kinds_are_read():
+    q, kv, visual = problem()
+    expected = decoded(q, kv, visual)
+    learned = vp.KVCache(torch.nn.Parameter(kv.k), kv.v.clone().requires_grad_())
+    with torch.no_grad():
+        assert same_bits(decoded(torch.nn.Parameter(q), learned, visual), expected)
+    with torch.inference_mode():
+        assert same_bits(decoded(*problem()), expected)
+
+
+def test_the_output_of_a_strided_query_is_contiguous():
+    q, kv, visual = problem()
+    strided = q.transpose(0, 1).contiguous().transpose(0, 1)
+    out, kept = vp.decode(strided, kv, visual, backend="cpu")
+    follower = vp.attend(strided, kv, visual, kept, backend="cpu")
+    assert out.is_contiguous() and follower.is_contiguous()
+    assert torch.equal(out, vp.decode(q, kv, visual, backend="cpu")[0])
+    assert torch.equal(follower, vp.attend(q, kv, visual, kept, backend="cpu"))
 
 
 PLACED = """

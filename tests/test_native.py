@@ -57,9 +57,9 @@ def test_where_no_kernels_can_be_used_it_is_said_once_that_decoding_is_slow(stal
 
 def test_a_module_that_names_no_binding_is_older_than_any_checkout():
     unnamed = type("Module", (), {})
-    assert _native._changed(unnamed) == "csrc/reader.h"
+    assert _native._changed(unnamed) == "csrc/cpu/bind.h"
 
 
 def test_an_installed_module_without_sources_beside_it_is_taken(monkeypatch, tmp_path):
     monkeypatch.setattr(_native, "_ROOT", tmp_path)
-    assert _native._changed(type("Module", (), {"binding": "csrc/reader.h:0"})) is None
+    assert _native._changed(type("Module", (), {"binding": "csrc/cpu/bind.h:0"})) is None

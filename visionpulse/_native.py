@@ -6,8 +6,10 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
+import torch
+
 _ROOT = Path(__file__).resolve().parent.parent  # has the C++ sources in a checkout only
-_UNNAMED = "csrc/reader.h:none"  # of a module that was built before it named its binding
+_UNNAMED = "csrc/cpu/bind.h:none"  # of a module that was built before it named its binding
 
 
 @cache
@@ -19,6 +21,7 @@ def _load() -> tuple[ModuleType | None, str | None]:
     if name := _changed(loaded):
         reason = f"the compiled module was built with another {name}"
         return None, f"{reason}; its calls do not fit, run: pip install -e ."
+    loaded.cpu.read_tensors_of(torch.Tensor)
     return loaded, None
 
 

@@ -4,6 +4,7 @@ A model calls the same op for every layer of a step. `LayerOps` does the checks 
 backend for the first of them; the others differ in values only, so they cost no check.
 """
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -18,6 +19,8 @@ from .queries import count
 from .selection import Selection
 from .visual import VisualTokens
 from .workspace import Workspace
+
+_call = partial(tuple.__new__, Call)  # a Call of all its fields, without a frame to fill them in
 
 
 class LayerOps:
@@ -57,7 +60,7 @@ class LayerOps:
     ) -> Tensor:
         """Give `ops.attend` without its checks: shaped as q."""
         return self.backend.attend(
-            Call(q, kv, self.params, visual, selection, out, workspace=workspace)
+            _call((q, kv, self.params, visual, selection, out, None, workspace, None, None))
         )
 
     def decode(
@@ -82,7 +85,7 @@ class LayerOps:
                 out=out, selection=selection, workspace=workspace, **self.numbers,
             )  # fmt: skip
         return self.backend.decode(
-            Call(q, kv, params, visual, out=out, workspace=workspace, selected=selection)
+            _call((q, kv, params, visual, None, out, None, workspace, None, selection))
         )
 
     def _budget(self, q: Tensor, visual: VisualTokens, ratio: Tensor | None) -> Params | None:

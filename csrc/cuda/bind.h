@@ -5,7 +5,7 @@
 #include <pybind11/pybind11.h>
 
 #include "csrc/cuda/engine.h"
-#include "csrc/reader.h"
+#include "csrc/cuda/reader.h"
 
 namespace visionpulse::cuda {
 

@@ -7,16 +7,15 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from ..cache import MAX_QUERIES, KVCache
-from ..call import Call, Params, Scored
+from ..cache import MAX_QUERIES, Cache, KVCache
+from ..call import Call, Scored
 from ..selection import Selection
-from ..visual import VisualTokens
 from ..workspace import Workspace
-from . import packing as pack
-from .native import NativeBackend
+from ..workspace import default as default_workspace
+from . import Backend
+from .native import flat, refuses, refuses_scores
 
 _CPU = torch.device("cpu")
-_NO_CHOICE = pack.params(Params(scale=1.0))[3:]  # the numbers that attend does not read
 
 
 @cache
@@ -53,53 +52,20 @@ def write_pages(
     Token t goes to slot `slots[t] % page` of page `slots[t] // page`; a negative one is left out.
     All are on the CPU, of one dtype and with a unit last stride, which the caller has checked.
     """
-    (pages, heads, size, dim), item = k_pages.shape, k_pages.element_size()
-    _entries().write_pages(
-        (
-            *(key.data_ptr(), value.data_ptr()),
-            *(item * stride for t in (key, value) for stride in t.stride()[:2]),
-            slots.data_ptr(),
-        ),
-        (
-            *(k_pages.data_ptr(), v_pages.data_ptr()),
-            *(item * stride for t in (k_pages, v_pages) for stride in t.stride()[:3]),
-        ),
-        (len(slots), pages, size, heads, item * dim, torch.get_num_threads()),
-    )
+    _entries().write_pages(key, value, k_pages, v_pages, slots, torch.get_num_threads())
 
 
-def _plain(call: Call) -> tuple[tuple[int, ...], ...] | None:
-    """The queries, q and the cache of a layer's call as one query makes it; None for another."""
-    q, kv, _, _, _, out, *_ = call
-    if not (kv.k_scale is kv.v_scale is out is None) or q.dim() != 3 or not q.is_contiguous():
-        return None
-    starts, lengths = kv.starts, kv.lengths
+def _cache(kv: Cache) -> tuple[Any, ...]:
+    """What the engine is handed of a cache; `csrc/cpu/read_call.h` reads it in this order."""
     if isinstance(kv, KVCache):
-        k, v, table, page = kv.k, kv.v, (0, 0), 0
-        outer, kv_heads, capacity, _ = k.shape
-        k_strides, v_strides = k.stride()[:3], v.stride()[:3]
-    else:
-        k, v, ids = kv.k_pages, kv.v_pages, kv.block_table
-        head, slot = (1, 2) if kv.layout == "HND" else (2, 1)
-        sizes, of_k, of_v = k.shape, k.stride(), v.stride()
-        outer, kv_heads, page = sizes[0], sizes[head], sizes[slot]
-        table, capacity = (ids.data_ptr(), ids.stride(0)), ids.shape[1] * page
-        k_strides, v_strides = (of_k[0], of_k[head], of_k[slot]), (of_v[0], of_v[head], of_v[slot])
-    (rows, heads, dim), (q_row, q_head, _) = q.shape, q.stride()
+        return kv.k, kv.v, kv.starts, kv.lengths, kv.k_scale, kv.v_scale, None, True
     return (
-        (1, 0, 0, 0),
-        (q.data_ptr(), q_row, q_head, pack.DTYPES[q.dtype], rows, heads, kv_heads, dim),
-        (
-            *(k.data_ptr(), v.data_ptr()),
-            0 if starts is None else starts.data_ptr(),
-            0 if lengths is None else lengths.data_ptr(),
-            *(*table, *k_strides, *v_strides),
-            *(capacity, page, outer, pack.STORAGES[k.dtype], 0, 0, 0, 0),
-        ),
+        *(kv.k_pages, kv.v_pages, kv.starts, kv.lengths, kv.k_scale, kv.v_scale),
+        *(kv.block_table, kv.layout == "HND"),
     )
 
 
-class CpuBackend(NativeBackend):
+class CpuBackend(Backend):
     """C++ kernels for float32, bfloat16 and float16 on the CPU; one instruction set per process."""
 
     name = "cpu"
@@ -116,69 +82,72 @@ class CpuBackend(NativeBackend):
     def refuses(self, call: Call) -> str | None:
         if call.q.device.type != "cpu":
             return f"it computes on the CPU, the tensors are on {call.q.device}"
-        return pack.refuses(call.q, call.kv)
+        return refuses(call.q, call.kv)
 
     def refuses_select(self, scored: Scored) -> str | None:
         scores = scored.scores
         if not scores.is_cpu:
             return f"it computes on the CPU, the scores are on {scores.device}"
-        return pack.refuses_scores(scores)
+        return refuses_scores(scores)
 
     def rounds_weights(self, dtype: torch.dtype) -> bool:
         return dtype == torch.bfloat16 and bool(_entries().rounds_bf16_weights())
 
-    def attend(self, call: Call) -> Tensor:
-        """Pack a plain call without a frame for each of its parts, as `decode` does.
+    def score(self, call: Call) -> tuple[Scored, Tensor | None]:
+        visual, (mass, mean), scores = call.visual_set, call.new_masses(), call.new_scores()
+        out = call.new_out() if call.is_dense else None
+        given = (visual.spans, visual.offsets, mass, mean, call.params, scores)
+        self._run("score", call.workspace, call.q, out, call.q_counts, *_cache(call.kv), *given)
+        return call.scored(scores, mass, mean), out
 
-        Behind a layer that filled the caches each function entered costs as much as a row of K.
-        `NativeBackend` packs the same, and every other call.
-        """
-        plain = _plain(call)
-        if plain is None:
-            return super().attend(call)
-        q, _, params, visual, selection, *_ = call
-        out = torch.empty_like(q)
-        spans, kept = (0, 0, 0), (0, 0, 0)
+    def select(self, scored: Scored) -> Selection:
+        scores, visual = scored.scores, scored.visual
+        kept = scored.new_selection(flat(scored.mass), flat(scored.mass_mean))
+        self._run(
+            "select", scored.workspace,
+            *(scores, scores.shape[0] // visual.batch, scored.q_counts, scored.starts),
+            *(scored.lengths, visual.spans, visual.offsets),
+            *(kept.indices, kept.counts, kept.mass, kept.mass_mean, scored.params),
+        )  # fmt: skip
+        return kept
+
+    # Behind a layer that filled the caches each function entered costs as much as a row of K, so
+    # attend and decode make their tensors themselves.
+
+    def attend(self, call: Call) -> Tensor:
+        q, kv, params, visual, selection, out, _, workspace, q_counts, _ = call
+        if out is None:
+            out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        listed: tuple[Tensor | None, ...] = (None, None, None, None)
         if selection is not None:
-            spans, indices = pack.visual(visual), selection.indices
-            kept = indices.data_ptr(), selection.counts.data_ptr(), indices.shape[1]
-        numbers, to = (*params[:3], *_NO_CHOICE), (out.data_ptr(), *out.stride()[:2])
-        self._run("attend", q, call.scratch, None, (*plain, spans, kept, numbers, to))
+            assert visual is not None
+            listed = visual.spans, visual.offsets, selection.indices, selection.counts
+        self._run("attend", workspace, q, out, q_counts, *_cache(kv), *listed, params)
         return out
 
     def decode(self, call: Call) -> tuple[Tensor, Selection]:
-        plain = _plain(call)
-        if plain is None or call.selected is not None:
-            return super().decode(call)
-        q, _, params, visual, *_ = call
-        rows, scores = q.shape[0], call.scores
-        out = torch.empty_like(q)
-        indices = torch.empty(rows, params.k_max, dtype=torch.int32, device=_CPU)
-        counts = torch.empty(rows, dtype=torch.int32, device=_CPU)
-        mass = torch.empty(rows, dtype=torch.float32, device=_CPU)
-        mean = torch.empty_like(mass)
-        packed = (
-            *(*plain, pack.visual(visual), pack.params(params)),
-            (indices.data_ptr(), counts.data_ptr(), mass.data_ptr(), mean.data_ptr()),
-            (out.data_ptr(), *out.stride()[:2]),
-            *(params.anchor_output == "dense", 0 if scores is None else scores.data_ptr()),
-        )
-        self._run("decode", q, call.scratch, visual, packed)
-        return out, Selection(indices, counts, mass, mean, trusted=True)
+        q, kv, params, visual, _, out, scores, workspace, q_counts, kept = call
+        assert visual is not None
+        if out is None:
+            out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        if kept is None:
+            rows = q.shape[:-2].numel()
+            indices = torch.empty(rows, params.k_max, dtype=torch.int32, device=_CPU)
+            counts = torch.empty(rows, dtype=torch.int32, device=_CPU)
+            mass = torch.empty(rows, dtype=torch.float32, device=_CPU)
+            kept = Selection(indices, counts, mass, torch.empty_like(mass), trusted=True)
+        listed = visual.spans, visual.offsets, kept.indices, kept.counts, kept.mass, kept.mass_mean
+        self._run("decode", workspace, q, out, q_counts, *_cache(kv), *listed, params, scores)
+        return out, kept
 
-    def _queries(self, packed: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-        return (packed,)
+    def _run(self, stage: str, workspace: Workspace | None, *given: Any) -> None:
+        """Enter the engine, once more where it lacks scratch memory.
 
-    def _run(
-        self,
-        stage: str,
-        like: Tensor,
-        workspace: Workspace,
-        visual: VisualTokens | None,
-        packed: tuple[Any, ...],
-    ) -> None:
+        So the scratch grows with the longest rows seen, and a steady decode loop allocates nothing
+        but its results.
+        """
         enter, threads = getattr(_entries(), stage), torch.get_num_threads()
+        workspace = workspace or default_workspace(_CPU)
         lacking = 1
         while lacking:
-            scratch = workspace.take("cpu", lacking, torch.uint8, _CPU)
-            lacking = enter(*packed, (scratch.data_ptr(), scratch.numel(), threads))
+            lacking = enter(*given, workspace.take("cpu", lacking, torch.uint8, _CPU), threads)

@@ -13,9 +13,10 @@ from ..queries import call_as_rows, scored_as_rows
 from ..selection import Selection
 from ..visual import VisualTokens
 from ..workspace import Workspace
+from . import Backend
 from . import packing as pack
 from .by_query import ByQuery
-from .native import NativeBackend
+from .native import flat, refuses, refuses_scores
 
 _MAX_CAPACITY = 2**29  # the kernels mark positions with the bits above
 _MAX_HEADS = 1024  # head masses that the select kernel holds at once
@@ -53,7 +54,7 @@ def _place(device: torch.device, visual: VisualTokens | None) -> tuple[int, int,
     return stream.device_index, stream.cuda_stream, candidates, _copies
 
 
-class CudaBackend(NativeBackend):
+class CudaBackend(Backend):
     """CUDA C++ kernels for float32, bfloat16, float16 and 8-bit caches, from sm_80 on."""
 
     name = "cuda"
@@ -83,43 +84,75 @@ class CudaBackend(NativeBackend):
             return f"it serves up to {_MAX_HEADS} query heads"
         if kv.capacity > _MAX_CAPACITY or call.rows > _MAX_ROWS:
             return f"it serves up to {_MAX_ROWS} rows of {_MAX_CAPACITY} slots"
-        return pack.refuses(q, kv)
+        return refuses(q, kv)
 
     def refuses_select(self, scored: Scored) -> str | None:
         reason = self._refuses_device(scored.scores)
         if reason is not None:
             return reason
-        return pack.refuses_scores(scored.scores)
+        return refuses_scores(scored.scores)
 
     def _refuses_device(self, tensor: Tensor) -> str | None:
         if tensor.device.type not in self.auto_devices:
             return f"it computes on NVIDIA GPUs, the tensors are on {tensor.device}"
         return _unavailable(tensor.device.index or 0)
 
+    def score(self, call: Call) -> tuple[Scored, Tensor | None]:
+        mass, mass_mean = call.new_masses()
+        scores, out = call.new_scores(), call.new_out() if call.is_dense else None
+        rows = call_as_rows(call) if call.queries > 1 else call  # held until its tensors are in use
+        packed = (
+            pack.queries(call.q, out, call.q_counts),
+            *(pack.query(call.q, call.kv), pack.cache(call.kv), pack.visual(call.visual)),
+            *(pack.params(call.params), (0, 0, mass.data_ptr(), mass_mean.data_ptr())),
+            *(pack.output(out), scores.data_ptr(), pack.cache(rows.kv), pack.visual(rows.visual)),
+        )
+        self._run("score", call.q, call.scratch, call.visual, packed)
+        return call.scored(scores, mass, mass_mean), out
+
     def select(self, scored: Scored) -> Selection:
-        return super().select(scored_as_rows(scored))
+        scored = scored_as_rows(scored)
+        scores, params = scored.scores, scored.params
+        selection = scored.new_selection(flat(scored.mass), flat(scored.mass_mean))
+        queries = scores.shape[0] // scored.visual.batch
+        packed = (
+            (queries, 0, 0, pack.address(scored.q_counts)),
+            *(*scores.shape, pack.address(scored.starts), pack.address(scored.lengths)),
+            *(pack.visual(scored.visual), pack.params(params), pack.chosen(selection)),
+            scores.data_ptr(),
+        )
+        self._run("select", scores, scored.scratch, scored.visual, packed)
+        return selection
 
     def attend(self, call: Call) -> Tensor:
         """Dense attention reads K and V once for all queries; lists are gathered for each."""
         if call.queries > 1 and call.selection is not None:
             return ByQuery(self).attend(call)
-        return super().attend(call)
+        q, kv, params, visual, selection, *_ = call
+        out = _new_out(call)
+        packed = (
+            *(pack.queries(q, out, call.q_counts), pack.query(q, kv), pack.cache(kv)),
+            *(pack.visual(visual if selection is not None else None), pack.kept(selection)),
+            *(pack.params(params), pack.output(out)),
+        )
+        self._run("attend", q, call.scratch, None, packed)
+        return out
 
     def decode(self, call: Call) -> tuple[Tensor, Selection]:
-        return self.staged(call) if call.queries > 1 else super().decode(call)
+        if call.queries > 1:
+            return self.staged(call)
+        selection, out = call.new_selection(), _new_out(call)
+        packed = (
+            *(pack.queries(call.q, out, call.q_counts), pack.query(call.q, call.kv)),
+            *(pack.cache(call.kv), pack.visual(call.visual), pack.params(call.params)),
+            *(pack.chosen(selection), pack.output(out)),
+            *(call.is_dense, pack.address(call.scores)),
+        )
+        self._run("decode", call.q, call.scratch, call.visual, packed)
+        return out, selection
 
     def rounds_weights(self, dtype: torch.dtype) -> bool:
         return dtype != torch.float32
-
-    def _queries(self, packed: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-        return (packed,)
-
-    def _rows(self, call: Call) -> Call:
-        return call_as_rows(call) if call.queries > 1 else call
-
-    def _kept(self, selection: Selection | None) -> tuple[int, ...]:
-        check = selection is not None and not selection.trusted  # here its values were not read
-        return *pack.kept(selection), check
 
     def _run(
         self,
@@ -129,6 +162,12 @@ class CudaBackend(NativeBackend):
         visual: VisualTokens | None,
         packed: tuple[Any, ...],
     ) -> None:
+        """Enter the engine for a stage; `like` is q, or the scores [B, N] of select.
+
+        It comes back with the bytes of scratch memory it lacks, or 0 when it is queued; so the
+        scratch grows with the longest rows seen, and a steady decode loop allocates nothing but its
+        results.
+        """
         device, counters = like.device, like.numel() // like.shape[-1]  # one per row and head
         enter, place = getattr(_entries(), stage), _place(device, visual)
         armed = workspace.zeroed("cuda counters", counters, torch.int32, device)
@@ -137,3 +176,10 @@ class CudaBackend(NativeBackend):
             scratch = workspace.take("cuda", lacking, torch.uint8, device)
             given = (scratch.data_ptr(), scratch.numel(), armed.data_ptr())
             lacking = enter(place, *packed, given)
+
+
+def _new_out(call: Call) -> Tensor:
+    """Where the output goes; torch makes a tensor like another in two thirds of the time."""
+    if call.out is None and call.q.is_contiguous():
+        return torch.empty_like(call.q)
+    return call.new_out()

@@ -1,12 +1,12 @@
-"""What both native engines are handed: addresses, strides and host numbers, as plain tuples.
+"""What the CUDA engine is handed: addresses, strides and host numbers, as plain tuples.
 
-`csrc/reader.h` takes them apart in the same order.
+`csrc/cuda/reader.h` takes them apart in the same order.
 """
 
 import torch
 from torch import Tensor
 
-from ..cache import MAX_GROUP, MAX_HEAD_DIM, Cache, PagedKVCache
+from ..cache import Cache, PagedKVCache
 from ..call import Params
 from ..float8 import FLOAT8
 from ..selection import Selection
@@ -79,12 +79,12 @@ def output(out: Tensor | None) -> tuple[int, int, int]:
     return out.data_ptr(), out.stride(0), out.stride(-2)
 
 
-def kept(selection: Selection | None) -> tuple[int, int, int]:
-    """The lists of a selection that is attended."""
+def kept(selection: Selection | None) -> tuple[int, int, int, bool]:
+    """The lists of a selection that is attended; and whether to check values nobody read."""
     if selection is None:
-        return 0, 0, 0
+        return 0, 0, 0, False
     indices = selection.indices
-    return indices.data_ptr(), selection.counts.data_ptr(), indices.shape[1]
+    return indices.data_ptr(), selection.counts.data_ptr(), indices.shape[1], not selection.trusted
 
 
 def chosen(selection: Selection) -> tuple[int, int, int, int]:
@@ -93,21 +93,3 @@ def chosen(selection: Selection) -> tuple[int, int, int, int]:
         *(selection.indices.data_ptr(), selection.counts.data_ptr()),
         *(selection.mass.data_ptr(), selection.mass_mean.data_ptr()),
     )
-
-
-def refuses(q: Tensor, kv: Cache) -> str | None:
-    """Why neither engine serves this call, or None."""
-    if q.dtype not in DTYPES:
-        return f"it serves float32, bfloat16 and float16, not {q.dtype}"
-    if q.shape[-1] > MAX_HEAD_DIM:
-        return f"it serves head dims up to {MAX_HEAD_DIM}, not {q.shape[-1]}"
-    if q.shape[-2] > MAX_GROUP * kv.kv_heads:
-        return f"it serves up to {MAX_GROUP} query heads per KV head"
-    return None
-
-
-def refuses_scores(scores: Tensor) -> str | None:
-    """The same of a choice from scores."""
-    if scores.dtype != torch.float32:
-        return f"it selects from float32 scores, not {scores.dtype}"
-    return None

@@ -130,12 +130,9 @@ class Ceilings:
 
     def _gather(self, ahead: int) -> object:
         k, v = self._kv.k, self._kv.v
-        keys = (
-            *(k.data_ptr(), v.data_ptr(), self._positions.data_ptr()),
-            *(k.stride(1) * k.itemsize, k.stride(2) * k.itemsize),
-            *(len(self._positions), k.shape[1], k.shape[3] * k.itemsize, ahead),
+        return _native.module().cpu.read_gathered(
+            k, v, self._positions, ahead, torch.get_num_threads()
         )
-        return _native.module().cpu.read_gathered(keys, torch.get_num_threads())
 
     @property
     def _gathered(self) -> int:

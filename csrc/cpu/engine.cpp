@@ -202,10 +202,12 @@ void stream(const Kernels& kernels, Call& c, const Plan& plan, int threads) {
   c.part_heads = plan.shared_heads;
   c.part_floats = plan.shared_floats;
   const int heads = heads_together(c, plan.visible_parts, threads, false);
-  if (!c.shared) return run_parts(c, plan.visible_parts, threads, heads, kernels.stream[type]);
+  if (!c.shared)
+    return run_parts(c, plan.visible_parts, threads, heads, kernels.around_parts,
+                     kernels.stream[type]);
   const auto pack = kernels.pack_queries[type];
   parallel(c.B * c.G, threads, [&](int task) { pack(c, task / c.G, task % c.G); });
-  run_parts(c, plan.visible_parts, threads, 1, kernels.stream_shared[type]);
+  run_parts(c, plan.visible_parts, threads, 1, kernels.around_parts, kernels.stream_shared[type]);
 }
 
 // Lists the visible text and kept positions, ascending. Skips an index that is no visible visual
@@ -286,7 +288,7 @@ int64_t attend(const Kernels& kernels, Call c, const Scratch& scratch) {
   if (sparse) {
     const int parts = cut_attended(c, plan, scratch.threads);
     run_parts(c, parts, scratch.threads, heads_together(c, parts, scratch.threads, true),
-              kernels.stream[storage_of(c)]);
+              kernels.around_parts, kernels.stream[storage_of(c)]);
   } else {
     stream(kernels, c, plan, scratch.threads);
   }
@@ -339,7 +341,7 @@ int64_t decode(const Kernels& kernels, Call c, bool dense, float* scores, const 
   c.selection = {c.indices, c.counts, c.score.k_max};
   c.with_values = true;
   const int parts = cut_attended(c, plan, scratch.threads);
-  run_parts(c, parts, scratch.threads, 1, kernels.weigh[storage_of(c)]);
+  run_parts(c, parts, scratch.threads, 1, kernels.around_parts, kernels.weigh[storage_of(c)]);
   merge(kernels, c, scratch.threads);
   return 0;
 }

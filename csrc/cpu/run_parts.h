@@ -46,11 +46,13 @@ inline int heads_together(const Call& c, int parts, int threads, bool is_list) {
 }
 
 using PartEntry = void (*)(const Call&, int32_t, int32_t, int32_t, Run);
+using Around = void (*)(const Call&, void (*)(void*), void*);
 
 // A thread takes a few neighbours at a time, so that each part prefetches the next one's first
 // keys. A row stays on one memory node, or one of its KV heads where there are fewer rows than
 // nodes.
-inline void run_parts(const Call& c, int all_parts, int threads, int heads, PartEntry entry) {
+inline void run_parts(const Call& c, int all_parts, int threads, int heads, Around around,
+                      PartEntry entry) {
   const int cuts = c.shared ? c.B : rows_of(c), head_groups = c.G / heads;
   const int parts = all_parts / heads;
   const bool in_pages = heads > 1 && !heads_in_token(c.cache);
@@ -59,7 +61,7 @@ inline void run_parts(const Call& c, int all_parts, int threads, int heads, Part
   const auto row_of_part = [&](int part) {
     return row_of_task(cuts, part, [&](int b) { return first_of(c.cuts[b]); });
   };
-  const auto take = [&](int turn) {
+  const auto run_turn = [&](int turn) {
     const int begin = turn * length, end = std::min(parts, begin + length);
     for (int part = begin; part < end; ++part) {
       const int row = row_of_part(part);
@@ -68,6 +70,10 @@ inline void run_parts(const Call& c, int all_parts, int threads, int heads, Part
       entry(c, row, at / cut.n_parts * heads, at % cut.n_parts,
             {part == begin || at == 0, part + 1 == end, heads, in_pages});
     }
+  };
+  const auto take = [&](int turn) {
+    auto run = [&] { run_turn(turn); };
+    around(c, [](void* of) { (*static_cast<decltype(run)*>(of))(); }, &run);
   };
   parallel((parts + length - 1) / length, threads, take, [&](int turn) {
     const int part = turn * length;

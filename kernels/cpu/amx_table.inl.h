@@ -15,28 +15,25 @@ constexpr int kFloat = static_cast<int>(DType::kFloat32), kHalf = static_cast<in
 template <class T, class S>
 static void stream_amx(const Call& c, int row, int kv_head, int part, Run run) {
   if (!takes_amx(c)) return stream_any<S>(c, row, kv_head, part, run);
-  AmxScope scope;
-  AmxScope::enter(scope, padded_heads(c.H / c.G), amx_sum_rows(c.H / c.G));
   stream_part<T, 4>(c, row, kv_head, part, run);
-  AmxScope::leave(scope);
 }
 
 template <class T, class S>
 static void weigh_amx(const Call& c, int row, int kv_head, int part, Run run) {
   if (!takes_amx(c)) return weigh_any<S>(c, row, kv_head, part, run);
-  AmxScope scope;
-  AmxScope::enter(scope, padded_heads(c.H / c.G), amx_sum_rows(c.H / c.G));
   weigh_part<T, 4>(c, row, kv_head, part, run);
-  AmxScope::leave(scope);
 }
 
+// Tiles are configured once for all parts of a turn: for each it would take 2 % of a short row.
 // Heads of all queries fill whole tiles, whatever the group and D: the packed q, K and V are
 // padded.
-template <class T>
-static void stream_shared_amx(const Call& c, int cache_row, int kv_head, int part, Run run) {
+static void run_with_tiles(const Call& c, void (*run)(void* context), void* context) {
+  const int type = storage_of(c), group = c.H / c.G;
+  if ((type != kAmxBf16 && type != kAmxF8) || !(c.shared || takes_amx(c))) return run(context);
   AmxScope scope;
-  AmxScope::enter(scope, kAmxHeads, kAmxHeads);
-  stream_shared<T>(c, cache_row, kv_head, part, run);
+  AmxScope::enter(scope, c.shared ? kAmxHeads : padded_heads(group),
+                  c.shared ? kAmxHeads : amx_sum_rows(group));
+  run(context);
   AmxScope::leave(scope);
 }
 
@@ -45,14 +42,15 @@ static void stream_shared_amx(const Call& c, int cache_row, int kv_head, int par
 static Kernels with_amx(const char* name) {
   Kernels kernels = kAvx512Bf16;
   kernels.name = name;
+  kernels.around_parts = run_with_tiles;
   kernels.stream[kFloat] = stream_any<float>;
   kernels.stream[kHalf] = stream_any<f16>;
   kernels.stream[kAmxBf16] = stream_amx<amx_bf16, bf16>;
   kernels.stream[kAmxF8] = stream_amx<amx_f8, f8_as_bf16>;
   kernels.weigh[kAmxBf16] = weigh_amx<amx_bf16, bf16>;
   kernels.weigh[kAmxF8] = weigh_amx<amx_f8, f8_as_bf16>;
-  kernels.stream_shared[kAmxBf16] = stream_shared_amx<amx_bf16>;
-  kernels.stream_shared[kAmxF8] = stream_shared_amx<amx_f8>;
+  kernels.stream_shared[kAmxBf16] = stream_shared<amx_bf16>;
+  kernels.stream_shared[kAmxF8] = stream_shared<amx_f8>;
   return kernels;
 }
 

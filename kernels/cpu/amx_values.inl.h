@@ -135,7 +135,7 @@ VP_INLINE void amx_add_rows(const bf16 (*weights)[kAmxRows * kAmxKeys], const Am
 
 template <class T>
 VP_INLINE void amx_sum_block(const Call& c, BlockKeys<T>& keys, Asked<T>& asked, const float* x,
-                             const Rescales& rescales, const Part& part) {
+                             const Rescales& rescales, float* acc) {
   constexpr int kTiles = 4, kKeys = kTiles * kAmxRows, kHeads = kAmxSumHeads;
   const int group = c.H / c.G, head_tile = head_tiles(group);
   alignas(64) bf16 weights[kTiles][kAmxRows * kAmxKeys];
@@ -174,24 +174,23 @@ VP_INLINE void amx_sum_block(const Call& c, BlockKeys<T>& keys, Asked<T>& asked,
       amx_add_rows(
           weights, rows, keys.v + first, tiles, heads, padded, c.D, rescale + head,
           [&] { Asked<T>::some(asked, each); }, [&] { Asked<T>::some(asked, more); },
-          part.acc + head * c.D);
+          acc + head * c.D);
     }
     for (int h = 0; h < group; ++h) rescale[h] = 1.0f;
   }
 }
 
-#define VP_AMX_BLOCKS(T)                                                                     \
-  template <>                                                                                \
-  VP_SPECIALIZED void dot_block<T, 4>(const Query<T>& q, int first_head, BlockKeys<T>& keys, \
-                                      int dim, int tiles_of_heads, const Scaling& scaling,   \
-                                      Asked<T>& asked, float* x) {                           \
-    amx_dot_block<T>(q, first_head, keys, dim, tiles_of_heads, scaling, asked, x);           \
-  }                                                                                          \
-  template <>                                                                                \
-  VP_SPECIALIZED void sum_block<T, 4>(const Call& c, BlockKeys<T>& keys, Asked<T>& asked,    \
-                                      const float* x, const Rescales& rescales,              \
-                                      const Part& part) {                                    \
-    amx_sum_block<T>(c, keys, asked, x, rescales, part);                                     \
+#define VP_AMX_BLOCKS(T)                                                                      \
+  template <>                                                                                 \
+  VP_SPECIALIZED void dot_block<T, 4>(const Query<T>& q, int first_head, BlockKeys<T>& keys,  \
+                                      int dim, int tiles_of_heads, const Scaling& scaling,    \
+                                      Asked<T>& asked, float* x) {                            \
+    amx_dot_block<T>(q, first_head, keys, dim, tiles_of_heads, scaling, asked, x);            \
+  }                                                                                           \
+  template <>                                                                                 \
+  VP_SPECIALIZED void sum_block<T, 4>(const Call& c, BlockKeys<T>& keys, Asked<T>& asked,     \
+                                      const float* x, const Rescales& rescales, float* acc) { \
+    amx_sum_block<T>(c, keys, asked, x, rescales, acc);                                       \
   }
 VP_AMX_BLOCKS(amx_bf16)
 VP_AMX_BLOCKS(amx_f8)

@@ -63,10 +63,11 @@ static void weigh_part(const Call& c, int row, int kv_head, int index, Run run) 
   const int cache_row = c.rows[row].cache_row;
   const int group = c.H / c.G, tiles = head_tiles(group);
   const PartRange range = range_of_part(cut, index);
-  const Part part = part_at(c, part_index(cut, kv_head, index));
+  const int64_t head_sums = int64_t{group} * padded_dim(c.D, kUnit);
+  Sums sums;
+  clear(sums.of, head_sums);
   TileState states[kMaxGroup / 4];
   for (int t = 0; t < tiles; ++t) TileState::reset(states[t]);
-  clear(part.acc, int64_t{group} * padded_dim(c.D, kUnit));
   alignas(64) float x[kListBlock * kMaxGroup];
   const int block = kListBlock;
   Rescales rescales;
@@ -89,9 +90,11 @@ static void weigh_part(const Call& c, int row, int kv_head, int index, Run run) 
     Asked<T> asked = {nullptr, next.v, block, lines_of<T>(c.D), pass};
     softmax_block<HT>(tiles, keys.count, nullptr, {1.0f, false}, x, states, rescales,
                       ask_beside_softmax(asked, (keys.count * HT + kLanes - 1) / kLanes * tiles));
-    sum_block<T, HT>(c, keys, asked, x, rescales, part);
+    sum_block<T, HT>(c, keys, asked, x, rescales, sums.of);
   }
+  const Part part = part_at(c, part_index(cut, kv_head, index));
   store_part<HT>(states, tiles, part);
+  Sums::store(sums, 0, head_sums, part);
 }
 
 }  // namespace visionpulse::cpu::VP_ISA

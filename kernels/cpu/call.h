@@ -131,6 +131,8 @@ struct Kernels {
   int32_t unit;              // columns of a value step
   int32_t width;             // floats in a register
   bool rounds_bf16_weights;  // those of V in bfloat16 are rounded to it; else float32
+  // Runs some parts of a call, on the thread that calls it, within what the CPU needs for them.
+  void (*around_parts)(const Call&, void (*run)(void* context), void* context);
   // One part of one KV head, in one pass: logits, statistics and, if wanted, the sum of V.
   void (*stream[kStorages])(const Call&, int32_t row, int32_t kv_head, int32_t part, Run);
   // The same from stored logits in place of K.

@@ -39,6 +39,16 @@ VP_INLINE void clear(float* p, int64_t count) {
   for (int64_t i = 0; i < count; ++i) p[i] = 0.0f;
 }
 
+// The sums of V of a part are taken here and stored once: the parts in memory have left the caches
+// since the call before.
+struct Sums {
+  alignas(64) float of[kMaxGroup * kMaxHeadDim];
+
+  VP_INLINE void store(const Sums& sums, int64_t first, int64_t count, const Part& part) {
+    for (int64_t i = 0; i < count; i += kWidth) vstore(part.acc + i, vload(sums.of + first + i));
+  }
+};
+
 // The statistics, summed over the lanes of each head.
 template <int HT>
 VP_INLINE void store_part(const TileState* tiles, int count, const Part& part) {

@@ -55,12 +55,13 @@ static void stream_part(const Call& c, int row, int kv_head, int index, Run run)
                             c.cache.v_stride.head};
   Query<T> q;
   TileState states[kMaxGroup / 4];  // [KV heads, head tiles]
+  const int64_t head_sums = int64_t{group} * padded_dim(c.D, kUnit);
+  Sums sums;
   for (int h = 0; h < run.heads; ++h) {
     Query<T>::load(q, c, row, kv_head + h, h * heads);
     for (int t = 0; t < tiles; ++t) TileState::reset(states[h * tiles + t]);
-    const Part part = part_at(c, part_index(cut, kv_head + h, index));
-    if (c.with_values) clear(part.acc, int64_t{group} * padded_dim(c.D, kUnit));
   }
+  if (c.with_values) clear(sums.of, run.heads * head_sums);
   BlockVisual visual;
   visual.content = Content::kText;
   const int32_t* spans = c.visual.spans + int64_t{cache_row} * c.visual.spans_per_row * 2;
@@ -117,7 +118,6 @@ static void stream_part(const Call& c, int row, int kv_head, int index, Run run)
     const int floats = (keys.count + kLanes / HT - 1) / (kLanes / HT) * (kLanes / HT) * heads;
     for (int h = walk.head; h < walk.head + together.count; ++h) {
       const Scaling scaling = scaling_of(c.score, factor_of<T>(c.cache.k_scale, kv_head + h));
-      const Part part = part_at(c, part_index(cut, kv_head + h, index));
       if (together.count > 1) share_tokens(together, h, block, next, tokens);
       const BlockKeys<T>& wanted = together.count > 1 ? tokens : next;
       const bool in_turn = kAsksByPages && (cut.attended == nullptr || follow(next, block));
@@ -137,12 +137,15 @@ static void stream_part(const Call& c, int row, int kv_head, int index, Run run)
       if (stores) store_logits(c, c.rows[row], kv_head + h, first, x, floats);
       softmax_block<HT>(tiles, keys.count, &visual, args, x, states + h * tiles, rescales,
                         ask_beside_softmax(asked, floats / kLanes));
-      if (c.with_values) sum_block<T, HT>(c, keys, asked, x, rescales, part);
+      if (c.with_values) sum_block<T, HT>(c, keys, asked, x, rescales, sums.of + h * head_sums);
       if (h + 1 < together.count) next_head(together, keys);
     }
   }
-  for (int h = 0; h < run.heads; ++h)
-    store_part<HT>(states + h * tiles, tiles, part_at(c, part_index(cut, kv_head + h, index)));
+  for (int h = 0; h < run.heads; ++h) {
+    const Part part = part_at(c, part_index(cut, kv_head + h, index));
+    store_part<HT>(states + h * tiles, tiles, part);
+    if (c.with_values) Sums::store(sums, h * head_sums, head_sums, part);
+  }
   if (c.store_logits) vstream_end();
 }
 

@@ -11,6 +11,8 @@
 
 namespace visionpulse::cpu::VP_ISA {
 
+static void run_plainly(const Call&, void (*run)(void* context), void* context) { run(context); }
+
 // Head tiles of 1, 2 or 4, by the group size.
 template <class T>
 static void stream_any(const Call& c, int row, int kv_head, int part, Run run) {
@@ -57,6 +59,7 @@ static void score_any(const Call& c, int row, int chunk) {
    kUnit,                                                                             \
    kWidth,                                                                            \
    Weigh<bf16>::kKeys == 2,                                                           \
+   run_plainly,                                                                       \
    VP_STORED(stream_any),                                                             \
    VP_STORED(weigh_any),                                                              \
    VP_STORED(stream_shared),                                                          \

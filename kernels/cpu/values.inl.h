@@ -140,10 +140,10 @@ static void add_values(const T* const* values, int keys, Asked<T>* asked, const 
   }
 }
 
-// All heads of a block, into the part's sums. Lanes of x without a key have weight 0.
+// All heads of a block, into their sums. Lanes of x without a key have weight 0.
 template <class T, int HT>
 VP_INLINE void sum_block(const Call& c, BlockKeys<T>& keys, Asked<T>& asked, const float* x,
-                         const Rescales& rescales, const Part& part) {
+                         const Rescales& rescales, float* acc) {
   const int group = c.H / c.G, tiles = head_tiles(group), columns = padded_dim(c.D, kUnit);
   constexpr int kTileColumns = kValueUnits * kUnit;
   const int steps =
@@ -165,7 +165,7 @@ VP_INLINE void sum_block(const Call& c, BlockKeys<T>& keys, Asked<T>& asked, con
     }
 #endif
     add_values<T, HT>(keys.v, keys.count, t == 0 ? &asked : nullptr, p, p_stride, c.D, heads,
-                      rescales.tile[t], part.acc + t * HT * columns, columns);
+                      rescales.tile[t], acc + t * HT * columns, columns);
   }
 }
 

@@ -2,6 +2,7 @@
 
 import shutil
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -45,6 +46,16 @@ def test_a_module_older_than_its_sources_is_refused_in_one_line(stale):
         decode(backend="cpu")
     with pytest.raises(ImportError, match=SOURCE):
         _native.module()
+
+
+def test_a_torch_that_shows_its_tensors_in_another_way_is_refused_in_one_line(monkeypatch):
+    monkeypatch.setattr(_native, "torch", SimpleNamespace(Tensor=int, __version__="9.0"))
+    _native._load.cache_clear()
+    try:
+        said = vp.backends()["cpu"]
+    finally:
+        _native._load.cache_clear()
+    assert "torch 9.0" in said and "DLPack" in said and "pip install" in said and "\n" not in said
 
 
 def test_where_no_kernels_can_be_used_it_is_said_once_that_decoding_is_slow(stale):

@@ -21,7 +21,11 @@ def _load() -> tuple[ModuleType | None, str | None]:
     if name := _changed(loaded):
         reason = f"the compiled module was built with another {name}"
         return None, f"{reason}; its calls do not fit, run: pip install -e ."
-    loaded.cpu.read_tensors_of(torch.Tensor)
+    try:
+        loaded.cpu.read_tensors_of(torch.Tensor)
+    except (AttributeError, RuntimeError) as error:
+        reason = f"torch {torch.__version__} does not show its tensors by DLPack 1 ({error})"
+        return None, f"{reason}; install a release that does: pip install 'torch>=2.11,<3'"
     return loaded, None
 
 

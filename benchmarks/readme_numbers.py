@@ -73,7 +73,12 @@ def _decode_table(found: Results, forms: dict[str, str]) -> str:
                 against.append(f"{peer.us_best / row.us_best:.2g}x")
             cells.append(f"{milliseconds(row.us_best)} ({', '.join(against)})")
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n\n" + source(found.row("decode", "b1-8k", "cpu:paper", "bf16"))
+    shown, other = (found.row("decode", "b1-8k", "cpu:paper", dtype) for dtype in ("bf16", "fp32"))
+    text = "\n".join(lines) + "\n\n" + source(shown)
+    if other.machine["commit"] == shown.machine["commit"]:
+        return text
+    run = f"commit {other.machine['commit']}, load {other.machine['load']:g} beside it"
+    return f"{text}The columns of fp32: {run},\nmemory ceiling {other.ceiling_gb_s:.1f} GB/s.\n"
 
 
 def first(results: Path) -> str:

@@ -87,7 +87,8 @@ static void weigh_part(const Call& c, int row, int kv_head, int index, Run run) 
     }
     gather_logits<T, HT>(stored, keys, tiles, x);
     const Pass* const pass = kHasNoPlaces<T> ? &kPassOverV : nullptr;
-    Asked<T> asked = {nullptr, next.v, block, lines_of<T>(c.D), pass};
+    Asked<T> asked =
+        Asked<T>::make(nullptr, next.v, block, lines_of<T>(c.D), pass, PageTurns{0, 0});
     softmax_block<HT>(tiles, keys.count, nullptr, {1.0f, false}, x, states, rescales,
                       ask_beside_softmax(asked, (keys.count * HT + kLanes - 1) / kLanes * tiles));
     sum_block<T, HT>(c, keys, asked, x, rescales, sums.of);

@@ -8,7 +8,6 @@ namespace visionpulse::cpu::VP_ISA {
 
 constexpr int kLine = 64;    // bytes of a cache line
 constexpr int kPage = 4096;  // bytes of a page of memory
-constexpr int kBurst = 8;    // lines that may be asked for at once
 
 // Into L2: a prefetch into L1 would hold one of its few miss buffers until memory answers.
 template <int LINES>
@@ -73,21 +72,37 @@ constexpr bool kAsksByPages = true;
 #else
 constexpr bool kAsksByPages = false;
 #endif
-// Vectors of a block in turn: one of each of the pages that they fill one after the other.
-struct Turns {
+// A long vector of float32 is asked for in pieces: while more lines of one page are asked for at
+// once, the other pages wait. In 16 bits more pieces cost more instructions than they bring.
+constexpr int kPieceLines = 4;
+template <class T>
+constexpr bool kInPieces = sizeof(T) == 4;
+
+template <class T>
+VP_INLINE int log_pieces(int lines) {
+  const int pieces = lines / kPieceLines;
+  const bool in_pieces =
+      kInPieces<T> && pieces > 1 && lines % kPieceLines == 0 && (pieces & (pieces - 1)) == 0;
+  return in_pieces ? __builtin_ctz(static_cast<unsigned>(pieces)) : 0;
+}
+
+// Vectors of a block in turn: a piece of one of each of the pages that they fill one after the
+// other.
+struct PageTurns {
   int log_pages, log_each;  // each: vectors of a page
 
   // Of `count` keys; in their own order where they fill no pages.
-  VP_INLINE Turns make(int count, int64_t key_bytes) {
+  VP_INLINE PageTurns make(int count, int64_t key_bytes) {
     const int64_t pages = count * key_bytes / kPage;
     if (pages < 2 || pages > count || (pages & (pages - 1)) != 0 || (count & (count - 1)) != 0)
       return {0, 0};
     const int log_pages = __builtin_ctz(static_cast<unsigned>(pages));
     return {log_pages, __builtin_ctz(static_cast<unsigned>(count)) - log_pages};
   }
-  // The vector that is asked for as number i.
-  VP_INLINE int at(const Turns& t, int i) {
-    return ((i & ((1 << t.log_pages) - 1)) << t.log_each) | (i >> t.log_pages);
+  // The piece that is asked for as number i, counted from the first vector's first.
+  VP_INLINE int at(const PageTurns& t, int i, int log_of_vector) {
+    const int page = i & ((1 << t.log_pages) - 1);
+    return (page << (t.log_each + log_of_vector)) | (i >> t.log_pages);
   }
 };
 
@@ -111,30 +126,38 @@ struct Asked {
   const T* const* v;  // nullptr: no values are summed, or they are asked for with K
   int count, lines;   // vectors of each, and lines of a vector
   const Pass* pass;   // how many go with the steps; nullptr: each has its place
-  Turns turns;        // that the steps take them in
-  bool paired;        // V of each key behind its K, as they lie; else V behind all of K
-  int each;           // parts of a vector at each step of the phase at hand
-  int next;           // of K and V that the steps ask for
-  int due;            // parts of a vector that they have not asked for yet
+  PageTurns turns;    // that the steps take them in
+  int log_of_vector;  // pieces of a vector: 2^log_of_vector
+  int of_k, all;      // pieces of K, and with those of V
+  int each;           // parts of a piece at each step of the phase at hand
+  int next;           // piece
+  int due;            // parts of a piece that are not asked for yet
 
-  // `parts` of a vector more.
+  VP_INLINE Asked make(const T* const* k, const T* const* v, int count, int lines, const Pass* pass,
+                       PageTurns turns) {
+    const int log_of_vector = log_pieces<T>(lines), of_one = count << log_of_vector;
+    const int of_k = k != nullptr ? of_one : 0, all = of_k + (v != nullptr ? of_one : 0);
+    return {k, v, count, lines, pass, turns, log_of_vector, of_k, all, 0, 0, 0};
+  }
+
+  // `parts` of a piece more.
   VP_INLINE void some(Asked& a, int parts) {
-    const int keys = a.k != nullptr ? a.count : 0, all = keys + (a.v != nullptr ? a.count : 0);
-    for (a.due += parts; a.due >= kParts && a.next < all; a.due -= kParts, ++a.next) {
-      const bool is_key = a.paired ? a.next % 2 == 0 : a.next < keys;
-      const int i = Turns::at(a.turns, a.paired ? a.next / 2 : is_key ? a.next : a.next - keys);
-      prefetch_vector(is_key ? a.k[i] : a.v[i], a.lines);
+    const int log = kInPieces<T> ? a.log_of_vector : 0, lines = a.lines >> log;
+    for (a.due += parts; a.due >= kParts && a.next < a.all; a.due -= kParts, ++a.next) {
+      const bool is_key = a.next < a.of_k;
+      const int i = PageTurns::at(a.turns, is_key ? a.next : a.next - a.of_k, log);
+      const char* from = reinterpret_cast<const char*>(is_key ? a.k[i >> log] : a.v[i >> log]);
+      prefetch_vector(from + (i & ((1 << log) - 1)) * lines * kLine, lines);
     }
   }
   // The parts for each of `steps` steps of a phase.
   VP_INLINE int beside(const Asked& a, Phase phase, int steps) {
     if (a.pass == nullptr) return 0;
-    const int vectors = (a.k != nullptr && a.v != nullptr ? 2 : 1) * a.count;
     const int percent = a.pass->percent[static_cast<int>(phase)];
-    return (kParts * vectors * percent + 100 * steps - 1) / (100 * steps);
+    return (kParts * a.all * percent + 100 * steps - 1) / (100 * steps);
   }
 
-  static constexpr int kParts = 64;  // of a vector
+  static constexpr int kParts = 64;  // of a piece
 };
 
 // Whether the products of a type have no place for each key.

@@ -78,8 +78,8 @@ static void stream_part(const Call& c, int row, int kv_head, int index, Run run)
   const bool one_row = c.cache.v == static_cast<const T*>(c.cache.k) + c.D;
   alignas(64) float x[kMostKeys * kMaxGroup];
   const Pass& pass = !c.with_values ? kPassOverK : args.at_tau ? kPassWithMass : kPassOverBoth;
-  const Turns turns =
-      kAsksByPages && together.count == 1 ? Turns::make(block, key_bytes) : Turns{0, 0};
+  const PageTurns turns =
+      kAsksByPages && together.count == 1 ? PageTurns::make(block, key_bytes) : PageTurns{0, 0};
   Rescales rescales;
   BlockKeys<T> buffers[2], tokens;
   Walk walk = Walk::of_part(c, cut, kv_head, index, block, run), next_walk = walk;
@@ -124,15 +124,11 @@ static void stream_part(const Call& c, int row, int kv_head, int index, Run run)
       // scattered vectors come sooner from places, where a type has them
       const bool by_steps = kHasNoPlaces<T> || in_turn;
       // V beside its K comes with it: asked for later it would be there, and memory idle meanwhile
-      const bool in_rows = by_steps && one_row && c.with_values;
-      const bool asks_rows = in_rows && lines_of<T>(2 * c.D) <= kBurst;
-      Asked<T> asked = {wanted.k,
-                        c.with_values && !asks_rows ? wanted.v : nullptr,
-                        block,
-                        lines_of<T>(asks_rows ? 2 * c.D : c.D),
-                        by_steps ? &pass : nullptr,
-                        in_turn ? turns : Turns{0, 0},
-                        in_rows && !asks_rows};
+      const bool asks_rows = by_steps && one_row && c.with_values;
+      const T* const* const apart = c.with_values && !asks_rows ? wanted.v : nullptr;
+      Asked<T> asked =
+          Asked<T>::make(wanted.k, apart, block, lines_of<T>(asks_rows ? 2 * c.D : c.D),
+                         by_steps ? &pass : nullptr, in_turn ? turns : PageTurns{0, 0});
       dot_block<T, HT>(q, h * heads, keys, c.D, tiles, scaling, asked, x);
       if (stores) store_logits(c, c.rows[row], kv_head + h, first, x, floats);
       softmax_block<HT>(tiles, keys.count, &visual, args, x, states + h * tiles, rescales,

@@ -10,24 +10,38 @@ using namespace visionpulse::cpu::prefetches;
 
 namespace {
 
-void turns_take_each_vector_once_and_pages_by_turns() {
+void turns_take_each_piece_once_and_pages_by_turns() {
   for (int count : {1, 16, 32, 48, 64, 128}) {
     for (int64_t bytes : {64, 128, 256, 320, 512, 1024, 4096, 8192}) {
-      const Turns turns = Turns::make(count, bytes);
-      const int64_t pages = int64_t{1} << turns.log_pages;
-      std::vector<int> taken(count);
-      for (int i = 0; i < count; ++i) {
-        const int at = Turns::at(turns, i);
-        CHECK(at >= 0 && at < count);
-        if (at >= 0 && at < count) ++taken[at];
-        if (pages > 1 && kPage % bytes == 0) CHECK(at * bytes / kPage == i % pages);
+      for (int log : {0, 1, 2}) {
+        const PageTurns turns = PageTurns::make(count, bytes);
+        const int64_t pages = int64_t{1} << turns.log_pages, pieces = int64_t{count} << log;
+        std::vector<int> taken(pieces);
+        for (int i = 0; i < pieces; ++i) {
+          const int at = PageTurns::at(turns, i, log);
+          CHECK(at >= 0 && at < pieces);
+          if (at >= 0 && at < pieces) ++taken[at];
+          if (pages > 1 && kPage % bytes == 0) CHECK((at >> log) * bytes / kPage == i % pages);
+        }
+        for (int n : taken)
+          CHECK_THAT(n == 1, "%d times, %d of %lld bytes", n, count, (long long)bytes);
       }
-      for (int n : taken)
-        CHECK_THAT(n == 1, "%d times, %d of %lld bytes", n, count, (long long)bytes);
     }
   }
-  CHECK(Turns::make(64, 256).log_pages == 2);  // bfloat16 of 128 columns: four pages
-  CHECK(Turns::make(48, 256).log_pages == 0);
+  CHECK(PageTurns::make(64, 256).log_pages == 2);  // bfloat16 of 128 columns: four pages
+  CHECK(PageTurns::make(48, 256).log_pages == 0);
+}
+
+void long_vectors_of_float32_have_pieces() {
+  for (int lines = 1; lines <= 32; ++lines) {
+    const int pieces = 1 << log_pieces<float>(lines);
+    CHECK(pieces == 1 || lines / pieces == kPieceLines);
+    CHECK(lines % pieces == 0);
+    CHECK(log_pieces<uint16_t>(lines) == 0);
+  }
+  CHECK(log_pieces<float>(8) == 1);   // 128 columns
+  CHECK(log_pieces<float>(16) == 2);  // the same of K and V in one row
+  CHECK(log_pieces<float>(12) == 0);
 }
 
 struct Step {
@@ -39,17 +53,17 @@ struct Step {
 constexpr Step kSteps[] = {{Phase::kProducts, 8}, {Phase::kLogits, 16}, {Phase::kMass, 16},
                            {Phase::kSoftmax, 16}, {Phase::kSums, 16},   {Phase::kOutput, 16}};
 
-void a_pass_asks_for_all_at_an_even_pace(const Pass& pass, bool of_k, bool of_v,
-                                         bool paired = false) {
+void a_pass_asks_for_all_at_an_even_pace(const Pass& pass, bool of_k, bool of_v, int lines) {
   int percent = 0;
   for (int share : pass.percent) percent += share;
   CHECK(percent == 100);
   constexpr int kKeys = 64;
-  const std::vector<float> memory(kKeys);
+  const std::vector<float> memory(lines * kLine / sizeof(float));
   std::vector<const float*> vectors(kKeys, memory.data());
   const float* const* at = vectors.data();
-  Asked<float> asked = {of_k ? at : nullptr, of_v ? at : nullptr, kKeys, 1, &pass, {0, 0}, paired};
-  const int all = kKeys * (of_k + of_v);
+  Asked<float> asked =
+      Asked<float>::make(of_k ? at : nullptr, of_v ? at : nullptr, kKeys, lines, &pass, {0, 0});
+  const int all = (kKeys * (of_k + of_v)) << log_pieces<float>(lines);
   double due = 0;
   for (const Step& of : kSteps) {
     const int share = pass.percent[static_cast<int>(of.phase)];
@@ -69,7 +83,7 @@ void a_pass_asks_for_all_at_an_even_pace(const Pass& pass, bool of_k, bool of_v,
 
 void without_a_pass_no_step_asks() {
   const float* vector = nullptr;
-  Asked<float> asked = {&vector, &vector, 1, 1, nullptr};
+  Asked<float> asked = Asked<float>::make(&vector, &vector, 1, 1, nullptr, {0, 0});
   for (const Step& of : kSteps) {
     CHECK(Asked<float>::beside(asked, of.phase, of.steps) == 0);
     Asked<float>::some(asked, 0);
@@ -80,12 +94,14 @@ void without_a_pass_no_step_asks() {
 }  // namespace
 
 int main() {
-  turns_take_each_vector_once_and_pages_by_turns();
-  a_pass_asks_for_all_at_an_even_pace(kPassOverK, true, false);
-  a_pass_asks_for_all_at_an_even_pace(kPassOverV, false, true);
-  a_pass_asks_for_all_at_an_even_pace(kPassOverBoth, true, true);
-  a_pass_asks_for_all_at_an_even_pace(kPassWithMass, true, true);
-  a_pass_asks_for_all_at_an_even_pace(kPassWithMass, true, true, true);
+  turns_take_each_piece_once_and_pages_by_turns();
+  long_vectors_of_float32_have_pieces();
+  for (int lines : {1, 8, 12, 16}) {
+    a_pass_asks_for_all_at_an_even_pace(kPassOverK, true, false, lines);
+    a_pass_asks_for_all_at_an_even_pace(kPassOverV, false, true, lines);
+    a_pass_asks_for_all_at_an_even_pace(kPassOverBoth, true, true, lines);
+    a_pass_asks_for_all_at_an_even_pace(kPassWithMass, true, true, lines);
+  }
   without_a_pass_no_step_asks();
   return check::report("prefetch");
 }

@@ -188,10 +188,10 @@ int64_t plan_call(const Kernels& kernels, Call& c, const Needs& needs, const Scr
   return 0;
 }
 
-void merge(const Kernels& kernels, const Call& c, int threads) {
-  const auto& entries = c.cache.dtype == DType::kFloat8 ? kernels.merge_float8 : kernels.merge;
-  const auto entry = entries[static_cast<int>(c.dtype)];
-  parallel(rows_of(c) * c.G, threads, [&](int task) { entry(c, task / c.G, task % c.G); });
+// The kernels of a pass whose parts `part` computes.
+PartKernels part_kernels(const Kernels& kernels, const Call& c, PartEntry part) {
+  const auto& merge = c.cache.dtype == DType::kFloat8 ? kernels.merge_float8 : kernels.merge;
+  return {kernels.around_parts, part, c.with_values ? merge[static_cast<int>(c.dtype)] : nullptr};
 }
 
 // The pass over all visible keys.
@@ -203,11 +203,12 @@ void stream(const Kernels& kernels, Call& c, const Plan& plan, int threads) {
   c.part_floats = plan.shared_floats;
   const int heads = heads_together(c, plan.visible_parts, threads, false);
   if (!c.shared)
-    return run_parts(c, plan.visible_parts, threads, heads, kernels.around_parts,
-                     kernels.stream[type]);
+    return run_parts(c, plan.visible_parts, threads, heads,
+                     part_kernels(kernels, c, kernels.stream[type]));
   const auto pack = kernels.pack_queries[type];
   parallel(c.B * c.G, threads, [&](int task) { pack(c, task / c.G, task % c.G); });
-  run_parts(c, plan.visible_parts, threads, 1, kernels.around_parts, kernels.stream_shared[type]);
+  run_parts(c, plan.visible_parts, threads, 1,
+            part_kernels(kernels, c, kernels.stream_shared[type]));
 }
 
 // Lists the visible text and kept positions, ascending. Skips an index that is no visible visual
@@ -288,11 +289,10 @@ int64_t attend(const Kernels& kernels, Call c, const Scratch& scratch) {
   if (sparse) {
     const int parts = cut_attended(c, plan, scratch.threads);
     run_parts(c, parts, scratch.threads, heads_together(c, parts, scratch.threads, true),
-              kernels.around_parts, kernels.stream[storage_of(c)]);
+              part_kernels(kernels, c, kernels.stream[storage_of(c)]));
   } else {
     stream(kernels, c, plan, scratch.threads);
   }
-  merge(kernels, c, scratch.threads);
   return 0;
 }
 
@@ -304,7 +304,6 @@ int64_t score(const Kernels& kernels, Call c, float* scores, const Scratch& scra
   c.store_logits = true;
   c.with_values = c.out != nullptr;
   stream(kernels, c, plan, scratch.threads);
-  if (c.with_values) merge(kernels, c, scratch.threads);
   score_rows(kernels, c, plan, scores, scratch.threads);
   return 0;
 }
@@ -334,15 +333,13 @@ int64_t decode(const Kernels& kernels, Call c, bool dense, float* scores, const 
   c.store_all_logits = !dense;
   c.with_values = dense;
   stream(kernels, c, plan, scratch.threads);
-  if (dense) merge(kernels, c, scratch.threads);  // its parts are still in a cache
   score_rows(kernels, c, plan, scores, scratch.threads);
   parallel(rows_of(c), scratch.threads, [&](int b) { kernels.select(c, b); });
   if (dense) return 0;
   c.selection = {c.indices, c.counts, c.score.k_max};
   c.with_values = true;
   const int parts = cut_attended(c, plan, scratch.threads);
-  run_parts(c, parts, scratch.threads, 1, kernels.around_parts, kernels.weigh[storage_of(c)]);
-  merge(kernels, c, scratch.threads);
+  run_parts(c, parts, scratch.threads, 1, part_kernels(kernels, c, kernels.weigh[storage_of(c)]));
   return 0;
 }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// How the threads share the parts of a call.
+// How the threads share the parts of a call, and make them one.
 #pragma once
 
 #include <algorithm>
@@ -46,41 +46,79 @@ inline int heads_together(const Call& c, int parts, int threads, bool is_list) {
 }
 
 using PartEntry = void (*)(const Call&, int32_t, int32_t, int32_t, Run);
+using MergeEntry = void (*)(const Call&, int, int);
 using Around = void (*)(const Call&, void (*)(void*), void*);
 
-// A thread takes a few neighbours at a time, so that each part prefetches the next one's first
-// keys. A row stays on one memory node, or one of its KV heads where there are fewer rows than
-// nodes.
-inline void run_parts(const Call& c, int all_parts, int threads, int heads, Around around,
-                      PartEntry entry) {
-  const int cuts = c.shared ? c.B : rows_of(c), head_groups = c.G / heads;
+// What runs the parts of a call; `merge` makes those of a row and KV head one, nullptr: none does.
+struct PartKernels {
+  Around around;
+  PartEntry part;
+  MergeEntry merge;
+};
+
+// How the parts of all rows are shared, counted in KV heads that run together: a thread takes
+// `length` neighbours at a time, so that each part prefetches the next one's first keys.
+struct Turns {
+  int heads, parts, length;
+
+  int first_of(const Cut& cut) const { return cut.first_part / heads; }
+  // Whether one turn takes all parts of the heads whose first one is given. It then merges them
+  // too, while they are in its caches.
+  bool has_whole(const Cut& cut, int first) const {
+    return cut.n_parts > 0 && first / length == (first + cut.n_parts - 1) / length;
+  }
+};
+
+inline Turns turns_of(int all_parts, int threads, int heads) {
   const int parts = all_parts / heads;
+  return {heads, parts, std::max(1, threads > 1 ? parts / (threads * kTurns) : parts)};
+}
+
+inline void merge_rest(const Call& c, const Turns& turns, int threads, MergeEntry merge) {
+  parallel(rows_of(c) * c.G, threads, [&](int task) {
+    const int row = task / c.G, head = task % c.G;
+    if (!c.shared) {
+      const Cut& cut = c.cuts[row];
+      if (turns.has_whole(cut, turns.first_of(cut) + head / turns.heads * cut.n_parts)) return;
+    }
+    merge(c, row, head);
+  });
+}
+
+// A row stays on one memory node, or one of its KV heads where there are fewer rows than nodes.
+inline void run_parts(const Call& c, int all_parts, int threads, int heads,
+                      const PartKernels& kernels) {
+  const int cuts = c.shared ? c.B : rows_of(c), head_groups = c.G / heads;
   const bool in_pages = heads > 1 && !heads_in_token(c.cache);
-  const auto first_of = [&](const Cut& cut) { return cut.first_part / heads; };
-  const int length = threads > 1 ? std::max(1, parts / (threads * kTurns)) : std::max(1, parts);
+  const Turns turns = turns_of(all_parts, threads, heads);
   const auto row_of_part = [&](int part) {
-    return row_of_task(cuts, part, [&](int b) { return first_of(c.cuts[b]); });
+    return row_of_task(cuts, part, [&](int b) { return turns.first_of(c.cuts[b]); });
   };
   const auto run_turn = [&](int turn) {
-    const int begin = turn * length, end = std::min(parts, begin + length);
+    const int begin = turn * turns.length, end = std::min(turns.parts, begin + turns.length);
     for (int part = begin; part < end; ++part) {
       const int row = row_of_part(part);
       const Cut& cut = c.cuts[row];
-      const int at = part - first_of(cut);
-      entry(c, row, at / cut.n_parts * heads, at % cut.n_parts,
-            {part == begin || at == 0, part + 1 == end, heads, in_pages});
+      const int at = part - turns.first_of(cut), index = at % cut.n_parts;
+      const int head = at / cut.n_parts * heads;
+      kernels.part(c, row, head, index,
+                   {part == begin || at == 0, part + 1 == end, heads, in_pages});
+      const bool merges = kernels.merge != nullptr && !c.shared && index + 1 == cut.n_parts &&
+                          turns.has_whole(cut, part - index);
+      for (int h = 0; merges && h < heads; ++h) kernels.merge(c, row, head + h);
     }
   };
   const auto take = [&](int turn) {
     auto run = [&] { run_turn(turn); };
-    around(c, [](void* of) { (*static_cast<decltype(run)*>(of))(); }, &run);
+    kernels.around(c, [](void* of) { (*static_cast<decltype(run)*>(of))(); }, &run);
   };
-  parallel((parts + length - 1) / length, threads, take, [&](int turn) {
-    const int part = turn * length;
+  parallel((turns.parts + turns.length - 1) / turns.length, threads, take, [&](int turn) {
+    const int part = turn * turns.length;
     const Cut& cut = c.cuts[row_of_part(part)];
     const int unit = cuts > 1 ? cut.n_parts * head_groups : cut.n_parts;
-    return (first_of(cut) + (part - first_of(cut)) / unit * unit) / length;
+    return (turns.first_of(cut) + (part - turns.first_of(cut)) / unit * unit) / turns.length;
   });
+  if (kernels.merge != nullptr) merge_rest(c, turns, threads, kernels.merge);
 }
 
 }  // namespace visionpulse::cpu

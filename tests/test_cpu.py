@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 import visionpulse as vp
 from visionpulse.backends import cpu, get
+from visionpulse.call import Call, Params
 from visionpulse.testing.draw import Draws
 
 REASON = get("cpu").unavailable()
@@ -237,6 +239,27 @@ def given(**changes):
         "indices": kept.indices, "counts": kept.counts, "params": vp.ops.numbers(q),
         "scratch": torch.empty(1 << 22, dtype=torch.uint8), "threads": 1,
     } | changes  # fmt: skip
+
+
+def test_scratch_memory_is_that_of_the_workspace_and_ends_with_it():
+    q, kv, _ = problem()
+    call = Call(q, kv, Params(0.125))
+    backend, mine, other = cpu.CpuBackend(), vp.Workspace(), vp.Workspace()
+
+    def used(workspace):
+        before = backend.attend(call._replace(workspace=workspace))
+        buffers = [data for (name, *_), data in workspace._buffers.items() if name == "cpu"]
+        assert torch.equal(before, expected) and len(buffers) == 1
+        return weakref.ref(buffers[0])
+
+    expected = backend.attend(call)
+    first, second = used(mine), used(other)
+    assert first() is not second() and used(mine) is first
+    mine.clear()
+    assert first() is None, "the backend keeps memory that its workspace let go"
+    assert used(mine)() is not None
+    del other
+    assert second() is None, "the backend keeps memory of a workspace that is gone"
 
 
 def test_the_engine_takes_what_lies_on_the_cpu():

@@ -86,7 +86,7 @@ SharedPass shared_pass_of(const Call& c, int width, Row* rows) {
 }
 
 Cut cut_of(const int32_t* attended, int32_t begin, int32_t keys, int32_t kv_heads) {
-  Cut cut = {attended, begin, keys, 0, 0, 0};
+  Cut cut = {attended, begin, keys, 0, 0, 0, kv_heads};
   if (keys > 0) {
     cut.part_keys = split_length(kRule, keys, kv_heads);
     cut.n_parts = split_count(keys, cut.part_keys);
@@ -194,6 +194,12 @@ PartKernels part_kernels(const Kernels& kernels, const Call& c, PartEntry part) 
   return {kernels.around_parts, part, c.with_values ? merge[static_cast<int>(c.dtype)] : nullptr};
 }
 
+// Where one thread merges the KV heads one after the other, `heads` at a time, and nothing reads
+// their parts later, all of them use the places of the first: those are in its caches.
+void share_places(Cut* cuts, int count, int heads, int threads) {
+  for (int i = 0; threads == 1 && i < count; ++i) cuts[i].heads = heads;
+}
+
 // The pass over all visible keys.
 void stream(const Kernels& kernels, Call& c, const Plan& plan, int threads) {
   const int type = storage_of(c);
@@ -202,9 +208,11 @@ void stream(const Kernels& kernels, Call& c, const Plan& plan, int threads) {
   c.part_heads = plan.shared_heads;
   c.part_floats = plan.shared_floats;
   const int heads = heads_together(c, plan.visible_parts, threads, false);
-  if (!c.shared)
+  if (!c.shared) {
+    if (!c.store_logits) share_places(plan.visible, c.B, heads, threads);
     return run_parts(c, plan.visible_parts, threads, heads,
                      part_kernels(kernels, c, kernels.stream[type]));
+  }
   const auto pack = kernels.pack_queries[type];
   parallel(c.B * c.G, threads, [&](int task) { pack(c, task / c.G, task % c.G); });
   run_parts(c, plan.visible_parts, threads, 1,
@@ -288,7 +296,9 @@ int64_t attend(const Kernels& kernels, Call c, const Scratch& scratch) {
   c.with_values = true;
   if (sparse) {
     const int parts = cut_attended(c, plan, scratch.threads);
-    run_parts(c, parts, scratch.threads, heads_together(c, parts, scratch.threads, true),
+    const int heads = heads_together(c, parts, scratch.threads, true);
+    share_places(plan.attended, rows_of(c), heads, scratch.threads);
+    run_parts(c, parts, scratch.threads, heads,
               part_kernels(kernels, c, kernels.stream[storage_of(c)]));
   } else {
     stream(kernels, c, plan, scratch.threads);
@@ -339,6 +349,7 @@ int64_t decode(const Kernels& kernels, Call c, bool dense, float* scores, const 
   c.selection = {c.indices, c.counts, c.score.k_max};
   c.with_values = true;
   const int parts = cut_attended(c, plan, scratch.threads);
+  share_places(plan.attended, rows_of(c), 1, scratch.threads);
   run_parts(c, parts, scratch.threads, 1, part_kernels(kernels, c, kernels.weigh[storage_of(c)]));
   return 0;
 }

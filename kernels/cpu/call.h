@@ -22,6 +22,7 @@ struct Cut {
   int32_t part_keys;   // keys of a part
   int32_t n_parts;     // parts of each KV head
   int32_t first_part;  // parts of the rows before, over all KV heads
+  int32_t heads;       // KV heads with places of their own for their parts; then from the first on
 };
 
 // A part's place among the parts that one thread runs one after the other: it only steers

@@ -19,7 +19,7 @@ VP_INLINE Part part_at(const Call& c, int64_t index) {
 }
 
 VP_INLINE int64_t part_index(const Cut& cut, int kv_head, int part) {
-  return cut.first_part + int64_t{kv_head} * cut.n_parts + part;
+  return cut.first_part + int64_t{kv_head % cut.heads} * cut.n_parts + part;
 }
 
 // The parts that hold a row, and the first of its heads in them.
